@@ -1,0 +1,483 @@
+"""The configuration of a run as frozen, typed structs: every key of a YAML file, its default, what it may be.
+
+A family (models, data, optimizers, schedules) has one struct per member; the key `kind` chooses it, so that a key which
+a member does not have is an error and not ignored. `Config` has one field per section. Values are checked when a struct
+is made, whether from YAML (`dtrain.launch.configuration`) or in Python; a ValueError names the key by its whole path.
+`check` adds what only the number of ranks decides. This file is a leaf: it imports nothing of ours and builds nothing.
+"""
+
+from typing import Literal, TypeAlias
+
+from msgspec import Struct, field
+from msgspec.structs import replace
+
+DType: TypeAlias = Literal["float32", "float64", "bfloat16", "float16"]
+
+# The axes that a strategy of this version uses; all others have size 1.
+PARALLEL_AXES = ("dp",)
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+def _at_least(minimum: int, section: str, **values: float) -> None:
+    for name, value in values.items():
+        _require(value >= minimum, f"{section}.{name}: {value}; must be {minimum} or more")
+
+
+def _fraction(section: str, **values: float) -> None:
+    for name, value in values.items():
+        _require(0 <= value < 1, f"{section}.{name}: {value}; must be in [0, 1)")
+
+
+def _divides(section: str, name: str, value: int, of: str, total: int) -> None:
+    legal = _nearest(value, _divisors(total))
+    _require(total % value == 0, f"{section}.{name}: {value}; must divide {section}.{of}: {total}, nearest: {legal}")
+
+
+class _Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A part of the configuration without members: parallel, train, log."""
+
+
+class _Member(_Section, frozen=True, kw_only=True, tag_field="kind"):
+    """One member of a family."""
+
+    @property
+    def kind(self) -> str:
+        """The value of the key `kind` that chose this struct."""
+        return str(self.__struct_config__.tag)
+
+
+# --- model: what is trained -------------------------------------------------------------------------------------------
+
+
+class TransformerConfig(_Member, frozen=True, kw_only=True):
+    """The keys that GPT and BERT share."""
+
+    layers: int = 4
+    dim: int = 256
+    """Width of the residual stream."""
+    heads: int = 8
+    kv_heads: int | None = None
+    """Key/value heads of grouped-query attention; null: as many as heads."""
+    sequence: int = 128
+    """Tokens per sequence, the longest context."""
+    vocabulary: int | None = None
+    """Size of the embedding; null: what the data's tokenizer needs. Larger is allowed (padding to a round number)."""
+    hidden: int | None = None
+    """Width of the MLP; null: 4 * dim."""
+    norm: Literal["layer", "rms"] = "layer"
+    mlp: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu_tanh"
+    position: Literal["learned", "rotary"] = "learned"
+    bias: bool = True
+    """Biases in linear layers and layer norms."""
+    tied: bool = True
+    """The output head is the token embedding."""
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the values, then those that must fit together."""
+        kv_heads = self.heads if self.kv_heads is None else self.kv_heads
+        hidden, vocabulary = (1 if size is None else size for size in (self.hidden, self.vocabulary))
+        _at_least(1, "model", layers=self.layers, dim=self.dim, heads=self.heads, kv_heads=kv_heads)
+        _at_least(1, "model", sequence=self.sequence, vocabulary=vocabulary, hidden=hidden)
+        _fraction("model", dropout=self.dropout)
+        _divides("model", "heads", self.heads, "dim", self.dim)
+        _divides("model", "kv_heads", kv_heads, "heads", self.heads)
+        if self.position == "rotary" and self.dim // self.heads % 2:
+            raise ValueError(
+                f"model.position: rotary; needs an even head size, and dim / heads is {self.dim // self.heads}"
+            )
+
+
+class GPTConfig(TransformerConfig, frozen=True, kw_only=True, tag="gpt"):
+    """A decoder that predicts the next token. The defaults are GPT-2's style; Llama's: configs/gpt_llama.yaml."""
+
+
+class BERTConfig(TransformerConfig, frozen=True, kw_only=True, tag="bert"):
+    """An encoder that fills in masked tokens."""
+
+    mlp: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu"
+    mask_fraction: float = 0.15
+    """Share of the tokens to predict; of them 80 % are masked, 10 % replaced by a random token, 10 % left."""
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        super().__post_init__()
+        _require(0 < self.mask_fraction < 1, f"model.mask_fraction: {self.mask_fraction}; must be between 0 and 1")
+
+
+class MLPConfig(_Member, frozen=True, kw_only=True, tag="mlp"):
+    """A classifier of images or of rows of a table; the sizes at both ends are the data's."""
+
+    hidden: tuple[int, ...] = (128, 128)
+    """Widths of the hidden layers."""
+    activation: Literal["gelu", "relu", "silu", "tanh"] = "gelu"
+    bias: bool = True
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        _require(
+            all(width >= 1 for width in self.hidden),
+            f"model.hidden: {list(self.hidden)}; every width must be 1 or more",
+        )
+        _fraction("model", dropout=self.dropout)
+
+
+ModelConfig: TypeAlias = GPTConfig | BERTConfig | MLPConfig
+
+
+# --- data: what it learns from ----------------------------------------------------------------------------------------
+
+
+class _Source(_Member, frozen=True, kw_only=True):
+    path: str
+    """A file, a folder, a glob (`texts/**/*.txt`), or a name that the kind knows."""
+    validation: float = 0.05
+    """Share that is kept for validation."""
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        _require(self.path != "", f"data.path: {self.path}; must name a file, a folder or a glob")
+        _fraction("data", validation=self.validation)
+
+
+class TextConfig(_Source, frozen=True, kw_only=True, tag="text"):
+    """Text; `path: stdlib` is the source text of Python's own standard library."""
+
+    tokenizer: Literal["byte", "bpe"] = "byte"
+    vocabulary: int | None = None
+    """Tokens that byte-pair encoding learns; null: 256 for bytes, 4096 for bpe."""
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        super().__post_init__()
+        if self.vocabulary is not None and self.tokenizer == "byte":
+            _require(
+                self.vocabulary == 256, f"data.vocabulary: {self.vocabulary}; bytes have 256: leave it out, or null"
+            )
+        elif self.vocabulary is not None:
+            _require(
+                self.vocabulary >= 257, f"data.vocabulary: {self.vocabulary}; must be 257 or more: bytes and merges"
+            )
+
+
+class TokensConfig(_Source, frozen=True, kw_only=True, tag="tokens"):
+    """Tokens that were prepared elsewhere: `.bin` (raw, memory-mapped) or `.npy`."""
+
+    dtype: Literal["uint16", "uint32"] = "uint16"
+    """Of a `.bin` file."""
+    vocabulary: int | None = None
+    """Number of different tokens; null: the largest token + 1."""
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        super().__post_init__()
+        _at_least(1, "data", vocabulary=1 if self.vocabulary is None else self.vocabulary)
+
+
+class ImagesConfig(_Source, frozen=True, kw_only=True, tag="images"):
+    """Images with labels: IDX or NPZ files; `path: digits` are scikit-learn's 1797 handwritten digits."""
+
+    labels: str | None = None
+    """The file of the labels of an IDX file; null: found by the name beside it."""
+
+
+class TableConfig(_Source, frozen=True, kw_only=True, tag="table"):
+    """Rows of numbers and a class: CSV or NPZ."""
+
+    target: str | None = None
+    """The column to predict; null: the last."""
+
+
+DataConfig: TypeAlias = TextConfig | TokensConfig | ImagesConfig | TableConfig
+
+
+# --- optimizer and schedule: how it learns ----------------------------------------------------------------------------
+
+
+class _Optimizer(_Member, frozen=True, kw_only=True):
+    learning_rate: float
+    """The peak; the schedule scales it."""
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
+    """Gradients are scaled down to this global norm; null: never."""
+
+    def __post_init__(self) -> None:
+        """Check the values of every optimizer, by name as far as it has them."""
+        _require(self.learning_rate >= 0, f"optimizer.learning_rate: {self.learning_rate}; must be 0 or more")
+        _require(self.weight_decay >= 0, f"optimizer.weight_decay: {self.weight_decay}; must be 0 or more")
+        _require(
+            self.clip_norm is None or self.clip_norm > 0,
+            f"optimizer.clip_norm: {self.clip_norm}; must be above 0, or null",
+        )
+        _fraction("optimizer", momentum=getattr(self, "momentum", 0.0), decay=getattr(self, "decay", 0.0))
+        for beta in getattr(self, "betas", ()):
+            _require(0 <= beta < 1, f"optimizer.betas: {list(self.betas)}; both must be in [0, 1)")  # type: ignore[attr-defined]
+
+
+class SGDConfig(_Optimizer, frozen=True, kw_only=True, tag="sgd"):
+    """m <- momentum m + g; p <- p - lr m."""
+
+    momentum: float = 0.9
+    nesterov: bool = False
+
+
+class AdamConfig(_Optimizer, frozen=True, kw_only=True, tag="adam"):
+    """Adam (Kingma and Ba 2015); weight decay is added to the gradient."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+
+
+class AdamWConfig(_Optimizer, frozen=True, kw_only=True, tag="adamw"):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+    weight_decay: float = 0.01
+
+
+class LAMBConfig(_Optimizer, frozen=True, kw_only=True, tag="lamb"):
+    """Adam's direction, per parameter scaled to the parameter's norm (You et al. 2020): for large batches."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-6
+    weight_decay: float = 0.01
+
+
+class AdafactorConfig(_Optimizer, frozen=True, kw_only=True, tag="adafactor"):
+    """Second moments kept as row and column sums (Shazeer and Stern 2018): O(rows + columns) memory."""
+
+    decay: float = 0.8
+    """beta2 at step t is 1 - t^-decay."""
+    epsilon: tuple[float, float] = (1e-30, 1e-3)
+    """Added to squared gradients; least scale of a parameter."""
+    clip_threshold: float = 1.0
+    """Largest root mean square of an update."""
+
+
+OptimizerConfig: TypeAlias = SGDConfig | AdamConfig | AdamWConfig | LAMBConfig | AdafactorConfig
+
+
+class _Schedule(_Member, frozen=True, kw_only=True):
+    warmup_steps: int = 0
+    """Steps of linear growth from 0 to the peak."""
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        _at_least(0, "schedule", warmup_steps=self.warmup_steps)
+        final = getattr(self, "final_fraction", 0.0)
+        _require(0 <= final <= 1, f"schedule.final_fraction: {final}; must be in [0, 1]")
+
+
+class ConstantConfig(_Schedule, frozen=True, kw_only=True, tag="constant"):
+    """The peak, after the warm-up."""
+
+
+class LinearConfig(_Schedule, frozen=True, kw_only=True, tag="linear"):
+    """Straight down to the last step."""
+
+    final_fraction: float = 0.0
+    """Last learning rate / peak."""
+
+
+class CosineConfig(_Schedule, frozen=True, kw_only=True, tag="cosine"):
+    """Half a cosine down to the last step."""
+
+    final_fraction: float = 0.1
+    """Last learning rate / peak."""
+
+
+class InverseSqrtConfig(_Schedule, frozen=True, kw_only=True, tag="inverse_sqrt"):
+    """peak * sqrt(warmup_steps / step), as in the Transformer paper."""
+
+
+ScheduleConfig: TypeAlias = ConstantConfig | LinearConfig | CosineConfig | InverseSqrtConfig
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+class ValidateConfig(_Section, frozen=True, kw_only=True):
+    """Loss on the part of the data that is not trained on."""
+
+    every: int = 50
+    """Steps; 0: never."""
+    batches: int = 8
+    """Global batches per validation."""
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        _at_least(0, "train.validate", every=self.every)
+        _at_least(1, "train.validate", batches=self.batches)
+
+
+class TrainConfig(_Section, frozen=True, kw_only=True):
+    """How much, in which portions, in which precision."""
+
+    steps: int
+    global_batch: int
+    """Sequences (images, rows) per step, on all ranks together."""
+    micro_batch: int
+    """Of them at a time on one data rank; the rest by gradient accumulation."""
+    dtype: DType = "float32"
+    """Of parameters and activations; reductions in float32 at least."""
+    recompute: bool = False
+    """Keep only the inputs of each layer for the backward, compute the rest again."""
+    validate: ValidateConfig = field(default_factory=ValidateConfig)
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        _at_least(1, "train", steps=self.steps, global_batch=self.global_batch, micro_batch=self.micro_batch)
+
+
+class ParallelConfig(_Section, frozen=True, kw_only=True):
+    """The mesh: ranks along each axis, and the strategy of the data axis."""
+
+    dp: int = -1
+    """Data; -1: what the other axes leave."""
+    tp: int = 1
+    """Tensor."""
+    pp: int = 1
+    """Pipeline."""
+    cp: int = 1
+    """Context."""
+    ep: int = 1
+    """Experts."""
+    data_parallel: Literal["naive", "ddp"] = "ddp"
+    """naive: one all_reduce per parameter after the backward; ddp: buckets reduced while the backward goes on."""
+    bucket_mb: float = 4.0
+    """MiB of gradients that ddp reduces at once."""
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        _require(
+            self.dp >= 1 or self.dp == -1,
+            f"parallel.dp: {self.dp}; must be 1 or more, or -1 for what the other axes leave",
+        )
+        for axis in ("tp", "pp", "cp", "ep"):
+            size = getattr(self, axis)
+            _at_least(1, "parallel", **{axis: size})
+            allowed = f"allowed: 1 (axes that this version can split: {', '.join(PARALLEL_AXES)})"
+            _require(axis in PARALLEL_AXES or size == 1, f"parallel.{axis}: {size}; {allowed}")
+        _require(self.bucket_mb > 0, f"parallel.bucket_mb: {self.bucket_mb}; must be above 0")
+
+
+class CheckpointConfig(_Section, frozen=True, kw_only=True):
+    """When the state is written, and from where it goes on."""
+
+    every: int = 100
+    """Steps; 0: never."""
+    keep: int = 3
+    """The newest that are kept; 0: all."""
+    resume: str = "auto"
+    """auto: the newest complete one of this run, if any; never; or the folder of a checkpoint."""
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        _at_least(0, "checkpoint", every=self.every, keep=self.keep)
+        _require(
+            self.resume != "", f"checkpoint.resume: {self.resume}; must be auto, never or the folder of a checkpoint"
+        )
+
+
+class LogConfig(_Section, frozen=True, kw_only=True):
+    """What is told on the way."""
+
+    every: int = 10
+    """Steps between two lines of metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        _at_least(1, "log", every=self.every)
+
+
+class SampleConfig(_Section, frozen=True, kw_only=True):
+    """The text that a trained GPT writes at the end."""
+
+    tokens: int = 200
+    """0: none."""
+    prompt: str = ""
+    temperature: float = 0.8
+    """0: always the likeliest token."""
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        _at_least(0, "sample", tokens=self.tokens, temperature=self.temperature)
+
+
+class Config(_Section, frozen=True, kw_only=True):
+    """A whole run."""
+
+    name: str
+    """The run writes runs/<name>/; when loaded from a file without it, the file's name."""
+    seed: int = 0
+    output: str = "runs"
+    """The folder that holds the folders of the runs."""
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = field(default_factory=ConstantConfig)
+    train: TrainConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+    def __post_init__(self) -> None:
+        """Check the sections against one another."""
+        _require(
+            self.name not in ("", ".", "..") and not set("/\\\0") & set(self.name),
+            f"name: {self.name}; must be the name of a folder",
+        )
+        _require(0 <= self.seed < 2**63, f"seed: {self.seed}; must be 0 or more and below 2^63")
+        fitting = ("images", "table") if isinstance(self.model, MLPConfig) else ("text", "tokens")
+        _require(
+            self.data.kind in fitting,
+            f"data.kind: {self.data.kind}; model.kind: {self.model.kind} learns from {' or '.join(fitting)}",
+        )
+
+
+# --- with the number of ranks -----------------------------------------------------------------------------------------
+
+
+def check(config: Config, num_ranks: int) -> Config:
+    """Return the configuration with `parallel.dp` filled in; ValueError when mesh or batch do not fit `num_ranks`."""
+    parallel = config.parallel
+    others = parallel.tp * parallel.pp * parallel.cp * parallel.ep
+    if num_ranks % others:
+        raise ValueError(f"parallel: tp x pp x cp x ep = {others} must divide the number of ranks, {num_ranks}")
+    dp = num_ranks // others if parallel.dp == -1 else parallel.dp
+    if dp * others != num_ranks:
+        product = f"{dp} x {others} = {dp * others}" if others > 1 else f"{dp}"
+        raise ValueError(
+            f"parallel.dp: {dp}; this mesh has {product} ranks, but {num_ranks} were started. Allowed here: "
+            f"{num_ranks // others}, or -1 for what the other axes leave; or start {dp * others}: mpirun -n {dp * others}"
+        )
+    train = config.train
+    portion = dp * train.micro_batch
+    if train.global_batch % portion:
+        below, above = train.global_batch // portion * portion, -(-train.global_batch // portion) * portion
+        fits = _divisors(train.global_batch // dp) if train.global_batch % dp == 0 else []
+        raise ValueError(
+            f"train.global_batch: {train.global_batch}; must be a multiple of parallel.dp x train.micro_batch = "
+            f"{dp} x {train.micro_batch} = {portion}, nearest: {_listed([size for size in (below, above) if size])}"
+            + (f"; or train.micro_batch: {_listed(fits)}" if fits else "")
+        )
+    return replace(config, parallel=replace(parallel, dp=dp))
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _nearest(value: int, legal: list[int]) -> str:
+    return _listed(sorted(sorted(legal, key=lambda candidate: abs(candidate - value))[:2]))
+
+
+def _listed(values: list[int]) -> str:
+    return " or ".join([", ".join(map(str, values[:-1]))] * (len(values) > 1) + [str(values[-1])])
