@@ -50,12 +50,10 @@ def attention_vjp(
     dk: Maybe = None,
     dv: Maybe = None,
 ) -> tuple[Array, Array, Array]:
-    (
-        """P = exp(scale * q k^T - logsumexp), dS = P * (g v^T - rowsum(g * out)) * scale;
-    dq = dS k, dk = dS^T q, dv = P^T 
+    """P = exp(scale * q k^T - logsumexp), dS = P * (g v^T - rowsum(g * out)) * scale.
+
+    dq = dS k, dk = dS^T q, dv = P^T g; written into the arrays given, if any.
     """
-        ""
-    )
     dq = np.zeros_like(q, order="C") if dq is None else dq
     dk = np.zeros_like(k, order="C") if dk is None else dk
     dv = np.zeros_like(v, order="C") if dv is None else dv
