@@ -455,8 +455,8 @@ def check(config: Config, num_ranks: int) -> Config:
     if dp * others != num_ranks:
         product = f"{dp} x {others} = {dp * others}" if others > 1 else f"{dp}"
         raise ValueError(
-            f"parallel.dp: {dp}; this mesh has {product} ranks, but {num_ranks} were started. Allowed here: "
-            f"{num_ranks // others}, or -1 for what the other axes leave; or start {dp * others}: mpirun -n {dp * others}"
+            f"parallel.dp: {dp}; this mesh has {product} ranks, but there are {num_ranks}. "
+            f"Allowed: {num_ranks // others}, or -1 for what the other axes leave; or start {dp * others} ranks"
         )
     train = config.train
     portion = dp * train.micro_batch
