@@ -1,0 +1,88 @@
+"""What all collectives agree on about arrays: dtypes, the four operations, how a length is cut, how a sum is ordered.
+
+    cut(10, 4)      -> 3 3 2 2       the first (count mod size) ranks get one more; the same rule everywhere
+    reduce_rows     -> ((x0 + x1) + x2) + ...      rank order, whatever the executor
+
+Invariant: the order of a sum depends on (size, count, algorithm) alone, so results repeat bit for bit. float16, bfloat16 and
+the float8 types of ml_dtypes are added in float32 and rounded once at the end.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+# Every reduction is a sum unless asked; there is no average.
+OPERATIONS: dict[str, np.ufunc] = {"sum": np.add, "prod": np.multiply, "max": np.maximum, "min": np.minimum}
+
+# Elements per pass: a float32 block of it is 128 KiB, so that a block of the sum stays in the L2 cache of any recent core.
+BLOCK_BYTES = 128 * 1024
+
+
+def operation(op: str, dtype: np.dtype[Any]) -> np.ufunc:
+    """The NumPy ufunc of `op` ("sum", "prod", "max", "min"); ValueError for another word or a dtype that has no sum."""
+    if dtype.kind not in "biufc" and not is_small_float(dtype):
+        raise ValueError(f"dtype={dtype}: only boolean, integer, floating and complex arrays can be reduced")
+    try:
+        return OPERATIONS[op]
+    except KeyError:
+        raise ValueError(f"op={op!r}: not an operation; allowed: {', '.join(OPERATIONS)}") from None
+
+
+def is_small_float(dtype: np.dtype[Any]) -> bool:
+    """float16, or a float type of ml_dtypes (told by its name: that package is imported only by who makes such arrays)."""
+    return dtype == np.float16 or dtype.name.startswith(("bfloat16", "float8", "float6", "float4"))
+
+
+def accumulator(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The dtype in which arrays of `dtype` are added up."""
+    return np.dtype(np.float32) if is_small_float(dtype) else dtype
+
+
+def dtype_from_name(name: str) -> np.dtype[Any]:
+    """The dtype whose `name` or `str` this is; the names of ml_dtypes ("bfloat16") are known too."""
+    try:
+        return np.dtype(name)
+    except TypeError:
+        import ml_dtypes
+
+        return np.dtype(getattr(ml_dtypes, name))
+
+
+def dtype_name(dtype: np.dtype[Any]) -> str:
+    """The inverse of `dtype_from_name`."""
+    return dtype.name if dtype.type.__module__ == "ml_dtypes" else dtype.str
+
+
+def cut(count: int, size: int) -> list[int]:
+    """Lengths of `size` consecutive blocks of `count` things: the first `count % size` blocks get one more."""
+    small, extra = divmod(count, size)
+    return [small + 1] * extra + [small] * (size - extra)
+
+
+def starts(counts: Sequence[int]) -> list[int]:
+    """Where each block begins: [0, counts[0], counts[0] + counts[1], ...] without the total."""
+    return list(accumulate(counts, initial=0))[:-1]
+
+
+def reduce_rows(ufunc: np.ufunc, sources: Sequence[Array], target: Array) -> None:
+    """Target = sources[0] op sources[1] op ... in this order, block by block; all 1-D of one length.
+
+    `target` may be one of the sources exactly (not a shifted view of one).
+    """
+    dtype = target.dtype
+    wide = accumulator(dtype)
+    step = max(1, BLOCK_BYTES // wide.itemsize)
+    scratch = np.empty(min(step, len(target)), wide)
+    for start in range(0, len(target), step):
+        stop = min(start + step, len(target))
+        total = scratch[: stop - start]
+        np.copyto(total, sources[0][start:stop])
+        for source in sources[1:]:
+            part = source[start:stop]
+            ufunc(total, part if wide is dtype else part.astype(wide), out=total)
+        with np.errstate(over="ignore"):  # a float16 sum beyond 65504 is infinity, as it would be in float16
+            np.copyto(target[start:stop], total, casting="same_kind")

@@ -1,0 +1,347 @@
+"""The transport over MPI. The only file of dtrain that imports mpi4py.
+
+Thread level: mpi4py asks for MPI_THREAD_MULTIPLE unless told otherwise, and MPICH then switches its shared-memory collectives
+off. One thread at a time calls MPI here, so SERIALIZED is asked for. Whoever initialised MPI before us keeps his level.
+
+Only buffers travel, never pickles: the upper-case methods of mpi4py. What is moved but not computed with travels as bytes,
+so every dtype of NumPy is welcome. Counts of MPI are C ints: whatever is longer than `Transport.limit` bytes goes in pieces.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import mpi4py
+import numpy as np
+
+if "mpi4py.MPI" not in sys.modules and "MPI4PY_RC_THREAD_LEVEL" not in os.environ:
+    mpi4py.rc.thread_level = "serialized"
+from mpi4py import MPI
+
+from dtrain.collectives.dtypes import Array, starts
+from dtrain.collectives.work import Request
+
+# Native reductions used per kind of dtype. Not here, and therefore done by `exchange`: float16 (MPI has none that is portable),
+# max and min of floats (MPI may drop a NaN, NumPy never does), max and min of complex numbers (MPI has none).
+_ARITHMETIC = {"sum": MPI.SUM, "prod": MPI.PROD}
+_ORDERED = {**_ARITHMETIC, "max": MPI.MAX, "min": MPI.MIN}
+_LOGICAL = {"sum": MPI.BOR, "max": MPI.BOR, "prod": MPI.BAND, "min": MPI.BAND}
+_OPERATIONS: dict[str, dict[str, MPI.Op]] = {
+    "i": _ORDERED,
+    "u": _ORDERED,
+    "f": _ARITHMETIC,
+    "c": _ARITHMETIC,
+    "b": _LOGICAL,
+}
+
+_COLLECTIVE = 32767  # tag of messages inside a collective, the largest every MPI has; users' tags stay below
+
+
+class _Finished:
+    """The request of an operation that is already over."""
+
+    def test(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        pass
+
+
+class _Requests:
+    """One or more MPI requests as one; keeps the buffers alive until they are done."""
+
+    def __init__(self, requests: list[MPI.Request], *buffers: Any) -> None:
+        self._requests = requests
+        self._buffers = buffers
+
+    def test(self) -> bool:
+        return bool(MPI.Request.Testall(self._requests))
+
+    def wait(self) -> None:
+        MPI.Request.Waitall(self._requests)
+
+
+class SharedSegment:
+    """Memory of an MPI-3 shared window: `parts[r]` is the part of rank r, mapped into this process."""
+
+    def __init__(self, comm: MPI.Intracomm, nbytes: int) -> None:
+        self._window = MPI.Win.Allocate_shared(nbytes, 1, MPI.INFO_NULL, comm)
+        self._window.Lock_all(
+            MPI.MODE_NOCHECK
+        )  # one passive epoch for the whole life: plain loads and stores, and Sync
+        self.parts = [memoryview(self._window.Shared_query(rank)[0]).cast("B") for rank in range(comm.size)]
+        self.fence: Callable[[], None] = self._window.Sync
+
+    def free(self) -> None:
+        """Collective: unmap. No array that lies here may be touched afterwards."""
+        self.parts = []
+        self._window.Unlock_all()
+        self._window.Free()
+
+
+class Transport:
+    """The collectives of the MPI library on one of its communicators."""
+
+    name = "mpi"
+    limit = 1 << 30  # bytes in one MPI call
+
+    def __init__(self, comm: MPI.Intracomm, nodes: list[int], names: dict[int, str]) -> None:
+        self.rank = comm.rank
+        self.size = comm.size
+        self.nodes = nodes
+        self.hosts = [names[node] for node in nodes]
+        self._comm = comm
+        self._names = names  # node -> host name
+        self._closed = False
+
+    # Movement: bytes
+
+    def barrier(self) -> None:
+        self._comm.Barrier()
+
+    def broadcast(self, buffer: Array, root: int) -> None:
+        for piece in self._pieces(_octets(buffer)):
+            self._comm.Bcast([piece, MPI.BYTE], root)
+
+    def all_gather(self, source: Array, target: Array, counts: Sequence[int]) -> None:
+        item = target.itemsize
+        lengths = [count * item for count in counts]
+        if sum(lengths) <= self.limit:
+            if min(lengths) == max(lengths):
+                self._comm.Allgather([_octets(source), MPI.BYTE], [_octets(target), lengths[0], MPI.BYTE])
+            else:
+                self._comm.Allgatherv(
+                    [_octets(source), MPI.BYTE], [_octets(target), lengths, starts(lengths), MPI.BYTE]
+                )
+            return
+        for root, (start, count) in enumerate(zip(starts(counts), counts, strict=True)):
+            block = target[start : start + count]
+            if root == self.rank and not np.shares_memory(block, source):
+                np.copyto(block, source)
+            self.broadcast(block, root)
+
+    def all_to_all(
+        self, source: Array, target: Array, send_counts: Sequence[int], receive_counts: Sequence[int]
+    ) -> None:
+        # All messages posted at once, as MPI_Alltoallv does; done here because only the two ends of a pair know its length,
+        # and with it whether it must go in pieces.
+        outgoing, incoming = starts(send_counts), starts(receive_counts)
+        requests: list[MPI.Request] = []
+        for shift in range(1, self.size):
+            origin = (self.rank - shift) % self.size
+            block = target[incoming[origin] : incoming[origin] + receive_counts[origin]]
+            requests += [
+                self._comm.Irecv([piece, MPI.BYTE], origin, _COLLECTIVE) for piece in self._pieces(_octets(block))
+            ]
+        for shift in range(1, self.size):
+            to = (self.rank + shift) % self.size
+            block = source[outgoing[to] : outgoing[to] + send_counts[to]]
+            requests += [self._comm.Isend([piece, MPI.BYTE], to, _COLLECTIVE) for piece in self._pieces(_octets(block))]
+        here, there = outgoing[self.rank], incoming[self.rank]
+        np.copyto(target[there : there + receive_counts[self.rank]], source[here : here + send_counts[self.rank]])
+        MPI.Request.Waitall(requests)
+
+    def gather(self, source: Array, target: Array | None, counts: Sequence[int], root: int) -> None:
+        lengths = [count * source.itemsize for count in counts]
+        if sum(lengths) <= self.limit:
+            into = None if target is None else [_octets(target), lengths, starts(lengths), MPI.BYTE]
+            self._comm.Gatherv([_octets(source), MPI.BYTE], into, root)
+        elif target is None:
+            self.send(source, root, _COLLECTIVE)
+        else:
+            for rank, (start, count) in enumerate(zip(starts(counts), counts, strict=True)):
+                if rank == root:
+                    np.copyto(target[start : start + count], source)
+                else:
+                    self.recv(target[start : start + count], rank, _COLLECTIVE)
+
+    def scatter(self, source: Array | None, target: Array, counts: Sequence[int], root: int) -> None:
+        lengths = [count * target.itemsize for count in counts]
+        if sum(lengths) <= self.limit:
+            origin = None if source is None else [_octets(source), lengths, starts(lengths), MPI.BYTE]
+            self._comm.Scatterv(origin, [_octets(target), MPI.BYTE], root)
+        elif source is None:
+            self.recv(target, root, _COLLECTIVE)
+        else:
+            for rank, (start, count) in enumerate(zip(starts(counts), counts, strict=True)):
+                if rank == root:
+                    np.copyto(target, source[start : start + count])
+                else:
+                    self.send(source[start : start + count], rank, _COLLECTIVE)
+
+    def send(self, source: Array, destination: int, tag: int) -> None:
+        for piece in self._pieces(_octets(source)):
+            self._comm.Send([piece, MPI.BYTE], destination, tag)
+
+    def recv(self, target: Array, source: int, tag: int) -> None:
+        for piece in self._pieces(_octets(target)):
+            status = MPI.Status()
+            self._comm.Recv([piece, MPI.BYTE], source, tag, status)
+            if status.Get_count(MPI.BYTE) != len(piece):
+                raise ValueError(
+                    f"recv from rank {source}, tag {tag}: {status.Get_count(MPI.BYTE)} bytes came, out= has {len(piece)}"
+                )
+
+    # Reductions: typed
+
+    def reduces(self, op: str, source: Array) -> bool:
+        return op in _OPERATIONS.get(source.dtype.kind, {}) and source.dtype.char != "e"
+
+    def all_reduce(self, source: Array, target: Array, op: str) -> None:
+        source, target, operator = _typed(source, target, op)
+        in_place = _same(source, target)
+        step = max(1, self.limit // source.itemsize)
+        for start in range(0, len(source), step):
+            part = target[start : start + step]
+            self._comm.Allreduce(MPI.IN_PLACE if in_place else source[start : start + step], part, operator)
+
+    def reduce_scatter(self, source: Array, target: Array, counts: Sequence[int], op: str) -> None:
+        source, target, operator = _typed(source, target, op)
+        if source.nbytes <= self.limit:
+            # Target and source may overlap when the caller works in place; MPI forbids that.
+            into = np.empty_like(target) if np.may_share_memory(source, target) else target
+            self._comm.Reduce_scatter(source, into, list(counts), operator)
+            if into is not target:
+                np.copyto(target, into)
+            return
+        for root, (start, count) in enumerate(zip(starts(counts), counts, strict=True)):
+            block = source[start : start + count]
+            self._reduce(block, target if root == self.rank else None, operator, root)
+
+    def reduce(self, source: Array, target: Array | None, op: str, root: int) -> None:
+        if target is None:
+            source, _, operator = _typed(source, source, op)
+        else:
+            source, target, operator = _typed(source, target, op)
+        self._reduce(source, target, operator, root)
+
+    def _reduce(self, source: Array, target: Array | None, operator: MPI.Op, root: int) -> None:
+        step = max(1, self.limit // source.itemsize)
+        for start in range(0, len(source), step):
+            part = source[start : start + step]
+            into = None if target is None else target[start : start + step]
+            if into is not None and np.may_share_memory(part, into):
+                part = part.copy()
+            self._comm.Reduce(part, into, operator, root)
+
+    # Non-blocking
+
+    def start_all_reduce(self, source: Array, target: Array, op: str) -> Request:
+        source, target, operator = _typed(source, target, op)
+        in_place = _same(source, target)
+        step = max(1, self.limit // source.itemsize)
+        requests = [
+            self._comm.Iallreduce(
+                MPI.IN_PLACE if in_place else source[start : start + step], target[start : start + step], operator
+            )
+            for start in range(0, len(source), step)
+        ]
+        return _Requests(requests, source, target)
+
+    def start_reduce_scatter(self, source: Array, target: Array, counts: Sequence[int], op: str) -> Request:
+        if source.nbytes > self.limit or np.may_share_memory(source, target):
+            self.reduce_scatter(source, target, counts, op)
+            return _Finished()
+        source, target, operator = _typed(source, target, op)
+        return _Requests([self._comm.Ireduce_scatter(source, target, list(counts), operator)], source, target)
+
+    def start_all_gather(self, source: Array, target: Array, counts: Sequence[int]) -> Request:
+        lengths = [count * target.itemsize for count in counts]
+        if sum(lengths) > self.limit:
+            self.all_gather(source, target, counts)
+            return _Finished()
+        into = [_octets(target), lengths, starts(lengths), MPI.BYTE]
+        return _Requests([self._comm.Iallgatherv([_octets(source), MPI.BYTE], into)], source, target)
+
+    def start_broadcast(self, buffer: Array, root: int) -> Request:
+        pieces = self._pieces(_octets(buffer))
+        return _Requests([self._comm.Ibcast([piece, MPI.BYTE], root) for piece in pieces], buffer)
+
+    def start_send(self, source: Array, destination: int, tag: int) -> Request:
+        pieces = self._pieces(_octets(source))
+        return _Requests([self._comm.Isend([piece, MPI.BYTE], destination, tag) for piece in pieces], source)
+
+    def start_recv(self, target: Array, source: int, tag: int) -> Request:
+        pieces = self._pieces(_octets(target))
+        return _Requests([self._comm.Irecv([piece, MPI.BYTE], source, tag) for piece in pieces], target)
+
+    # Life
+
+    def split(self, color: int | None, key: int) -> "Transport | None":
+        comm = self._comm.Split(MPI.UNDEFINED if color is None else color, key)
+        if comm == MPI.COMM_NULL:
+            return None
+        nodes = np.empty(comm.size, np.int64)
+        comm.Allgather(np.array([self.nodes[self.rank]], np.int64), nodes)
+        return Transport(comm, nodes.tolist(), self._names)
+
+    def share(self, nbytes: int) -> SharedSegment | None:
+        if len(set(self.nodes)) > 1:
+            return None
+        return SharedSegment(self._comm, nbytes)
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._comm.Free()
+
+    def abort(self, code: int) -> NoReturn:
+        MPI.COMM_WORLD.Abort(code)  # the whole job, whatever part of it this communicator is
+        os._exit(code)
+
+    # Helpers
+
+    def _pieces(self, octets: Array) -> list[Array]:
+        """`octets` in pieces of at most `limit` bytes; one empty piece when there is nothing, so that messages pair up."""
+        return [octets[start : start + self.limit] for start in range(0, max(1, len(octets)), self.limit)]
+
+
+def _octets(array: Array) -> Array:
+    return array.view(np.uint8)
+
+
+def _typed(source: Array, target: Array, op: str) -> tuple[Array, Array, MPI.Op]:
+    """The arrays and the MPI operation; truth values travel as bytes of 0 and 1 under bitwise operations."""
+    operator = _OPERATIONS[source.dtype.kind][op]
+    if source.dtype.kind == "b":
+        return source.view(np.uint8), target.view(np.uint8), operator
+    return source, target, operator
+
+
+def _same(source: Array, target: Array) -> bool:
+    return source is target or source.__array_interface__["data"][0] == target.__array_interface__["data"][0]
+
+
+def world_transport() -> Transport:
+    """The transport between all ranks of the job; the first call initialises MPI."""
+    comm = MPI.COMM_WORLD
+    # Who shares memory with me, and what is that machine called? Names as bytes, one fixed length.
+    shared = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    leader = np.array([comm.rank], np.int64)
+    shared.Bcast(leader, 0)
+    shared.Free()
+    name = MPI.Get_processor_name().encode()
+    longest = np.zeros(1, np.int64)
+    comm.Allreduce(np.array([len(name)], np.int64), longest, MPI.MAX)
+    width = 8 + int(longest[0])
+    mine = np.frombuffer(int(leader[0]).to_bytes(8, "little") + name.ljust(width - 8), np.uint8)
+    everyone = np.empty((comm.size, width), np.uint8)
+    comm.Allgather(mine, everyone)
+    rows = [row.tobytes() for row in everyone]
+    nodes = [int.from_bytes(row[:8], "little") for row in rows]
+    names = {node: row[8:].decode().rstrip() for node, row in zip(nodes, rows, strict=True)}
+    # A duplicate, so that messages of other libraries on COMM_WORLD never meet ours.
+    return Transport(comm.Dup(), nodes, names)
+
+
+def library() -> str:
+    """One line about the MPI library and the thread level it runs at."""
+    levels = {
+        MPI.THREAD_SINGLE: "single",
+        MPI.THREAD_FUNNELED: "funneled",
+        MPI.THREAD_SERIALIZED: "serialized",
+        MPI.THREAD_MULTIPLE: "multiple",
+    }
+    first_line = MPI.Get_library_version().splitlines()[0].strip()
+    return f"{first_line}, thread level {levels[MPI.Query_thread()]}"

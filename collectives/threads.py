@@ -1,0 +1,272 @@
+"""Ranks as threads of one process: the same communicator without MPI, for tests.
+
+    def function(comm, x): return comm.all_reduce(x + comm.rank)
+    run_threads(4, function, 10.0)        # [46.0, 46.0, 46.0, 46.0]
+
+All collectives rest on one operation, `share`: each rank puts a value on the table, waits, and sees the values of all; a second
+barrier keeps the table until everybody has read it. Invariant: sums run in rank order. A rank that fails breaks the barriers, so
+that nobody waits for it.
+"""
+
+import queue
+import socket
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+
+from dtrain.collectives.communicator import Communicator
+from dtrain.collectives.dtypes import OPERATIONS, Array, reduce_rows, starts
+from dtrain.collectives.work import Request
+
+
+class RankLost(RuntimeError):
+    """Another rank failed, or did not come in time; never the first failure."""
+
+
+class _Room:
+    """What the ranks of one communicator share."""
+
+    def __init__(self, size: int, deadline: float, parent: "_Room | None" = None) -> None:
+        self.size = size
+        self.deadline = deadline
+        self.barrier = threading.Barrier(size)
+        self.table: list[Any] = [None] * size
+        self.mail: dict[tuple[int, int, int], queue.Queue[Array]] = defaultdict(queue.Queue)
+        self.lock = threading.Lock()
+        self.rooms: list[_Room] = []
+        self.broken = False
+        if parent is not None:
+            parent.rooms.append(self)
+
+    def shatter(self) -> None:
+        """End every wait in this room and those split from it."""
+        self.broken = True
+        self.barrier.abort()
+        for room in self.rooms:
+            room.shatter()
+
+    def meet(self) -> None:
+        """Wait for all ranks of the room."""
+        try:
+            self.barrier.wait(max(0.0, self.deadline - time.monotonic()))
+        except threading.BrokenBarrierError:
+            raise RankLost("another rank failed or did not come in time") from None
+
+
+class _Later:
+    """A receive under way."""
+
+    def __init__(self, receive: Callable[[bool], bool]) -> None:
+        self._receive = receive
+
+    def test(self) -> bool:
+        return self._receive(False)
+
+    def wait(self) -> None:
+        self._receive(True)
+
+
+class _Finished:
+    """An operation already over."""
+
+    def test(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        pass
+
+
+class Transport:
+    """The primitive operations between the threads of a room."""
+
+    name = "threads"
+
+    def __init__(self, room: _Room, rank: int) -> None:
+        self._room = room
+        self.rank = rank
+        self.size = room.size
+        self.hosts = [socket.gethostname()] * room.size
+        self.nodes = [0] * room.size
+
+    def share_values(self, value: Any, use: Callable[[list[Any]], Any]) -> Any:
+        """`use` of the values of all ranks; nobody changes its value before all have used it."""
+        room = self._room
+        room.table[self.rank] = value
+        room.meet()
+        result = use(list(room.table))
+        room.meet()
+        return result
+
+    def barrier(self) -> None:
+        self._room.meet()
+
+    def broadcast(self, buffer: Array, root: int) -> None:
+        def use(buffers: list[Array]) -> None:
+            if self.rank != root:
+                np.copyto(buffer, buffers[root])
+
+        self.share_values(buffer, use)
+
+    def all_gather(self, source: Array, target: Array, counts: Sequence[int]) -> None:
+        self.share_values(source.copy(), lambda sources: np.concatenate(sources, out=target))
+
+    def all_to_all(
+        self, source: Array, target: Array, send_counts: Sequence[int], receive_counts: Sequence[int]
+    ) -> None:
+        offsets = starts(send_counts)
+        blocks = [source[start : start + count].copy() for start, count in zip(offsets, send_counts, strict=True)]
+        self.share_values(blocks, lambda rows: np.concatenate([row[self.rank] for row in rows], out=target))
+
+    def gather(self, source: Array, target: Array | None, counts: Sequence[int], root: int) -> None:
+        def use(sources: list[Array]) -> None:
+            if target is not None:
+                np.concatenate(sources, out=target)
+
+        self.share_values(source.copy(), use)
+
+    def scatter(self, source: Array | None, target: Array, counts: Sequence[int], root: int) -> None:
+        start = starts(counts)[self.rank]
+
+        def use(sources: list[Array]) -> None:
+            np.copyto(target, sources[root][start : start + counts[self.rank]])
+
+        self.share_values(source, use)
+
+    def send(self, source: Array, destination: int, tag: int) -> None:
+        self._mailbox(self.rank, destination, tag).put(source.copy())
+
+    def recv(self, target: Array, source: int, tag: int) -> None:
+        self._receiver(target, source, tag)(True)
+
+    def reduces(self, op: str, source: Array) -> bool:
+        return True
+
+    def all_reduce(self, source: Array, target: Array, op: str) -> None:
+        total = np.empty_like(target)  # nobody may write its target while others still read it as their source
+        self.share_values(source, lambda sources: reduce_rows(OPERATIONS[op], sources, total))
+        np.copyto(target, total)
+
+    def reduce_scatter(self, source: Array, target: Array, counts: Sequence[int], op: str) -> None:
+        block = slice(starts(counts)[self.rank], starts(counts)[self.rank] + counts[self.rank])
+        total = np.empty_like(target)
+        self.share_values(
+            source, lambda sources: reduce_rows(OPERATIONS[op], [other[block] for other in sources], total)
+        )
+        np.copyto(target, total)
+
+    def reduce(self, source: Array, target: Array | None, op: str, root: int) -> None:
+        total = np.empty_like(source)
+        self.share_values(source, lambda sources: reduce_rows(OPERATIONS[op], sources, total))
+        if target is not None:
+            np.copyto(target, total)
+
+    # Non-blocking: collectives meet at once (a thread always comes), messages are truly late.
+
+    def start_all_reduce(self, source: Array, target: Array, op: str) -> Request:
+        self.all_reduce(source, target, op)
+        return _Finished()
+
+    def start_reduce_scatter(self, source: Array, target: Array, counts: Sequence[int], op: str) -> Request:
+        self.reduce_scatter(source, target, counts, op)
+        return _Finished()
+
+    def start_all_gather(self, source: Array, target: Array, counts: Sequence[int]) -> Request:
+        self.all_gather(source, target, counts)
+        return _Finished()
+
+    def start_broadcast(self, buffer: Array, root: int) -> Request:
+        self.broadcast(buffer, root)
+        return _Finished()
+
+    def start_send(self, source: Array, destination: int, tag: int) -> Request:
+        self.send(source, destination, tag)
+        return _Finished()
+
+    def start_recv(self, target: Array, source: int, tag: int) -> Request:
+        return _Later(self._receiver(target, source, tag))
+
+    def split(self, color: int | None, key: int) -> "Transport | None":
+        def members(entries: list[tuple[int | None, int, int]]) -> list[int]:
+            return [rank for other, _, rank in sorted(entries, key=lambda entry: entry[1:]) if other == color]
+
+        group = self.share_values((color, key, self.rank), members)
+        leader = color is not None and group[0] == self.rank
+        mine = _Room(len(group), self._room.deadline, self._room) if leader else None
+        rooms = self.share_values(mine, list)
+        return None if color is None else Transport(rooms[group[0]], group.index(self.rank))
+
+    def share(self, nbytes: int) -> None:
+        """Threads share everything already; windows are for processes."""
+        return None
+
+    def close(self) -> None:
+        """The room goes with its last rank."""
+
+    def abort(self, code: int) -> NoReturn:
+        raise RuntimeError(f"rank {self.rank} aborted with code {code}")
+
+    def _mailbox(self, source: int, destination: int, tag: int) -> "queue.Queue[Array]":
+        with self._room.lock:
+            return self._room.mail[source, destination, tag]
+
+    def _receiver(self, target: Array, source: int, tag: int) -> Callable[[bool], bool]:
+        mailbox = self._mailbox(source, self.rank, tag)
+        arrived = False
+
+        def receive(patient: bool) -> bool:
+            nonlocal arrived
+            while not arrived:
+                try:
+                    message = mailbox.get(timeout=0.05) if patient else mailbox.get_nowait()
+                except queue.Empty:
+                    if self._room.broken or time.monotonic() > self._room.deadline:
+                        raise RankLost(f"no message came from rank {source}, tag {tag}") from None
+                    if not patient:
+                        return False
+                    continue
+                if message.nbytes != target.nbytes:
+                    raise ValueError(
+                        f"recv from rank {source}, tag {tag}: {message.nbytes} bytes came, out= has {target.nbytes}"
+                    )
+                np.copyto(target.view(np.uint8), message.view(np.uint8))
+                arrived = True
+            return True
+
+        return receive
+
+
+def run_threads(size: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
+    """function(comm, *args) on `size` ranks, each a thread; the results in rank order.
+
+    The first exception of a rank ends the others (their collectives raise RankLost) and is raised here. TimeoutError after
+    `timeout` seconds.
+    """
+    room = _Room(size, time.monotonic() + timeout)
+    results: list[Any] = [None] * size
+    failures: list[tuple[int, BaseException]] = []
+
+    def run(rank: int) -> None:
+        try:
+            results[rank] = function(Communicator(Transport(room, rank)), *args)
+        except BaseException as failure:
+            failures.append((rank, failure))
+            room.shatter()
+
+    threads = [threading.Thread(target=run, args=(rank,), name=f"rank {rank}", daemon=True) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, room.deadline + 1.0 - time.monotonic()))
+    first = next(((rank, failure) for rank, failure in failures if not isinstance(failure, RankLost)), None)
+    if first is not None:
+        first[1].add_note(f"on rank {first[0]} of {size}")
+        raise first[1]
+    if failures or any(thread.is_alive() for thread in threads):
+        room.shatter()
+        waiting = [thread.name for thread in threads if thread.is_alive()] or [f"rank {rank}" for rank, _ in failures]
+        raise TimeoutError(f"run_threads: not finished after {timeout} s: {', '.join(waiting)}")
+    return results

@@ -1,0 +1,94 @@
+"""The seam between the communicator and what moves its bytes: MPI (`mpi.py`), threads (`threads.py`), nothing (`Alone`).
+
+A transport sees only flat, contiguous arrays of the machine's byte order, never checks them, and knows no algorithm.
+`counts` are elements per rank.
+"""
+
+import os
+import socket
+from collections.abc import Sequence
+from typing import NoReturn, Protocol
+
+from dtrain.collectives.dtypes import Array
+from dtrain.collectives.work import Request
+
+
+class Segment(Protocol):
+    """Memory shared by the ranks of one node, one part per rank, every part mapped by every rank."""
+
+    parts: list[memoryview]
+
+    def fence(self) -> None:
+        """Order the memory accesses of this rank before and after the call."""
+
+    def free(self) -> None:
+        """Collective: unmap."""
+
+
+class Transport(Protocol):
+    """The primitive operations between `size` ranks."""
+
+    rank: int
+    size: int
+    hosts: list[str]  # of each rank
+    nodes: list[int]  # of each rank: equal numbers share memory
+    name: str
+
+    def barrier(self) -> None: ...
+    def broadcast(self, buffer: Array, root: int) -> None: ...
+    def all_gather(self, source: Array, target: Array, counts: Sequence[int]) -> None: ...
+    def all_to_all(
+        self, source: Array, target: Array, send_counts: Sequence[int], receive_counts: Sequence[int]
+    ) -> None: ...
+    def gather(self, source: Array, target: Array | None, counts: Sequence[int], root: int) -> None: ...
+    def scatter(self, source: Array | None, target: Array, counts: Sequence[int], root: int) -> None: ...
+    def send(self, source: Array, destination: int, tag: int) -> None: ...
+    def recv(self, target: Array, source: int, tag: int) -> None: ...
+
+    def reduces(self, op: str, source: Array) -> bool:
+        """Whether the three reductions below know this operation for this dtype."""
+
+    def all_reduce(self, source: Array, target: Array, op: str) -> None: ...
+    def reduce_scatter(self, source: Array, target: Array, counts: Sequence[int], op: str) -> None: ...
+    def reduce(self, source: Array, target: Array | None, op: str, root: int) -> None: ...
+
+    def start_all_reduce(self, source: Array, target: Array, op: str) -> Request: ...
+    def start_reduce_scatter(self, source: Array, target: Array, counts: Sequence[int], op: str) -> Request: ...
+    def start_all_gather(self, source: Array, target: Array, counts: Sequence[int]) -> Request: ...
+    def start_broadcast(self, buffer: Array, root: int) -> Request: ...
+    def start_send(self, source: Array, destination: int, tag: int) -> Request: ...
+    def start_recv(self, target: Array, source: int, tag: int) -> Request: ...
+
+    def split(self, color: int | None, key: int) -> "Transport | None": ...
+    def share(self, nbytes: int) -> Segment | None:
+        """Collective: a segment with `nbytes` per rank, or None where memory cannot be shared."""
+
+    def close(self) -> None: ...
+    def abort(self, code: int) -> NoReturn: ...
+
+
+class Alone:
+    """The transport of one rank: the communicator answers everything itself and asks only for these."""
+
+    rank = 0
+    size = 1
+    name = "alone"
+
+    def __init__(self) -> None:
+        self.hosts = [socket.gethostname()]
+        self.nodes = [0]
+
+    def split(self, color: int | None, key: int) -> "Alone | None":
+        """Itself again."""
+        return None if color is None else Alone()
+
+    def share(self, nbytes: int) -> None:
+        """Nobody to share with."""
+        return None
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def abort(self, code: int) -> NoReturn:
+        """End the process at once with exit status `code`."""
+        os._exit(code)
