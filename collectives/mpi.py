@@ -9,6 +9,7 @@ so every dtype of NumPy is welcome. Counts of MPI are C ints: whatever is longer
 
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -287,8 +288,7 @@ class Transport:
             self._comm.Free()
 
     def abort(self, code: int) -> NoReturn:
-        MPI.COMM_WORLD.Abort(code)  # the whole job, whatever part of it this communicator is
-        os._exit(code)
+        abort(code)
 
     # Helpers
 
@@ -333,6 +333,31 @@ def world_transport() -> Transport:
     names = {node: row[8:].decode().rstrip() for node, row in zip(nodes, rows, strict=True)}
     # A duplicate, so that messages of other libraries on COMM_WORLD never meet ours.
     return Transport(comm.Dup(), nodes, names)
+
+
+# The end of a failed job: these need no communicator, and harm none, because only they use COMM_WORLD itself.
+
+
+def position() -> tuple[int, int]:
+    """Rank and size in the whole job."""
+    return MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
+
+
+def everyone(seconds: float) -> bool:
+    """Whether all ranks of the job call this within `seconds`; at most once in a process."""
+    request = MPI.COMM_WORLD.Ibarrier()
+    end = time.monotonic() + seconds
+    while not request.Test():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.002)
+    return True
+
+
+def abort(code: int) -> NoReturn:
+    """End all ranks of the job."""
+    MPI.COMM_WORLD.Abort(code)
+    os._exit(code)
 
 
 def library() -> str:
