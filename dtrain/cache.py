@@ -1,96 +1,73 @@
-"""What is expensive to make and cheap to keep: tokens, compiled kernels, measured tables, in one folder of the user.
+"""The folder for what is costly to make and cheap to keep: measured tables, tokens of a text, trained tokenizers.
 
-    <cache folder>/text/3f2a…/        an entry: a folder that appears whole, under a name that says what it was made
-    from <cache folder>/text/3f2a….lock    only while it is made: one rank of a machine makes it, the others wait <cache
-    folder>/text/3f2a….x8k1    only while it is made: the entry before its rename
+    $DTRAIN_CACHE, else ~/Library/Caches/dtrain on macOS, else $XDG_CACHE_HOME/dtrain, else ~/.cache/dtrain
 
-Invariant: an entry is complete or not there, whoever is killed when. The lock only saves work; where a file system has
-no locks, several ranks make the same entry, and the first rename wins. The folder may be deleted at any time between
-runs.
+Many ranks may make the same file at the same time. Each writes a file of its own and gives it the final name in one step,
+so a reader sees nothing or all of it, and the first one to finish wins.
 """
 
+import contextlib
 import os
-import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from dtrain.errors import UserError
 
 
 def cache_folder() -> Path:
-    """$DTRAIN_CACHE, else the platform's folder for caches, followed by /dtrain. It need not exist yet."""
-    if chosen := os.environ.get("DTRAIN_CACHE"):
-        return Path(chosen).expanduser().absolute()
+    """Return the folder; it need not exist yet."""
+    chosen = os.environ.get("DTRAIN_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "dtrain"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "dtrain"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dtrain"
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write the file `path` (its folder is made) such that readers see the old content or the new, never a part."""
+def write_once(path: Path, content: bytes) -> bool:
+    """Create `path` with `content` unless it exists; return whether it was this call that did. OSError as from open."""
+    return _write(path, content, replace=False)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write `path` whole or not at all, replacing what was there. OSError as from open."""
+    _write(path, content, replace=True)
+
+
+def _write(path: Path, content: bytes, replace: bool) -> bool:
+    if not replace and path.exists():
+        return False
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, partial = tempfile.mkstemp(prefix=path.name + ".", dir=path.parent)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with open(descriptor, "wb") as file:
             file.write(content)
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)  # mkstemp's files are for their owner alone
+        if replace:
+            os.replace(name, path)
+            return True
+        try:
+            os.link(name, path)  # fails where a rename would replace
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without links: the last one wins, with the same content
+            os.replace(name, path)
+        return True
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
 
 
-def cached(kind: str, name: str, make: Callable[[Path], None]) -> Path:
-    """The folder of the entry `name` (say, a hash of its sources) of `kind`; `make(folder)` fills a new one.
-
-    A UserError if the cache cannot be written. An OSError inside `make` is taken for that too: turn errors of the
-    sources into UserErrors there.
-    """
-    entry = cache_folder() / kind / name
-    if entry.is_dir():
-        return entry
+def check_writable(folder: Path) -> None:
+    """Raise UserError with the remedy when files cannot be made in `folder`."""
     try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        with locked(entry.with_name(name + ".lock")):
-            if not entry.is_dir():
-                _make(entry, make)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise UserError(
-            f"cannot write the cache {entry.parent}: {error.strerror or error}; "
-            "make room there, or set the environment variable DTRAIN_CACHE to a folder that can be written"
-        ) from error
-    return entry
-
-
-def _make(entry: Path, make: Callable[[Path], None]) -> None:
-    partial = Path(tempfile.mkdtemp(prefix=entry.name + ".", dir=entry.parent))
-    try:
-        make(partial)
-        partial.rename(entry)
-    except OSError:
-        if not entry.is_dir():  # otherwise another process without a common lock was first, with the same content
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file `path` against the other processes of this machine; the system frees it when its holder dies.
-
-    Without locks on the file system (some network ones), go on without: whoever calls this must stay right then.
-    """
-    import fcntl
-
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError:
-            pass  # ENOLCK, EOPNOTSUPP: nobody can lock here, and the rename keeps it right
-        yield
-        path.unlink(missing_ok=True)  # who waits for this file finds the entry, who comes later does not lock
-    finally:
-        os.close(descriptor)
+            f"{folder}: cannot be written ({error.strerror}); set DTRAIN_CACHE to a folder that can"
+        ) from None

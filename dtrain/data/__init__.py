@@ -8,8 +8,10 @@ from typing import Any
 
 from dtrain.config import DataConfig
 from dtrain.data.dataset import Data, Dataset, unigram_entropy
+from dtrain.data.images import open_images
 from dtrain.data.masking import masked
 from dtrain.data.sampler import Sampler, share
+from dtrain.data.tables import open_table
 from dtrain.data.text import open_text
 from dtrain.data.tokenizer import Tokenizer
 from dtrain.data.tokenizer import load as load_tokenizer
@@ -18,6 +20,8 @@ from dtrain.data.tokens import open_tokens
 DATASETS: dict[str, Callable[[Any, int, int, int | None, bool], Data]] = {
     "text": open_text,
     "tokens": open_tokens,
+    "images": open_images,
+    "table": open_table,
 }
 
 
