@@ -1,0 +1,56 @@
+"""What a strategy is: one way to use one axis of the mesh, seen by the trainer as four verbs.
+
+    apply(model, mesh)           once: cut parameters, set layouts, attach callbacks
+    no_sync()                    around the backward of every microbatch but the last
+    reduce_gradients(model)      each step, after the last backward
+    after_update(model)          each step, after the optimizer, e.g. gather what the owner updated
+
+Strategies never know one another; what one leaves to the next is written in the parameters' layouts.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import ClassVar
+
+from dtrain.flat import FlatBuffers
+from dtrain.mesh import Mesh
+from dtrain.modules import Module
+
+
+class Strategy:
+    """Base of all strategies: does nothing, in every verb."""
+
+    axis: ClassVar[str]
+    flat: FlatBuffers | None = None
+    """The flat buffers, if this strategy decides where the parameters lie."""
+
+    def apply(self, model: Module, mesh: Mesh) -> Module:
+        """Make the model of one process this rank's part of it; returns the model to train."""
+        return model
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Within this context backwards accumulate without communication."""
+        return nullcontext()
+
+    def reduce_gradients(self, model: Module) -> None:
+        """Afterwards every gradient is that of the global batch."""
+
+    def after_update(self, model: Module) -> None:
+        """Afterwards every parameter has its new value wherever it is used."""
+
+
+def unused_parameters(model: Module) -> list[str]:
+    """Names of the parameters that the last backward did not reach."""
+    return [name for name, parameter in model.named_parameters().items() if parameter.grad is None]
+
+
+class UnusedParametersError(RuntimeError):
+    """Some parameters took no part in the loss; their gradient is not zero but unknown."""
+
+    def __init__(self, names: list[str]) -> None:
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        super().__init__(
+            f"no gradient reached {shown}: these parameters were not used in this step's forward. "
+            "Use them, or leave them out of the model: waiting for them would hang the other ranks."
+        )

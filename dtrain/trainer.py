@@ -1,0 +1,212 @@
+"""The training loop: what one step is, and what it needs to go on after an interruption.
+
+    fetch ─► execute (forward + backward per microbatch) ─► reduce ─► clip ─► update ─► after_update
+
+The loss of a batch is the SUM over its targets; it is divided once, by the number of targets in the *global* batch.
+Everything else is a sum: over microbatches, over ranks. So no layout, and no uneven share of targets, changes the result.
+
+The state of a run is (parameters, optimizer state, step, consumed samples): data order and dropout masks are functions
+of (seed, position), see `dtrain/random.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dtrain import checkpoint, optimizers, schedules
+from dtrain.arrays import Array
+from dtrain.autograd import no_grad
+from dtrain.collectives import single
+from dtrain.config import Config
+from dtrain.data import Data, Dataset, Sampler, masked, share
+from dtrain.errors import UserError
+from dtrain.flat import FlatBuffers
+from dtrain.mesh import Mesh
+from dtrain.models import Model
+from dtrain.modules import Context
+from dtrain.strategy import Strategy
+
+# Gradients of float16 are kept away from the smallest numbers (6e-8) by scaling the loss up, and down again before use.
+LOSS_SCALE = {"float16": 1024.0}
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """What one step did, the same on every rank."""
+
+    step: int
+    """Counts from 1."""
+    loss: float
+    """Mean over the targets of the global batch, before the update."""
+    grad_norm: float
+    """Before clipping."""
+    learning_rate: float
+    step_seconds: float
+    tokens: int
+    """Targets of the global batch."""
+    validation_loss: float | None
+    """After the update, at the steps where the configuration asks for it."""
+
+
+class Trainer:
+    """A model, its data and its optimizer on a mesh; `run` makes the steps."""
+
+    def __init__(
+        self, config: Config, mesh: Mesh, data: Data, model: Model, strategies: Sequence[Strategy] = ()
+    ) -> None:
+        for strategy in strategies:
+            model = strategy.apply(model, mesh)  # type: ignore[assignment]
+        self.config, self.mesh, self.data, self.model, self.strategies = config, mesh, data, model, strategies
+        flats = [strategy.flat for strategy in strategies if strategy.flat is not None]
+        self.flat = flats[0] if flats else FlatBuffers(model.named_parameters(), single())
+        self.optimizer = optimizers.build(config.optimizer, self.flat)
+        self.sampler = Sampler(len(data.train), config.seed)
+        self.total_steps = config.train.steps
+        self.step = self.consumed = 0
+
+    def run(self) -> Iterator[StepRecord]:
+        """Make the remaining steps, one per iteration."""
+        while self.step < self.total_steps:
+            yield self.train_step()
+
+    def train_step(self) -> StepRecord:
+        """One step on the next global batch. Collective over the mesh."""
+        start = time.perf_counter()
+        loss, count = self.execute(list(self.microbatches()))
+        for strategy in self.strategies:
+            strategy.reduce_gradients(self.model)
+        loss, count = self.total(loss, count)
+        self._refuse_divergence(loss)
+
+        correction = self.expected_targets / (count * self.loss_scale)
+        norm = optimizers.global_norm(self.flat) * correction
+        clip = self.config.optimizer.clip_norm
+        scale = correction * (min(1.0, clip / (norm + 1e-6)) if clip is not None else 1.0)
+        learning_rate = self.learning_rate(self.step + 1)
+        self.optimizer.step(learning_rate, scale)
+        for strategy in self.strategies:
+            strategy.after_update(self.model)
+
+        self.flat.zero_grad()
+        self.step += 1
+        self.consumed += self.config.train.global_batch
+        seconds = time.perf_counter() - start
+        return StepRecord(self.step, loss / count, norm, learning_rate, seconds, int(count), self.validation())
+
+    # The parts of a step
+
+    def microbatches(self) -> Iterator[tuple[dict[str, Array], Context]]:
+        """This rank's share of the next global batch, in portions of `train.micro_batch` samples."""
+        start, count = share(self.consumed, self.config.train.global_batch, *self._data_rank())
+        yield from self._portions(self.data.train, start, self.sampler.indices(start, count), self.config.seed)
+
+    def execute(self, microbatches: list[tuple[dict[str, Array], Context]]) -> tuple[float, float]:
+        """Forward and backward of every microbatch; (sum of the losses, number of targets) on this rank."""
+        loss = count = 0.0
+        for i, (batch, context) in enumerate(microbatches):
+            with ExitStack() as stack:
+                if i < len(microbatches) - 1:
+                    for strategy in self.strategies:
+                        stack.enter_context(strategy.no_sync())
+                result = self.model.loss(batch, context)
+                result.backward(self.loss_scale / self.expected_targets)
+            loss += result.item()
+            count += self.model.count(batch)
+        return loss, count
+
+    def total(self, loss: float, count: float) -> tuple[float, float]:
+        """Sums over the data ranks."""
+        sums = self.mesh["dp"].all_reduce(np.array([loss, count], np.float64))
+        return float(sums[0]), float(sums[1])
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of `step` (from 1)."""
+        return schedules.learning_rate(self.config.schedule, step, self.config.optimizer.learning_rate, self.total_steps)
+
+    def validation(self) -> float | None:
+        """Mean loss on the first samples of the validation set, if this step is to have one. Collective."""
+        options, dataset = self.config.train.validate, self.data.validation
+        due = options.every and (self.step % options.every == 0 or self.step == self.total_steps)
+        if not due or dataset is None:
+            return None
+        start, count = share(
+            0, min(len(dataset), options.batches * self.config.train.global_batch), *self._data_rank()
+        )
+        loss = targets = 0.0
+        with no_grad():
+            for batch, _ in self._portions(dataset, start, np.arange(start, start + count), self.config.seed + 1):
+                loss += self.model.loss(batch).item()
+                targets += self.model.count(batch)
+        loss, targets = self.total(loss, targets)
+        return loss / targets
+
+    @property
+    def loss_scale(self) -> float:
+        return LOSS_SCALE.get(self.config.train.dtype, 1.0)
+
+    @property
+    def expected_targets(self) -> int:
+        """Targets of a global batch in which none is ignored."""
+        return self.config.train.global_batch * getattr(self.config.model, "sequence", 1)
+
+    def _data_rank(self) -> tuple[int, int]:
+        return self.mesh["dp"].rank, self.mesh["dp"].size
+
+    def _portions(
+        self, dataset: Dataset, start: int, indices: Array, seed: int
+    ) -> Iterator[tuple[dict[str, Array], Context]]:
+        size = self.config.train.micro_batch
+        for first in range(0, len(indices), size):
+            part = indices[first : first + size]
+            positions = np.arange(start + first, start + first + len(part), dtype=np.int64)
+            batch = dataset.batch(part)
+            if self.data.mask_token is not None:
+                batch = masked(batch, seed, positions, self.data.vocabulary, self.data.mask_token, self._mask_fraction)
+            yield batch, Context(seed=seed, step=self.step, row_ids=positions)
+
+    @property
+    def _mask_fraction(self) -> float:
+        return float(getattr(self.config.model, "mask_fraction", 0.15))
+
+    def _refuse_divergence(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss of step {self.step + 1} is {loss}: training diverged. "
+                f"Lower optimizer.learning_rate ({self.config.optimizer.learning_rate:g}), raise schedule.warmup_steps, "
+                "or set optimizer.clip_norm; the last checkpoint is from before."
+            )
+
+    # Interruption and continuation
+
+    def save(self, root: Path, keep: int = 0, extra: dict[str, Any] | None = None) -> Path:
+        """Write a checkpoint below `root`. Collective; returns its folder."""
+        pieces = [checkpoint.whole(name, p.data) for name, p in self.model.named_parameters().items()]
+        pieces += [checkpoint.whole(name, array) for name, array in self.optimizer.per_parameter_state().items()]
+        state = {
+            "step": self.step,
+            "consumed": self.consumed,
+            "seed": self.config.seed,
+            "data": self.data.fingerprint,
+            "optimizer": {"kind": self.config.optimizer.kind, "steps": self.optimizer.steps},
+            **(extra or {}),
+        }
+        return checkpoint.save(root, self.step, self.mesh.comm, pieces, state, keep)
+
+    def load(self, folder: Path) -> None:
+        """Go on from the checkpoint in `folder`, whatever layout wrote it."""
+        reader = checkpoint.Reader(folder)
+        arrays = {name: p.data for name, p in self.model.named_parameters().items()}
+        arrays |= self.optimizer.per_parameter_state()
+        checkpoint.check_names(reader, {name: (array.shape, str(array.dtype)) for name, array in arrays.items()})
+        for name, array in arrays.items():
+            array[...] = reader.tensor(name)
+        self.step, self.consumed = int(reader.state["step"]), int(reader.state["consumed"])
+        self.optimizer.steps = int(reader.state["optimizer"]["steps"])
