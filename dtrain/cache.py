@@ -2,8 +2,8 @@
 
     $DTRAIN_CACHE, else ~/Library/Caches/dtrain on macOS, else $XDG_CACHE_HOME/dtrain, else ~/.cache/dtrain
 
-Many ranks may make the same file at the same time. Each writes a file of its own and gives it the final name in one step,
-so a reader sees nothing or all of it, and the first one to finish wins.
+Many ranks may make the same file at the same time. Each writes a file of its own and gives it the final name in one
+step, so a reader sees nothing or all of it, and the first one to finish wins.
 """
 
 import contextlib

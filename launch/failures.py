@@ -1,0 +1,146 @@
+"""How a job ends when something goes wrong: one message, the right exit code, no process left behind.
+
+    UserError, wrong command line    2   the message, from one rank; no traceback
+    every other exception            1   the traceback of the rank that failed first, its rank and host
+    Ctrl-C, SIGTERM             130, 143   nothing; under mpirun all ranks are ended
+
+The difficulty is that a rank does not know whether the others failed too. A mistake in the configuration fails on all
+ranks: rank 0 tells it and all leave in good order, so that mpirun adds nothing. A full disk fails on one: it has to end
+the others, which wait in a collective. `mpi.everyone` tells the cases apart: a non-blocking barrier that either
+completes soon or never. Whatever blocks on the way (MPI that cannot start or stop) is ended by an alarm.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from types import FrameType
+from typing import NoReturn
+
+from dtrain.errors import UserError
+from dtrain.launch import environment
+
+_GRACE = 1.0  # seconds for the other ranks to fail in the same way, or for the launcher to end this one
+
+
+@contextlib.contextmanager
+def guard() -> Iterator[None]:
+    """Run the body such that whatever goes wrong in it, on any rank and in any thread, ends the whole job as above."""
+    _handle_signals()
+    threading.excepthook = lambda failure: _end_fault(failure.exc_value or failure.exc_type())
+    try:
+        yield
+    except UserError as error:
+        _end_mistake(str(error))
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except SystemExit as leaving:
+        if leaving.code not in (None, 0) and _position()[1] > 1:
+            _abort(leaving.code if isinstance(leaving.code, int) else 1)
+        raise
+    except BrokenPipeError:  # the reader of our output has left, as in `dtrain show config CONFIG | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except BaseException as error:
+        _end_fault(error)
+
+
+def _handle_signals() -> None:
+    """One process cleans up (the cursor of the progress bar); one of many dies at once, even inside a call of MPI."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    if environment.job().size > 1:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    else:
+        signal.signal(signal.SIGTERM, _terminate)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(128 + number)
+
+
+def _end_mistake(message: str) -> NoReturn:
+    rank, size = _position()
+    if rank == 0:
+        _tell(f"dtrain: error: {message}\n")
+    if size > 1:
+        _set_alarm()
+        from dtrain.collectives import mpi
+
+        if not mpi.everyone(_GRACE):
+            if rank != 0:
+                _let_the_first_tell()
+                _tell(f"dtrain: error: {message} (rank {rank} of {size} on {socket.gethostname()})\n")
+            _abort(2)
+    sys.exit(2)
+
+
+def _end_fault(error: BaseException) -> NoReturn:
+    rank, size = _position()
+    where = error.__traceback__
+    if where is not None and where.tb_frame.f_code.co_filename == __file__:
+        where = where.tb_next  # the guard itself explains nothing
+    trace = "".join(traceback.format_exception(type(error), error, where))
+    if size == 1:
+        _tell(trace)
+    else:
+        _let_the_first_tell()
+        _tell(f"{trace}dtrain: rank {rank} of {size} on {socket.gethostname()} failed, the job ends\n")
+    _abort(1)
+
+
+def _abort(code: int) -> NoReturn:
+    """End all ranks with `code`; MPI's own words about it go nowhere, ours are said."""
+    sys.stdout.flush()
+    if _position()[1] > 1:
+        _set_alarm()
+        with contextlib.suppress(Exception):  # no MPI to end the others with: the launcher sees how this rank ends
+            from dtrain.collectives import mpi
+
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            mpi.abort(code)
+    os._exit(code)
+
+
+def _position() -> tuple[int, int]:
+    """Return rank and size: MPI's where it is up, else the launcher's."""
+    mpi = sys.modules.get("dtrain.collectives.mpi")
+    if mpi is not None and hasattr(mpi, "position"):
+        rank, size = mpi.position()
+        return int(rank), int(size)
+    job = environment.job()
+    return job.rank, job.size
+
+
+def _let_the_first_tell() -> None:
+    """Return at once in a node's first failing rank. The others wait to be ended; if nobody does it, they tell too."""
+    try:
+        import fcntl
+
+        lock = os.open(tempfile.gettempdir(), os.O_RDONLY)  # left open: the lock holds until this process ends
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        with contextlib.suppress(Exception):  # where MPI cannot start, nobody will end us: tell it
+            from dtrain.collectives import mpi  # noqa: F401 (the first rank needs MPI to end us, and MPI starts on all)
+        time.sleep(3 * _GRACE)
+    except OSError:  # a file system without locks: rather told twice than never
+        pass
+
+
+def _set_alarm() -> None:
+    """SIGALRM kills this process if ending takes long, and with that the job."""
+    mpi_is_up = "dtrain.collectives.mpi" in sys.modules
+    signal.alarm(4 if mpi_is_up else 20)  # starting many ranks on few cores takes its time
+
+
+def _tell(text: str) -> None:
+    """Write in one piece, so that the launcher does not mix it with other ranks' output."""
+    sys.stdout.flush()
+    os.write(2, text.encode(errors="backslashreplace"))

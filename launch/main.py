@@ -1,0 +1,145 @@
+"""The commands of `dtrain`: their arguments and help. What they do stands in other files, imported when called."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from dtrain import __version__
+from dtrain.errors import UserError
+from dtrain.launch import environment
+
+_CONFIG = """CONFIG is a YAML file; each key.path=value changes one key of it (the value is YAML), for example
+train.steps=20 or 'optimizer={kind: sgd, learning_rate: 0.1}'. `dtrain show config CONFIG` prints all keys."""
+
+
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; wrong arguments are a UserError."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if environment.job().rank > 0 and {"--help", "--version"} & {*arguments}:
+        return  # rank 0 says it
+    try:
+        cli.main(arguments, prog_name="dtrain", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        if environment.job().rank == 0:
+            click.echo(error.ctx.get_help() if error.ctx else error.format_message())
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        more = f"\nSee: {context.command_path} --help" if context else ""
+        raise UserError(f"{error.format_message()}{more}") from None
+    except click.Abort:
+        raise KeyboardInterrupt from None
+
+
+@click.group(context_settings={"help_option_names": ["--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="dtrain")
+def cli() -> None:
+    """Distributed training on real processes: MPI between the ranks, NumPy arrays inside them.
+
+    \b
+    mpirun -n 8 dtrain run configs/gpt_ddp.yaml      train on eight ranks
+    dtrain run configs/gpt_ddp.yaml                  the same job on one
+    dtrain doctor                                    is everything as it should be?
+
+    Exit codes: 0 done; 1 a fault, with the traceback of the rank that failed first; 2 a mistake in the command
+    line, the configuration or the data, told in one message.
+    """
+
+
+@cli.command("run", help=f"Train. Under mpirun or srun on all their ranks, else on one.\n\n{_CONFIG}")
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
+def run_command(config: Path, overrides: tuple[str, ...]) -> None:
+    """Load the configuration and train."""
+    from dtrain.launch import configuration
+
+    loaded = configuration.load(config, overrides)
+    from dtrain.launch.run import run  # NumPy and MPI only after the configuration is known to be right
+
+    run(loaded, config)
+
+
+@cli.command()
+@click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--prompt", default="", help="The text to go on from.")
+@click.option("--tokens", default=200, show_default=True, type=click.IntRange(1), help="How many to write.")
+@click.option("--temperature", default=0.8, show_default=True, type=click.FloatRange(0), help="0: the likeliest.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Another seed, another text.")
+def sample(run_folder: Path, prompt: str, tokens: int, temperature: float, seed: int) -> None:
+    """Write text with a trained GPT.
+
+    RUN is a folder that `dtrain run` wrote, such as runs/gpt-ddp; its newest checkpoint is used.
+    """
+    from dtrain.launch.sample import sample
+
+    sample(run_folder, prompt, tokens, temperature, seed)
+
+
+@cli.group()
+def show() -> None:
+    """Show what a configuration means, without training."""
+
+
+@show.command("config", help=f"Print the whole configuration, defaults written out.\n\n{_CONFIG}")
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
+def show_config(config: Path, overrides: tuple[str, ...]) -> None:
+    """Print the resolved YAML."""
+    from dtrain.launch import configuration
+
+    text = configuration.dump(configuration.load(config, overrides))
+    if environment.job().rank == 0:
+        click.echo(text, nl=False)
+
+
+@show.command("graph", help=f"Draw the graph of one training step: ops, shapes, FLOPs, bytes.\n\n{_CONFIG}")
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
+@click.option(
+    "--output", type=click.Path(path_type=Path), default=Path("graph.svg"), show_default=True, help="The SVG."
+)
+def show_graph(config: Path, overrides: tuple[str, ...], output: Path) -> None:
+    """Write the SVG."""
+    from dtrain.launch import configuration
+
+    loaded = configuration.load(config, overrides)
+    from dtrain.launch.show import graph
+
+    graph(loaded, output)
+
+
+@cli.group()
+def bench() -> None:
+    """Measure, always as ratios within one run."""
+
+
+@bench.command(
+    "step",
+    help="Measure the training step: tokens/s, time to the end of the first step, peak memory per rank, and the step "
+    f"as a fraction of the time of its bare matmuls.\n\n{_CONFIG}",
+)
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
+@click.option(
+    "--peer", type=click.Choice(["torch"]), help="Run the same model there too, interleaved, and print ratios."
+)
+def bench_step(config: Path, overrides: tuple[str, ...], peer: str | None) -> None:
+    """Measure one configuration."""
+    from dtrain.launch import configuration
+
+    loaded = configuration.load(config, overrides)
+    from dtrain.launch.bench import step
+
+    step(loaded, peer)
+
+
+@cli.command()
+def doctor() -> None:
+    """Check MPI, threads, kernels, folders and optional packages; every finding comes with its remedy.
+
+    Alone or under mpirun; exit code 1 when something must be repaired.
+    """
+    from dtrain.launch.doctor import examine
+
+    sys.exit(0 if examine() else 1)
