@@ -129,7 +129,8 @@ class Trainer:
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of `step` (from 1)."""
-        return schedules.learning_rate(self.config.schedule, step, self.config.optimizer.learning_rate, self.total_steps)
+        peak = self.config.optimizer.learning_rate
+        return schedules.learning_rate(self.config.schedule, peak, step - 1, self.total_steps)
 
     def validation(self) -> float | None:
         """Mean loss on the first samples of the validation set, if this step is to have one. Collective."""
@@ -169,7 +170,7 @@ class Trainer:
             positions = np.arange(start + first, start + first + len(part), dtype=np.int64)
             batch = dataset.batch(part)
             if self.data.mask_token is not None:
-                batch = masked(batch, seed, positions, self.data.vocabulary, self.data.mask_token, self._mask_fraction)
+                batch = masked(batch, seed, positions, self.data.mask_token, self._mask_fraction)
             yield batch, Context(seed=seed, step=self.step, row_ids=positions)
 
     @property

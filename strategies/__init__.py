@@ -2,3 +2,18 @@
 
 if __name__ == "strategies":  # found through the working directory: a second copy of every module would exist
     raise ImportError("import dtrain.strategies, not strategies")
+
+from collections.abc import Callable
+
+from dtrain.config import ParallelConfig
+from dtrain.strategies.ddp import DistributedDataParallel
+from dtrain.strategies.naive import NaiveDataParallel
+from dtrain.strategy import Strategy
+
+# parallel.data_parallel -> what it makes of the section `parallel`
+DATA_PARALLEL: dict[str, Callable[[ParallelConfig], Strategy]] = {
+    "naive": lambda parallel: NaiveDataParallel(),
+    "ddp": lambda parallel: DistributedDataParallel(parallel.bucket_mb),
+}
+
+__all__ = ["DATA_PARALLEL", "DistributedDataParallel", "NaiveDataParallel", "Strategy"]

@@ -1,0 +1,44 @@
+"""From a configuration to a trainer: the only place where the names in a configuration choose among the families."""
+
+from __future__ import annotations
+
+from dtrain import models
+from dtrain.collectives import Communicator
+from dtrain.config import Config, MLPConfig, ParallelConfig
+from dtrain.data import open_data
+from dtrain.launch.configuration import for_ranks
+from dtrain.mesh import Mesh
+from dtrain.strategies import DATA_PARALLEL
+from dtrain.strategy import Strategy
+from dtrain.trainer import Trainer
+
+
+def assemble(config: Config, comm: Communicator) -> Trainer:
+    """Build mesh, data, model, strategies and optimizer of `config` on the ranks of `comm`. Collective.
+
+    Raises UserError when the mesh or the batch does not fit the ranks, or the data does not fit the model.
+    """
+    config = for_ranks(config, comm.size)
+    parallel = config.parallel
+    mesh = Mesh(comm, dp=parallel.dp, tp=parallel.tp, pp=parallel.pp, cp=parallel.cp, ep=parallel.ep)
+    if isinstance(config.model, MLPConfig):
+        data = open_data(config.data, seed=config.seed)
+    else:
+        data = open_data(
+            config.data,
+            sequence=config.model.sequence,
+            seed=config.seed,
+            vocabulary=config.model.vocabulary,
+            mask=config.model.kind == "bert",
+        )
+    model = models.build(config.model, data, dtype=config.train.dtype, seed=config.seed)
+    model.recompute = config.train.recompute
+    return Trainer(config, mesh, data, model, strategies(parallel))
+
+
+def strategies(parallel: ParallelConfig) -> list[Strategy]:
+    """The strategies of a mesh, in the order in which they are applied; one process has none: it is the reference."""
+    chosen: list[Strategy] = []
+    if parallel.dp > 1:
+        chosen.append(DATA_PARALLEL[parallel.data_parallel](parallel))
+    return chosen

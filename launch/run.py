@@ -1,0 +1,229 @@
+"""`dtrain run`: train as the configuration says, tell about it, and leave a folder behind.
+
+    runs/<name>/config.yaml       resolved                    metrics.jsonl    a line per logged step
+                checkpoints/      step_00000100, …            summary.json     what came out
+                loss.svg          the loss curve              sample.txt       generated text
+
+Rank 0 tells and writes; every rank writes its part of a checkpoint. All decisions (resume, stop) are made from what all
+ranks see alike, or by rank 0 for all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from dtrain import __version__, cache, checkpoint, kernels
+from dtrain.collectives import world
+from dtrain.config import Config
+from dtrain.errors import UserError
+from dtrain.launch import assembly, configuration, environment, pictures
+from dtrain.launch.progress import Progress
+from dtrain.trainer import StepRecord, Trainer
+
+
+def run(config: Config, source: Path) -> None:
+    """Train `config` (read from `source`) to its last step on all ranks of the job. Collective."""
+    comm = world()
+    environment.check_world(comm.size)
+    trainer = assembly.assemble(config, comm)
+    folder = RunFolder(Path(config.output) / config.name, trainer)
+    resumed = folder.open(source)
+    with Progress(config, trainer.total_steps, trainer.step, on=comm.rank == 0) as progress:
+        for line in [*header(trainer), *resumed]:
+            progress.note(line)
+        started, first_step = time.perf_counter(), None
+        for record in trainer.run():
+            first_step = first_step or time.time()
+            folder.record(record)
+            progress.update(record)
+            every = config.checkpoint.every
+            if every and (record.step % every == 0 or record.step == trainer.total_steps):
+                folder.save()
+        for line in folder.close(time.perf_counter() - started, first_step):
+            progress.note(line)
+
+
+def header(trainer: Trainer) -> Iterator[str]:
+    """What to know before the first step: machine, mesh, data, model."""
+    config, mesh = trainer.config, trainer.mesh
+    threads = os.environ.get("OPENBLAS_NUM_THREADS", "?")
+    yield (
+        f"dtrain {__version__}  {mesh.comm.size} rank{'s' * (mesh.comm.size > 1)} on "
+        f"{len(set(mesh.comm.hosts))} host{'s' * (len(set(mesh.comm.hosts)) > 1)}, {environment.cores()} cores each, "
+        f"{threads} BLAS thread{'s' * (threads != '1')} per rank, kernels: {kernels.describe()}"
+    )
+    yield from mesh.table()
+    yield f"data   {trainer.data.description}"
+    yield f"       unigram entropy {trainer.data.entropy:.4f} nats: a model that learns falls below this loss"
+    yield (
+        f"model  {config.model.kind}, {trainer.model.num_parameters():,} parameters, {config.train.dtype}; "
+        f"{config.optimizer.kind}, global batch {config.train.global_batch}, {trainer.total_steps} steps"
+    )
+
+
+class RunFolder:
+    """The files of a run. Only rank 0 writes them, checkpoints excepted."""
+
+    def __init__(self, path: Path, trainer: Trainer) -> None:
+        self.path, self.trainer = path, trainer
+        self.comm = trainer.mesh.comm
+        self.checkpoints = path / "checkpoints"
+        self.metrics: list[dict[str, Any]] = []
+        self._since: list[StepRecord] = []
+
+    def open(self, source: Path) -> list[str]:
+        """Make the folder, continue an earlier run if asked; returns what to tell about it."""
+        config, trainer = self.trainer.config, self.trainer
+        start = self._start(config.checkpoint.resume)
+        told = []
+        if start is not None:
+            trainer.load(start)
+            told.append(f"resumed from {start}: step {trainer.step} of {trainer.total_steps}")
+        if self.comm.rank == 0:
+            self._write_text("config.yaml", configuration.dump(config))
+            self._rewind()
+        return told
+
+    def _start(self, resume: str) -> Path | None:
+        """The checkpoint to go on from; rank 0 looks and all others follow."""
+        answer: dict[str, str | None] = {"folder": None, "error": None}
+        if self.comm.rank == 0:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                found = checkpoint.latest(self.checkpoints) if resume in ("auto", "never") else Path(resume)
+                if resume == "never" and found is not None:
+                    raise UserError(
+                        f"checkpoint.resume: never, but {self.checkpoints} holds a checkpoint ({found.name}) that would be "
+                        "lost. Use another `name`, remove the folder, or set checkpoint.resume=auto"
+                    )
+                answer["folder"] = None if found is None else str(found)
+            except UserError as error:
+                answer["error"] = str(error)
+            except OSError as error:
+                answer["error"] = f"output: {self.path}: {error.strerror}; it must be a folder that can be written"
+        answer = self.comm.broadcast_object(answer)
+        if answer["error"] is not None:
+            raise UserError(answer["error"])
+        return None if answer["folder"] is None else Path(answer["folder"])
+
+    def _rewind(self) -> None:
+        """Keep the lines of metrics.jsonl that belong to the steps before this start."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() and self.trainer.step else []
+        self.metrics = [row for row in map(json.loads, lines) if row["step"] <= self.trainer.step]
+        self._write_text("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.metrics))
+
+    def record(self, record: StepRecord) -> None:
+        """Take note of a step; every `log.every` steps a line of metrics.jsonl is written. Collective."""
+        self._since.append(record)
+        last = record.step == self.trainer.total_steps
+        if record.step % self.trainer.config.log.every and record.validation_loss is None and not last:
+            return
+        seconds = sum(each.step_seconds for each in self._since)
+        row = {
+            "step": record.step,
+            "loss": record.loss,
+            "grad_norm": record.grad_norm,
+            "learning_rate": record.learning_rate,
+            "tokens_per_second": sum(each.tokens for each in self._since) / seconds,
+            "step_seconds": seconds / len(self._since),
+            "tokens": record.step * record.tokens,
+            "memory_bytes": int(self.comm.all_reduce(np.array([peak_memory()]), "max")[0]),
+        }
+        if record.validation_loss is not None:
+            row["validation_loss"] = record.validation_loss
+        self._since.clear()
+        self.metrics.append(row)
+        if self.comm.rank == 0:
+            with (self.path / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def save(self) -> None:
+        """Write a checkpoint. Collective."""
+        config = self.trainer.config
+        model = {**msgspec.to_builtins(config.model), "vocabulary": self.trainer.data.vocabulary}
+        extra = {"model": model, "layout": self.trainer.mesh.sizes}
+        self.trainer.save(self.checkpoints, config.checkpoint.keep, extra)
+
+    def close(self, seconds: float, first_step: float | None) -> Iterator[str]:
+        """Write summary, picture and sample; returns what to tell. Every rank calls it, rank 0 does it."""
+        if self.comm.rank != 0:
+            return
+        trainer, config = self.trainer, self.trainer.config
+        last = self.metrics[-1] if self.metrics else {}
+        validation = [row["validation_loss"] for row in self.metrics if "validation_loss" in row]
+        summary = {
+            "name": config.name,
+            "steps": trainer.step,
+            "final_loss": last.get("loss"),
+            "final_validation_loss": validation[-1] if validation else None,
+            "unigram_entropy": trainer.data.entropy,
+            "tokens": last.get("tokens", 0),
+            "seconds": seconds,
+            "first_step_at": first_step,
+            "parameters": trainer.model.num_parameters(),
+            "peak_memory_bytes_per_rank": last.get("memory_bytes"),
+            "layout": {"ranks": self.comm.size, **trainer.mesh.sizes, "data_parallel": config.parallel.data_parallel},
+            "versions": {"dtrain": __version__, "numpy": np.__version__, "python": platform.python_version()},
+        }
+        self._write_text("summary.json", json.dumps(summary, indent=2) + "\n")
+        if len(self.metrics) > 1:
+            picture = pictures.loss_curve(
+                self.metrics, self.path / "loss.svg", trainer.data.entropy, f"{config.name}: loss in nats per target"
+            )
+            yield ""
+            yield pictures.terminal_curve([row["loss"] for row in self.metrics])
+            yield f"loss curve: {picture}"
+        if validation:
+            verdict = "below" if validation[-1] < trainer.data.entropy else "NOT below"
+            yield (
+                f"validation loss {validation[-1]:.4f}, {verdict} the unigram entropy of the text, {trainer.data.entropy:.4f}"
+                if config.model.kind != "mlp"
+                else f"validation loss {validation[-1]:.4f}, {verdict} the entropy of the classes, {trainer.data.entropy:.4f}"
+            )
+        yield from self._sample()
+        yield f"trained {trainer.step} steps in {seconds:.1f} s; everything is in {self.path}/"
+
+    def _sample(self) -> Iterator[str]:
+        trainer, options = self.trainer, self.trainer.config.sample
+        if trainer.config.model.kind != "gpt" or trainer.data.tokenizer is None or not options.tokens:
+            return
+        from dtrain.launch.sample import generate
+
+        text = generate(
+            trainer.model,
+            trainer.data.tokenizer,
+            options.prompt,
+            options.tokens,
+            temperature=options.temperature,
+            top_k=None,
+            seed=trainer.config.seed,
+        )
+        self._write_text("sample.txt", text + "\n")
+        yield "a sample of its text:"
+        yield from ("  | " + line for line in text.splitlines())
+
+    def _write_text(self, name: str, text: str) -> None:
+        try:
+            cache.write_atomic(self.path / name, text.encode())
+        except OSError as error:
+            free = shutil.disk_usage(self.path).free
+            raise UserError(f"output: cannot write {self.path / name}: {error.strerror} ({free:,} bytes free)") from None
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
