@@ -14,10 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dtrain import cache
 from dtrain.arrays import Array
 from dtrain.config import ImagesConfig
-from dtrain.data import sources
+from dtrain.data import sources, store
 from dtrain.data.dataset import Data
 from dtrain.data.rows import read_npz, row_data, write_rows
 from dtrain.errors import UserError
@@ -29,11 +28,11 @@ def open_images(config: ImagesConfig, sequence: int, seed: int, vocabulary: int 
     """The samples of a pair of IDX files, of an NPZ file, or scikit-learn's 1797 handwritten digits of 8 x 8."""
     if config.path == "digits":
         entry = sources.name_of_entry([], "digits")
-        folder = cache.cached("images", entry, _make_digits)
+        folder = store.cached("images", entry, _make_digits)
     else:
         files = _files(config)
         entry = sources.name_of_entry(files, "images")
-        folder = cache.cached("images", entry, lambda folder: _make(folder, config.path, files))
+        folder = store.cached("images", entry, lambda folder: _make(folder, config.path, files))
     return row_data(folder, config.path, seed, config.validation, vocabulary, f"images {config.path}")
 
 

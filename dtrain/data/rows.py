@@ -101,7 +101,7 @@ def read_npz(path: str, name: str, choices: list[tuple[str, str]]) -> tuple[Arra
     import zlib
 
     try:
-        with np.load(name, allow_pickle=False) as archive:
+        with open(name, "rb") as file, np.load(file, allow_pickle=False) as archive:
             for x, y in choices:
                 if x in archive and y in archive:
                     return _checked(path, archive[x], archive[y], x, y)

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dtrain import cache
 from dtrain.arrays import Array
 from dtrain.config import TableConfig
-from dtrain.data import sources
+from dtrain.data import sources, store
 from dtrain.data.dataset import Data
 from dtrain.data.rows import class_ids, read_npz, row_data, write_rows
 from dtrain.errors import UserError
@@ -28,7 +27,7 @@ def open_table(config: TableConfig, sequence: int, seed: int, vocabulary: int | 
     if len(files) != 1 or not files[0].endswith((".csv", ".npz")):
         raise UserError(f"data.path: {config.path}: must be one file .csv or .npz, not {', '.join(files[:3])}")
     entry = sources.name_of_entry(files, "table", config.target)
-    folder = cache.cached("table", entry, lambda folder: _make(folder, config.path, files[0], config.target))
+    folder = store.cached("table", entry, lambda folder: _make(folder, config.path, files[0], config.target))
     what = f"table {config.path}"
     return row_data(folder, config.path, seed, config.validation, vocabulary, what, standardise=True)
 

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dtrain import cache
 from dtrain.arrays import Array
 from dtrain.config import TextConfig
-from dtrain.data import sources
+from dtrain.data import sources, store
 from dtrain.data.dataset import Data
 from dtrain.data.tokenizer import ByteTokenizer, Tokenizer, import_tokenizers, load, train_bpe
 from dtrain.data.tokens import read_stream, token_data, write_stream
@@ -32,7 +31,7 @@ def open_text(config: TextConfig, sequence: int, seed: int, vocabulary: int | No
         entry = sources.name_of_library("text", learnt)
     else:
         entry = sources.name_of_entry(sources.files_of(config.path), "text", learnt)
-    folder = cache.cached("text", entry, lambda folder: _make(folder, config.path, learnt))
+    folder = store.cached("text", entry, lambda folder: _make(folder, config.path, learnt))
     tokens, header = read_stream(folder)
     tokenizer = ByteTokenizer() if learnt is None else load(folder / "tokenizer.json")
     what = f"text {config.path}, {config.tokenizer} tokens"

@@ -19,10 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from dtrain import cache
 from dtrain.arrays import Array
 from dtrain.config import TokensConfig
-from dtrain.data import sources
+from dtrain.data import sources, store
 from dtrain.data.dataset import Data, entropy_of_counts
 from dtrain.data.tokenizer import Tokenizer
 from dtrain.errors import UserError
@@ -167,7 +166,7 @@ def open_tokens(config: TokensConfig, sequence: int, seed: int, vocabulary: int 
     if len(tokens) == 0:
         raise UserError(f"data.path: {config.path}: {name} is empty; tokens are needed")
     entry = sources.name_of_entry(files, "tokens", tokens.dtype.name)
-    header = read_header(cache.cached("tokens", entry, lambda folder: _measure(folder, tokens)))
+    header = read_header(store.cached("tokens", entry, lambda folder: _measure(folder, tokens)))
     limit = min(config.vocabulary or MOST, MOST)
     if header["maximum"] >= limit:
         raise UserError(
