@@ -1,11 +1,12 @@
 """Learning-rate schedules: pure functions of the number of the update, one row each in SCHEDULES.
 
-    peak ┤   ╭──────╮              t = step + 1 counts the updates from 1:
+    peak ┤   ╭──────╮              t, the step, counts from 1:
          │  ╱        ╲               t = warmup        the peak
          │ ╱          ╲___           t = total_steps   peak * final_fraction
        0 ┼─────────────────► t
 
-During the warm-up the rate is peak * t / warmup: no update is wasted on a rate of 0. Beyond `total_steps` the last value stays.
+During the warm-up the rate is peak * t / warmup: no update is wasted on a rate of 0. Beyond `total_steps` the last
+value stays.
 References: cosine: Loshchilov and Hutter, arXiv:1608.03983; inverse square root: Vaswani et al., arXiv:1706.03762.
 """
 
@@ -35,9 +36,9 @@ def cosine(step: int, peak: float, total_steps: int, warmup: int, final_fraction
 
 
 def inverse_sqrt(step: int, peak: float, total_steps: int, warmup: int, final_fraction: float) -> float:
-    """peak * sqrt(warmup / t) after the warm-up; without one, peak / sqrt(t)."""
+    """After the warm-up peak * sqrt(warmup / t); without one, peak / sqrt(t)."""
     start = max(1, warmup)
-    return peak * _warm(step, warmup) * math.sqrt(start / max(start, step + 1))
+    return peak * _warm(step, warmup) * math.sqrt(start / max(start, step))
 
 
 SCHEDULES: dict[str, Schedule] = {
@@ -48,18 +49,18 @@ SCHEDULES: dict[str, Schedule] = {
 }
 
 
-def learning_rate(config: ScheduleConfig, peak: float, step: int, total_steps: int) -> float:
-    """The learning rate of the update that follows `step` completed ones."""
+def learning_rate(config: ScheduleConfig, step: int, peak: float, total_steps: int) -> float:
+    """The learning rate of `step` (from 1) of `total_steps`."""
     final_fraction: float = getattr(config, "final_fraction", 0.0)
     return SCHEDULES[config.kind](step, peak, total_steps, config.warmup_steps, final_fraction)
 
 
 def _warm(step: int, warmup: int) -> float:
-    return min(1.0, (step + 1) / warmup) if warmup else 1.0
+    return min(1.0, step / warmup) if warmup else 1.0
 
 
 def _progress(step: int, total_steps: int, warmup: int) -> float:
     """0 up to the end of the warm-up, 1 from the last step on."""
     if total_steps <= warmup:
         return 0.0
-    return min(1.0, max(0.0, (step + 1 - warmup) / (total_steps - warmup)))
+    return min(1.0, max(0.0, (step - warmup) / (total_steps - warmup)))

@@ -7,7 +7,7 @@ from dtrain.schedules import SCHEDULES, learning_rate
 
 
 def rates(config, total=10, peak=2.0, steps=None):
-    return [learning_rate(config, peak, step, total) for step in range(steps or total)]
+    return [learning_rate(config, step, peak, total) for step in range(1, (steps or total) + 1)]
 
 
 def test_every_kind_of_the_configuration_has_a_row():
@@ -34,7 +34,7 @@ def test_cosine_by_hand():
     assert values[5] == pytest.approx(2 * (0.1 + 0.9 / 2))  # halfway: update 6 of 2..10
     assert values[3] == pytest.approx(2 * (0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2))  # a quarter: cos 45 degrees
     assert values[-1] == pytest.approx(0.2)
-    assert learning_rate(config, 2.0, 50, 10) == pytest.approx(0.2)  # beyond the end: stays
+    assert learning_rate(config, 50, 2.0, 10) == pytest.approx(0.2)  # beyond the end: stays
 
 
 def test_inverse_sqrt():
