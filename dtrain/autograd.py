@@ -6,6 +6,7 @@
 
 Invariants:
 - Nodes are numbered as they are made, so "newest first" is a topological order; no other sort is needed.
+- A node refers to the nodes before it, not to their outputs: an array lives on only where a vjp saved it.
 - A leaf's callbacks (`on_gradient`) run when its *last* use has been walked: its gradient is then complete.
 - The graph is freed as it is walked; a second walk is an error unless `retain_graph=True`.
 - A leaf with a `buffer` (a slice of a flat gradient buffer) receives its gradient there, without a copy where the vjp can
@@ -16,18 +17,24 @@ Reference: Griewank and Walther, Evaluating Derivatives, 2nd ed., 2008, chapters
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from dtrain.arrays import Array
-from dtrain.op import Op
+from dtrain.op import Op, Shape
 
 if TYPE_CHECKING:
     from dtrain.tensor import Tensor
 
 _numbers = itertools.count()
+_newest = attrgetter("order")
 _FREED = object()
 
 
@@ -35,37 +42,61 @@ class Mode(threading.local):
     """What this thread records: in-process ranks are threads, so the mode belongs to the thread."""
 
     grad: bool = True
-    forward: bool = False
-    captured: dict[int, Tensor] | None = None
+    forward: bool = False  # carry tangents
+    captured: dict[int, Tensor] | None = None  # under no_grad: collects the tensors that would have needed a gradient
+    collecting: bool = False  # this walk returns gradients and leaves every `.grad` alone
+    scopes: list[str] | None = None  # while tracing: the names of the modules being called
 
 
 mode = Mode()
 
 
-class no_grad:  # noqa: N801 - reads as a word: `with no_grad():`
+class no_grad:
     """Within this context ops leave no tape. Also usable as a decorator."""
+
+    value = False
 
     def __enter__(self) -> None:
         self._before = mode.grad
-        mode.grad = False
+        mode.grad = self.value
 
     def __exit__(self, *exc: object) -> None:
         mode.grad = self._before
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            with no_grad():
+            with type(self)():
                 return function(*args, **kwargs)
 
         return wrapped
 
 
-class enable_grad(no_grad):  # noqa: N801
+class enable_grad(no_grad):
     """The opposite of `no_grad`, for recomputation inside a backward."""
 
-    def __enter__(self) -> None:
-        self._before = mode.grad
-        mode.grad = True
+    value = True
+
+
+@contextlib.contextmanager
+def tracing() -> Iterator[None]:
+    """Within this context nodes remember the modules that made them (`scope`), and `checkpoint` keeps its graph."""
+    before, mode.scopes = mode.scopes, []
+    try:
+        yield
+    finally:
+        mode.scopes = before
+
+
+@contextlib.contextmanager
+def scope(name: str) -> Iterator[None]:
+    """Name the nodes made within this context; only of use (and only to be called) while `mode.scopes` is not None."""
+    scopes = [] if mode.scopes is None else mode.scopes
+    scopes.append(name)
+    try:
+        yield
+    finally:
+        scopes.pop()
 
 
 class GraphError(RuntimeError):
@@ -73,111 +104,157 @@ class GraphError(RuntimeError):
 
 
 class Node:
-    """One application of an op on the tape; also the context that its vjp receives."""
+    """One application of an op on the tape; also the context that its vjp receives.
+
+    `inputs` has for every input the node that computed it, or the leaf tensor itself; `shapes` are the inputs' shapes,
+    `needs` says which of them need a gradient, `shape` and `dtype` describe the output.
+    """
 
     __slots__ = (
-        "attributes", "dtype", "hooks", "inputs", "needs", "op", "order", "saved", "scope", "shape", "versions",
+        "attributes", "dtype", "hooks", "inputs", "needs", "op", "order", "saved", "scope", "shape", "shapes", "version",
+        "versions",
     )  # fmt: skip
 
-    def __init__(
-        self, op: Op, inputs: tuple[Tensor, ...], attributes: dict[str, Any], saved: Any, output: Array, scope: str = ""
-    ) -> None:
-        self.op, self.inputs, self.attributes, self.saved = op, inputs, attributes, saved
+    def __init__(self, op: Op, inputs: Sequence[Tensor], attributes: dict[str, Any], saved: Any, output: Array) -> None:
+        self.op = op
+        self.attributes = attributes
+        self.saved = saved
+        self.inputs: tuple[Node | Tensor, ...] = tuple([t.node or t for t in inputs])
         self.needs = tuple([t.requires_grad for t in inputs])
-        self.versions = tuple([t.version for t in inputs])
-        self.shape, self.dtype, self.scope = output.shape, output.dtype, scope
+        self.shapes: tuple[Shape, ...] = tuple([t.data.shape for t in inputs])
+        self.versions = tuple([source.version for source in self.inputs])
+        self.shape: Shape = output.shape
+        self.dtype = output.dtype
+        self.scope = ".".join(mode.scopes) if mode.scopes else ""
         self.order = next(_numbers)
+        self.version = 0  # of the output: counts changes in place
         self.hooks: list[Callable[[Array], Array | None]] | None = None
 
     def into(self, position: int) -> Array | None:
         """Where the gradient of this input may be written (overwritten) directly, or None. Return that array then."""
-        leaf = self.inputs[position]
-        if leaf.node is None and leaf.buffer is not None and leaf.grad is None and self._once(leaf):
-            return leaf.buffer
+        leaf: Any = self.inputs[position]
+        if type(leaf) is not Node and leaf.grad is None and leaf.buffer is not None and self._once(leaf):
+            return leaf.buffer  # type: ignore[no-any-return]
         return None
 
     def onto(self, position: int) -> Array | None:
         """The gradient that this input already has, to be added to in place, or None. Return that array then."""
-        leaf = self.inputs[position]
-        return leaf.grad if leaf.node is None and leaf.grad is not None and self._once(leaf) else None
+        leaf: Any = self.inputs[position]
+        return leaf.grad if type(leaf) is not Node and leaf.grad is not None and self._once(leaf) else None
 
     def _once(self, leaf: Tensor) -> bool:
-        return sum([t is leaf for t in self.inputs]) == 1
+        return sum([source is leaf for source in self.inputs]) == 1
 
     def describe(self) -> str:
-        shapes = ", ".join(f"{t.data.dtype}{list(t.shape)}" for t in self.inputs)
-        return f"{self.op.name}({shapes})"
+        """The op with the shapes of its inputs, for error messages."""
+        return f"{self.op.name}({', '.join([str(list(shape)) for shape in self.shapes])}) in {self.dtype}"
 
 
-def backward(
-    roots: Sequence[tuple[Tensor, Array]], *, retain_graph: bool = False, complete: bool = True
-) -> None:
+def backward(roots: Sequence[tuple[Tensor, Array]], *, retain_graph: bool = False, complete: bool = True) -> None:
     """Add the vector-Jacobian products of `roots` (tensor, gradient of it) to `.grad` of every leaf that needs one.
 
     `complete=False` is for a backward inside a backward (recomputation): leaf callbacks then wait for the outer walk.
     """
-    gradients: dict[Node, Array] = {}
+    uses: dict[Tensor, int] = {tensor: 1 for tensor, _ in roots if tensor.node is None and tensor.requires_grad}
+    order = _newest_first(roots, uses)
+
+    def deliver(leaf: Tensor, gradient: Array | None) -> None:
+        if gradient is not None:
+            _accumulate(leaf, gradient)
+        uses[leaf] -= 1
+        if complete and uses[leaf] == 0 and leaf.hooks is not None:
+            _finish(leaf)
+
+    _walk(roots, order, deliver, retain_graph)
+
+
+def gradients(
+    roots: Sequence[tuple[Tensor, Array]], leaves: Sequence[Tensor], *, retain_graph: bool = False
+) -> list[Array]:
+    """The gradients with respect to `leaves` alone, returned: no `.grad` is touched, no callback runs.
+
+    Only nodes that lie between the leaves and the roots are walked (and freed).
+    """
+    found: dict[Tensor, Array] = {}
+    wanted = set(leaves)
+    reached: set[Node] = set()
+    for node in reversed(_newest_first(roots, {})):
+        if node.saved is not _FREED:
+            node.needs = tuple([source in reached or source in wanted for source in node.inputs])
+        if any(node.needs):
+            reached.add(node)
+
+    def deliver(leaf: Tensor, gradient: Array | None) -> None:
+        if gradient is not None:
+            found[leaf] = found[leaf] + gradient if leaf in found else gradient
+
+    order = sorted(reached, key=_newest, reverse=True)
+    before, mode.collecting = mode.collecting, True
+    try:
+        _walk([(t, g) for t, g in roots if t in wanted or t.node in reached], order, deliver, retain_graph)
+    finally:
+        mode.collecting = before
+    return [_like(leaf.data, found[leaf]) if leaf in found else np.zeros_like(leaf.data) for leaf in leaves]
+
+
+def _walk(
+    roots: Sequence[tuple[Tensor, Array]],
+    order: Sequence[Node],
+    deliver: Callable[[Tensor, Array | None], None],
+    retain_graph: bool,
+) -> None:
+    """Apply the vjps in the given order (newest first) and hand what arrives at a leaf to `deliver`."""
+    for node in order:
+        _check(node)
+    waiting: dict[Node, Array] = {}
     owned: set[Node] = set()  # whose gradient is an array of ours, so that the next one may be added in place
-    uses: dict[Tensor, int] = {}
     for tensor, gradient in roots:
         if tensor.node is not None:
-            _add(gradients, owned, tensor.node, gradient)
-    for node in (order := _newest_first([t.node for t, _ in roots if t.node is not None], uses)):
-        _check(node)
-    for tensor, gradient in roots:
-        if tensor.node is None and tensor.requires_grad:
-            _accumulate(tensor, gradient)
-            uses.setdefault(tensor, 0)
-    for leaf in [leaf for leaf, count in uses.items() if count == 0] if complete else ():
-        _finish(leaf)
-
+            _add(waiting, owned, tensor.node, gradient)
+        elif tensor.requires_grad:
+            deliver(tensor, gradient)
     for node in order:
-        gradient = gradients.pop(node)
-        for hook in node.hooks or ():
-            gradient = _replaced(hook(gradient), gradient)
+        gradient = waiting.pop(node)
+        if node.hooks is not None:
+            for hook in node.hooks:
+                gradient = _replaced(hook(gradient), gradient)
         results = node.op.vjp(node, gradient)
         if len(results) != len(node.inputs):
             raise GraphError(f"the vjp of {node.describe()} returned {len(results)} gradients, not {len(node.inputs)}")
-        for tensor, needed, result in zip(node.inputs, node.needs, results, strict=True):
+        for source, needed, shape, result in zip(node.inputs, node.needs, node.shapes, results, strict=True):
             if not needed:
                 continue
-            if result is not None:
-                if result.shape != tensor.data.shape:
-                    raise GraphError(
-                        f"the vjp of {node.describe()} returned a gradient of shape {result.shape} "
-                        f"for an input of shape {tensor.data.shape}"
-                    )
-                if tensor.node is None:
-                    _accumulate(tensor, result)
-                else:
-                    _add(gradients, owned, tensor.node, result)
-            elif tensor.node is not None and tensor.node not in gradients:
-                gradients[tensor.node] = _zeros(tensor.data)
-                owned.add(tensor.node)
-            if tensor.node is None:
-                uses[tensor] -= 1
-                if uses[tensor] == 0 and complete:
-                    _finish(tensor)
+            if result is not None and result.shape != shape:
+                raise GraphError(
+                    f"the vjp of {node.describe()} returned a gradient of shape {result.shape} for an input of shape {shape}"
+                )
+            if type(source) is not Node:
+                deliver(source, result)  # type: ignore[arg-type]
+            elif result is not None:
+                _add(waiting, owned, source, result)
+            elif source not in waiting:
+                waiting[source] = np.zeros_like(gradient, shape=source.shape, dtype=source.dtype)
+                owned.add(source)
         if not retain_graph:
             node.saved = _FREED
             node.inputs = ()
 
 
-def _newest_first(starts: list[Node], uses: dict[Tensor, int]) -> list[Node]:
+def _newest_first(roots: Sequence[tuple[Tensor, Array]], uses: dict[Tensor, int]) -> list[Node]:
     """All nodes that the walk must visit, newest first; counts on the way how often each leaf is used."""
-    seen = set(starts)
+    seen: set[Any] = {tensor.node for tensor, _ in roots if tensor.node is not None}
     stack = list(seen)
     while stack:
         node = stack.pop()
-        for tensor, needed in zip(node.inputs, node.needs, strict=False):
+        for source, needed in zip(node.inputs, node.needs, strict=False):  # a freed node has no inputs
             if not needed:
                 continue
-            if tensor.node is None:
-                uses[tensor] = uses.get(tensor, 0) + 1
-            elif tensor.node not in seen:
-                seen.add(tensor.node)
-                stack.append(tensor.node)
-    return sorted(seen, key=lambda node: node.order, reverse=True)
+            if type(source) is not Node:
+                uses[source] = uses.get(source, 0) + 1
+            elif source not in seen:
+                seen.add(source)
+                stack.append(source)
+    return sorted(seen, key=_newest, reverse=True)
 
 
 def _check(node: Node) -> None:
@@ -186,23 +263,23 @@ def _check(node: Node) -> None:
             f"backward through {node.op.name} a second time: its graph was freed by the first backward. "
             "Pass retain_graph=True to the first backward, or run the forward again."
         )
-    for position, (tensor, version) in enumerate(zip(node.inputs, node.versions, strict=True)):
-        if tensor.version != version:
+    for position, source in enumerate(node.inputs):
+        if source.version != node.versions[position]:
             raise GraphError(
                 f"input {position} of {node.describe()} was changed in place after the forward "
-                f"(version {version}, now {tensor.version}): its gradient would be wrong. "
+                f"(version {node.versions[position]}, now {source.version}): its gradient would be wrong. "
                 "Change a copy, or change it before it is used."
             )
 
 
-def _add(gradients: dict[Node, Array], owned: set[Node], node: Node, gradient: Array) -> None:
-    present = gradients.get(node)
+def _add(waiting: dict[Node, Array], owned: set[Node], node: Node, gradient: Array) -> None:
+    present = waiting.get(node)
     if present is None:
-        gradients[node] = gradient
-    elif node in owned:
+        waiting[node] = gradient
+    elif node in owned and present.ndim:
         present += gradient
     else:  # the first one may be shared with another input (x + y hands the same array to both)
-        gradients[node] = present + gradient
+        waiting[node] = present + gradient
         owned.add(node)
 
 
@@ -215,7 +292,14 @@ def _accumulate(leaf: Tensor, gradient: Array) -> None:
             leaf.buffer[...] = gradient
         leaf.grad = leaf.buffer
     else:
-        leaf.grad = gradient.copy()
+        leaf.grad = _like(leaf.data, gradient)
+
+
+def _like(data: Array, gradient: Array) -> Array:
+    """A copy that belongs to nobody else, in the dtype of the data."""
+    copy = np.empty_like(data)
+    copy[...] = gradient
+    return copy
 
 
 def _finish(leaf: Tensor) -> None:
@@ -228,8 +312,3 @@ def _finish(leaf: Tensor) -> None:
 
 def _replaced(replacement: Array | None, gradient: Array) -> Array:
     return gradient if replacement is None else replacement
-
-
-def _zeros(like: Array) -> Array:
-    zeros: Array = like * 0
-    return zeros

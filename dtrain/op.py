@@ -5,7 +5,8 @@ An op is one row of a table (`dtrain/ops/`), or a row that a user writes; the en
     forward(*arrays, **attributes)                    -> (output array, saved)    saved: whatever the vjp needs
     vjp(node, g)                                      -> one array or None per input; node.saved, node.needs, node.attributes
     jvp(inputs, tangents, output, **attributes)       -> tangent of the output, written with tensors: so it can be
-                                                         differentiated again (Hessian-vector products)
+                                                         differentiated again (Hessian-vector products);
+                                                         ITSELF for a linear op: the op of the tangents
     flops(input shapes, output shape, attributes)     -> floating-point operations of the forward
 
 Arrays that are never differentiated (token ids, masks, shapes) are attributes, not inputs.
@@ -24,6 +25,11 @@ Shape = tuple[int, ...]
 def elementwise(factor: int = 1) -> Callable[[tuple[Shape, ...], Shape, dict[str, Any]], int]:
     """FLOP count of an op that spends `factor` operations on every element of its output."""
     return lambda inputs, output, attributes: factor * math.prod(output)
+
+
+def ITSELF(*_: Any, **__: Any) -> Any:
+    """Stands for "the tangent of the output is this op applied to the tangents"; the engine does that, never calls it."""
+    raise AssertionError("the engine applies a linear op to the tangents itself")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
