@@ -13,6 +13,7 @@ import importlib.util
 import os
 import platform
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,8 @@ from dtrain import __version__
 from dtrain.cache import cache_folder, check_writable
 from dtrain.errors import UserError
 from dtrain.launch import environment
+
+_LAUNCHER_VARIABLES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPI_LOCAL", "HYDRA_")
 
 
 class Finding(NamedTuple):
@@ -37,7 +40,10 @@ class Finding(NamedTuple):
 def examine() -> bool:
     """Print all findings on rank 0; return whether nothing must be repaired."""
     if environment.job().rank > 0:
-        _join_world()
+        if not _foreign_launcher():  # MPI starts on all ranks or on none
+            from dtrain.collectives import mpi
+
+            mpi.position()
         return True
     findings: list[Finding] = []
     for check in _CHECKS:
@@ -50,11 +56,18 @@ def examine() -> bool:
     return all(level != "FAIL" for level, _, _ in findings)
 
 
-def _join_world() -> None:
-    """MPI starts on all ranks or on none."""
-    from dtrain.collectives import mpi
+def _foreign_launcher() -> str:
+    """Name the MPI library when the launcher is another MPI's: starting MPI could then end this process with a riddle.
 
-    mpi.position()
+    A process that knows nothing of the launcher asks the library.
+    """
+    launcher = environment.job().launcher
+    if not launcher.startswith(("Open MPI", "Hydra")):  # srun starts every MPI
+        return ""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHER_VARIABLES)}
+    question = "from dtrain.collectives import mpi; print(mpi.library())"
+    answer = subprocess.run([sys.executable, "-c", question], env=ours, capture_output=True, text=True, timeout=60)
+    return answer.stdout.strip() if ("Open MPI" in answer.stdout) != ("Open MPI" in launcher) else ""
 
 
 def _versions() -> Iterator[Finding]:
@@ -64,6 +77,11 @@ def _versions() -> Iterator[Finding]:
 
 def _mpi() -> Iterator[Finding]:
     job = environment.job()
+    foreign = _foreign_launcher()
+    if foreign:
+        remedy = f"use the mpirun beside {sys.executable}, or install mpi4py for the MPI of this mpirun"
+        yield Finding("FAIL", "MPI", f"mpirun is that of {job.launcher}, this Python's MPI is {foreign}; {remedy}")
+        return
     try:
         from dtrain.collectives import mpi
     except (ImportError, RuntimeError) as error:

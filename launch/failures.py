@@ -102,9 +102,9 @@ def _abort(code: int) -> NoReturn:
     if _position()[1] > 1:
         _set_alarm()
         with contextlib.suppress(Exception):  # no MPI to end the others with: the launcher sees how this rank ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             from dtrain.collectives import mpi
 
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             mpi.abort(code)
     os._exit(code)
 

