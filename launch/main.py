@@ -65,15 +65,16 @@ def run_command(config: Path, overrides: tuple[str, ...]) -> None:
 @click.option("--prompt", default="", help="The text to go on from.")
 @click.option("--tokens", default=200, show_default=True, type=click.IntRange(1), help="How many to write.")
 @click.option("--temperature", default=0.8, show_default=True, type=click.FloatRange(0), help="0: the likeliest.")
+@click.option("--top-k", type=click.IntRange(1), help="Draw from so many of the likeliest only.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Another seed, another text.")
-def sample(run_folder: Path, prompt: str, tokens: int, temperature: float, seed: int) -> None:
+def sample(run_folder: Path, prompt: str, tokens: int, temperature: float, top_k: int | None, seed: int) -> None:
     """Write text with a trained GPT.
 
     RUN is a folder that `dtrain run` wrote, such as runs/gpt-ddp; its newest checkpoint is used.
     """
     from dtrain.launch.sample import sample
 
-    sample(run_folder, prompt, tokens, temperature, seed)
+    sample(run_folder, prompt, tokens, temperature, seed, top_k)
 
 
 @cli.group()
@@ -114,24 +115,46 @@ def bench() -> None:
     """Measure, always as ratios within one run."""
 
 
+def _counts(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
+    try:
+        counts = tuple(int(part) for part in value.split(","))
+    except ValueError:
+        counts = ()
+    if not counts or min(counts) < 1:
+        raise click.BadParameter(f"{value}: must be whole numbers of 1 or more, such as 1,2,8")
+    return counts
+
+
 @bench.command(
     "step",
-    help="Measure the training step: tokens/s, time to the end of the first step, peak memory per rank, and the step "
-    f"as a fraction of the time of its bare matmuls.\n\n{_CONFIG}",
+    help="Measure the training step: tokens/s, time to the end of the first step, peak memory per rank, and how much "
+    f"of the step its bare matmuls are. Starts mpirun itself; one micro-batch and one BLAS thread per rank.\n\n{_CONFIG}",
 )
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
-@click.option(
-    "--peer", type=click.Choice(["torch"]), help="Run the same model there too, interleaved, and print ratios."
-)
-def bench_step(config: Path, overrides: tuple[str, ...], peer: str | None) -> None:
+@click.option("--ranks", default="1,2,8", show_default=True, callback=_counts, help="Numbers of ranks, by commas.")
+@click.option("--peer", type=click.Choice(["torch"]), help="Run the same model there too, in turns, and print ratios.")
+@click.option("--peer-python", help="The Python that has the peer; default: this one.")
+@click.option("--steps", default=12, show_default=True, type=click.IntRange(1), help="Measured steps of each launch.")
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1), help="Launches of each side.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all numbers to this file too.")
+def bench_step(
+    config: Path,
+    overrides: tuple[str, ...],
+    ranks: tuple[int, ...],
+    peer: str | None,
+    peer_python: str | None,
+    steps: int,
+    rounds: int,
+    json_path: Path | None,
+) -> None:
     """Measure one configuration."""
     from dtrain.launch import configuration
 
     loaded = configuration.load(config, overrides)
-    from dtrain.launch.bench import step
+    from dtrain.launch.bench_step import bench_step
 
-    step(loaded, peer)
+    bench_step(loaded, peer, ranks, steps, rounds, json_path, peer_python)
 
 
 @cli.command()

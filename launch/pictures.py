@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def _resampled(values: Sequence[float], count: int) -> list[float]:
     """`count` values: means where there are more, straight lines between them where there are fewer."""
     if len(values) >= count:
         edges = [i * len(values) // count for i in range(count + 1)]
-        return [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+        return [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
     out = []
     for i in range(count):
         place = i * (len(values) - 1) / max(1, count - 1)

@@ -1,4 +1,4 @@
-"""The GPT of a dtrain configuration in PyTorch, under DistributedDataParallel with Gloo: the peer of `dtrain bench step`.
+"""The GPT of a dtrain configuration in PyTorch, under DDP with Gloo: the peer of `dtrain bench step`.
 
     python torch_gpt.py SPEC.json REPORT.json          once per rank, RANK and WORLD_SIZE in the environment
 
@@ -10,6 +10,7 @@ PyTorch can run it; `launch/bench_step.py` starts it and reads the reports.
 
 # mypy: allow-subclassing-any
 
+import faulthandler
 import json
 import math
 import os
@@ -163,6 +164,7 @@ def main(spec_path: str, report_path: str) -> None:
     """Train `steps` steps and write this rank's report."""
     spec = json.loads(Path(spec_path).read_text())
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    faulthandler.dump_traceback_later(spec["limit"] + 10, exit=True)  # nobody is left to wait for this rank then
     train = spec["train"]
     torch.set_num_threads(1)
     torch.set_default_dtype(getattr(torch, train["dtype"]))

@@ -1,0 +1,128 @@
+"""Whole launches for `dtrain bench step`: dtrain under mpirun, PyTorch as plain processes, each with a time limit.
+
+    launch_dtrain ──► mpirun -n P python -m dtrain.launch.bench_step_worker FOLDER ──► FOLDER/report-{0..P-1}.json
+    launch_torch  ──► P x python launch/peers/torch_gpt.py spec.json report.json   ──► the same files, the same keys
+
+No launch outlives its limit or its parent's error: every process has a session of its own, which is ended as a whole,
+and the ranks end themselves when the limit is long over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from dtrain.config import Config
+from dtrain.errors import UserError
+from dtrain.launch import configuration
+
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS", "NUMBA_NUM_THREADS")
+
+Report = dict[str, Any]
+
+
+class BenchError(RuntimeError):
+    """A launch failed or took too long; carries the end of what it said."""
+
+
+def mpirun() -> list[str]:
+    """Return the launcher that belongs to this Python, with what it needs for more ranks than cores; UserError."""
+    beside = Path(sys.executable).with_name("mpirun")
+    found = str(beside) if beside.exists() else shutil.which("mpirun")
+    if found is None:
+        raise UserError("mpirun: neither beside this Python nor on PATH; pip install 'dtrain[mpich]' brings one")
+    told = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=30, check=False).stdout
+    return [found, "--oversubscribe"] if "Open MPI" in told or "OpenRTE" in told else [found]
+
+
+def launch_dtrain(
+    launcher: list[str], config: Config, ranks: int, folder: Path, limit: float
+) -> tuple[float, list[Report]]:
+    """Run `config` on `ranks` ranks of dtrain; return the time of the launch and every rank's report."""
+    (folder / "config.yaml").write_text(configuration.dump(config))
+    command = [*launcher, "-n", str(ranks), sys.executable, "-m", "dtrain.launch.bench_step_worker", str(folder)]
+    started = run_together([(command, {})], folder / "output", limit)
+    return started, _reports(folder, ranks)
+
+
+def launch_torch(
+    python: str, spec: dict[str, Any], ranks: int, folder: Path, limit: float
+) -> tuple[float, list[Report]]:
+    """Run the peer on `ranks` processes; return the time of the launch and every rank's report."""
+    (folder / "spec.json").write_text(json.dumps(spec | {"store": str(folder / "store"), "limit": limit}))
+    script = Path(__file__).parent / "peers" / "torch_gpt.py"
+    loopback = "lo0" if sys.platform == "darwin" else "lo"
+    commands = []
+    for rank in range(ranks):
+        variables = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "GLOO_SOCKET_IFNAME": loopback}
+        command = [python, str(script), str(folder / "spec.json"), str(folder / f"report-{rank}.json")]
+        commands.append((command, variables))
+    started = run_together(commands, folder / "output", limit)
+    return started, _reports(folder, ranks)
+
+
+def run_together(commands: list[tuple[list[str], dict[str, str]]], output: Path, limit: float) -> float:
+    """Run all commands at once until all have ended well; return the time of the launch.
+
+    When one fails or `limit` seconds have passed, all are ended and BenchError tells the end of their output.
+    """
+    base = {**os.environ, **dict.fromkeys(_THREADS, "1"), "DTRAIN_BENCH_LIMIT": str(limit + 10)}
+    processes: list[subprocess.Popen[bytes]] = []
+    with output.open("wb") as file:
+        started = time.time()
+        try:
+            for command, variables in commands:
+                environ = base | variables
+                processes.append(
+                    subprocess.Popen(
+                        command,
+                        env=environ,
+                        stdin=subprocess.DEVNULL,
+                        stdout=file,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
+                    )
+                )
+            while any(process.poll() is None for process in processes):
+                if any(process.returncode for process in processes):
+                    break
+                if time.time() - started > limit:
+                    raise BenchError(f"{commands[0][0]}: not done after {limit:.0f} s\n{_tail(output)}")
+                time.sleep(0.02)
+        finally:
+            for process in processes:
+                stop(process)
+    failed = [code for process in processes if (code := process.returncode)]
+    if failed:
+        raise BenchError(f"{' '.join(commands[0][0])}: exit code {failed[0]}\n{_tail(output)}")
+    return started
+
+
+def stop(process: subprocess.Popen[bytes], grace: float = 3.0) -> None:
+    """End a process that was started in its own session, with its children; one that has ended is left alone."""
+    if process.poll() is not None:
+        return
+    for number in (signal.SIGTERM, signal.SIGKILL):  # mpirun passes the first on to its ranks
+        try:
+            os.killpg(process.pid, number)
+            process.wait(grace)
+        except ProcessLookupError:
+            break
+        except subprocess.TimeoutExpired:
+            continue
+    process.wait()
+
+
+def _reports(folder: Path, ranks: int) -> list[Report]:
+    return [json.loads((folder / f"report-{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def _tail(output: Path) -> str:
+    return "\n".join(output.read_text(errors="replace").splitlines()[-30:])

@@ -1,0 +1,127 @@
+"""Text from a trained GPT: `dtrain sample RUN --prompt TEXT`, and the sample at the end of a run.
+
+    prompt ──tokenizer──► ids ──► model on the last `sequence` ids ──► logits of the next id ──► draw ──┐
+                           ▲────────────────────────────── append ◄────────────────────────────────────┘
+
+The draw of place i depends on (seed, i) alone, so the same checkpoint, prompt and seed give the same text.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from dtrain import random
+from dtrain.arrays import Array
+from dtrain.autograd import no_grad
+from dtrain.config import Config, GPTConfig
+from dtrain.data import Tokenizer
+from dtrain.errors import UserError
+from dtrain.models import Model
+
+START = "\n"  # what an empty prompt stands for: a model of text needs something to go on from
+
+
+def sample(
+    run_folder: Path, prompt: str, tokens: int, temperature: float = 0.8, seed: int = 0, top_k: int | None = None
+) -> None:
+    """Print `prompt` and `tokens` tokens more by the newest checkpoint of the run in `run_folder`; UserError."""
+    model, tokenizer = load(run_folder)
+    text = generate(model, tokenizer, prompt, tokens, temperature, top_k, seed)
+    # A terminal of another encoding shows what it can.
+    sys.stdout.buffer.write(text.encode(sys.stdout.encoding or "utf-8", errors="replace") + b"\n")
+    sys.stdout.flush()
+
+
+def generate(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompt: str,
+    tokens: int,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    seed: int = 0,
+) -> str:
+    """Return `prompt` and `tokens` tokens after it; bytes that are no UTF-8 become U+FFFD.
+
+    `temperature` divides the logits (0: always the likeliest), `top_k` leaves only so many of the likeliest.
+    """
+    window = int(model.config.sequence)
+    ids = tokenizer.encode(prompt or START).tolist()
+    given = len(ids)
+    with no_grad():
+        for i in range(tokens):
+            logits = model(np.array([ids[-window:]], dtype=np.int32)).data[0, -1]
+            # A vocabulary padded to a round number has ids that mean nothing.
+            ids.append(choose(logits[: tokenizer.vocabulary], temperature, top_k, random.generator(seed, "sample", i)))
+    return tokenizer.decode(np.array(ids if prompt else ids[given:], dtype=np.int32))
+
+
+def choose(logits: Array, temperature: float, top_k: int | None, generator: np.random.Generator) -> int:
+    """Draw an id from softmax(logits / temperature), logits (V,), among the `top_k` largest; 0: the first largest."""
+    logits = np.asarray(logits, dtype=np.float64)
+    if temperature == 0:
+        return int(logits.argmax())
+    allowed = np.arange(len(logits))
+    if top_k is not None and top_k < len(logits):
+        allowed = np.sort(np.argsort(-logits, kind="stable")[:top_k])  # among equals the lower id stays
+    scaled = logits[allowed] / temperature
+    sums = np.cumsum(np.exp(scaled - scaled.max()))
+    # u < sums[-1] keeps the index inside; rounding of u * sums[-1] may not.
+    place = np.searchsorted(sums, generator.random() * sums[-1], side="right")
+    return int(allowed[min(place, len(allowed) - 1)])
+
+
+def load(run_folder: Path) -> tuple[Model, Tokenizer]:
+    """Return model and tokenizer of a run, with the parameters of its newest complete checkpoint; UserError."""
+    from dtrain import checkpoint, models
+    from dtrain.data import open_data
+
+    config = _config(run_folder)
+    folder = checkpoint.latest(run_folder / "checkpoints")
+    if folder is None:
+        raise UserError(
+            f"{run_folder / 'checkpoints'}: no complete checkpoint; the run wrote none so far, or its checkpoint.every "
+            f"is 0 (here: {config.checkpoint.every}): train again with checkpoint.every=100"
+        )
+    assert isinstance(config.model, GPTConfig)
+    data = open_data(config.data, sequence=config.model.sequence, seed=config.seed, vocabulary=config.model.vocabulary)
+    if data.tokenizer is None:
+        raise UserError(
+            f"{run_folder}: trained on data.kind: {config.data.kind}, whose tokens have no text; allowed: text"
+        )
+    model = models.build(config.model, data, dtype=config.train.dtype, seed=config.seed)
+    reader = checkpoint.Reader(folder)
+    parameters = model.named_parameters()
+    written = set(reader.names())
+    for name, parameter in parameters.items():
+        if name not in written:
+            raise UserError(f"{folder}: has no tensor {name}; {run_folder / 'config.yaml'} describes another model")
+        values = reader.read(name)
+        if values.shape != parameter.shape:
+            raise UserError(
+                f"{folder}: {name} has shape {values.shape}, but the model of {run_folder / 'config.yaml'} needs "
+                f"{parameter.shape}; has the data changed (data.path: {config.data.path})?"
+            )
+        parameter.data = values.astype(parameter.dtype, copy=False)
+    return model, data.tokenizer
+
+
+def _config(run_folder: Path) -> Config:
+    from dtrain.launch import configuration
+
+    if not (run_folder / "config.yaml").is_file():
+        raise UserError(f"{run_folder}: no such run (there is no {run_folder / 'config.yaml'}){_runs(run_folder)}")
+    config = configuration.load(run_folder / "config.yaml")
+    if not isinstance(config.model, GPTConfig):
+        raise UserError(f"{run_folder}: model.kind: {config.model.kind}; only gpt writes text")
+    return config
+
+
+def _runs(run_folder: Path) -> str:
+    """Name the runs that there are, in the same folder and where runs usually are."""
+    folders = {run_folder.parent, Path("runs")}
+    found = sorted(str(path.parent) for folder in folders for path in folder.glob("*/config.yaml"))
+    return f"; there are: {', '.join(found[:6])}" if found else "; dtrain run CONFIG makes one"

@@ -1,0 +1,34 @@
+"""`dtrain show graph`: the graph of one training step of a configuration as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from dtrain.config import Config, MLPConfig
+from dtrain.errors import UserError
+from dtrain.launch import environment
+
+SAMPLES = 2  # the shapes show which dim is the batch; FLOPs and bytes are those of so many samples
+
+
+def graph(config: Config, output: Path) -> None:
+    """Build the model of `config`, run it on SAMPLES samples of its data, and write the graph to `output` (SVG)."""
+    if environment.job().rank > 0:
+        return  # the graph is the same on every rank
+    from dtrain import graph as graphs
+    from dtrain import models
+    from dtrain.data import open_data
+
+    sequence = 0 if isinstance(config.model, MLPConfig) else config.model.sequence
+    vocabulary = None if isinstance(config.model, MLPConfig) else config.model.vocabulary
+    data = open_data(config.data, sequence, config.seed, vocabulary, config.model.kind == "bert")
+    model = models.build(config.model, data, dtype=config.train.dtype, seed=config.seed)
+    batch = data.train.batch(np.arange(min(SAMPLES, len(data.train))))
+    picture = graphs.svg(model.loss(batch))
+    try:
+        output.write_text(picture, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output: {output}: cannot be written: {error.strerror}") from None
+    print(f"{output}: one step of {config.name} on {len(batch['targets'])} samples")
