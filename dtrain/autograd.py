@@ -9,8 +9,8 @@ Invariants:
 - A node refers to the nodes before it, not to their outputs: an array lives on only where a vjp saved it.
 - A leaf's callbacks (`on_gradient`) run when its *last* use has been walked: its gradient is then complete.
 - The graph is freed as it is walked; a second walk is an error unless `retain_graph=True`.
-- A leaf with a `buffer` (a slice of a flat gradient buffer) receives its gradient there, without a copy where the vjp can
-  write to a given place (`node.into`).
+- A leaf with a `buffer` (a slice of a flat gradient buffer) receives its gradient there, without a copy where the vjp
+  can write to a given place (`node.into`).
 
 Reference: Griewank and Walther, Evaluating Derivatives, 2nd ed., 2008, chapters 3 and 4.
 """
@@ -111,14 +111,15 @@ class Node:
     """
 
     __slots__ = (
-        "attributes", "dtype", "hooks", "inputs", "needs", "op", "order", "saved", "scope", "shape", "shapes", "version",
-        "versions",
+        "attributes", "dtype", "hooks", "inputs", "needs", "op", "order", "saved", "scope", "shape", "shapes",
+        "version", "versions",
     )  # fmt: skip
 
     def __init__(self, op: Op, inputs: Sequence[Tensor], attributes: dict[str, Any], saved: Any, output: Array) -> None:
         self.op = op
         self.attributes = attributes
         self.saved = saved
+        self.version = 0  # of the output: counts changes in place
         self.inputs: tuple[Node | Tensor, ...] = tuple([t.node or t for t in inputs])
         self.needs = tuple([t.requires_grad for t in inputs])
         self.shapes: tuple[Shape, ...] = tuple([t.data.shape for t in inputs])
@@ -127,7 +128,6 @@ class Node:
         self.dtype = output.dtype
         self.scope = ".".join(mode.scopes) if mode.scopes else ""
         self.order = next(_numbers)
-        self.version = 0  # of the output: counts changes in place
         self.hooks: list[Callable[[Array], Array | None]] | None = None
 
     def into(self, position: int) -> Array | None:
@@ -226,7 +226,8 @@ def _walk(
                 continue
             if result is not None and result.shape != shape:
                 raise GraphError(
-                    f"the vjp of {node.describe()} returned a gradient of shape {result.shape} for an input of shape {shape}"
+                    f"the vjp of {node.describe()} returned a gradient of shape {result.shape} "
+                    f"for an input of shape {shape}"
                 )
             if type(source) is not Node:
                 deliver(source, result)  # type: ignore[arg-type]

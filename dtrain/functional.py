@@ -83,7 +83,8 @@ def logsumexp(x: Tensor, dim: int = -1, keepdims: bool = False) -> Tensor:
     """log(sum(exp(x))) over `dim`, without overflow for any finite x."""
     top = x.data.max(axis=dim, keepdims=True)
     shifted = (x - top).exp().sum(dim=dim, keepdims=keepdims).log()
-    return shifted + (top if keepdims else top.squeeze(dim))
+    result: Tensor = shifted + (top if keepdims else top.squeeze(dim))
+    return result
 
 
 def cross_entropy(logits: Tensor, targets: Any, ignore: int = -1, reduction: str = "mean") -> Tensor:
@@ -174,10 +175,10 @@ def stack(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
 def where(mask: Any, x: Any, y: Any) -> Tensor:
     """X where the mask (an array of booleans) is true, else y; one of x and y may be a number or an array."""
     if not isinstance(x, Tensor):
-        x = y._operand(x)
-    return apply(arithmetic.WHERE, x, y if isinstance(y, Tensor) else x._operand(y), mask=_array(mask))
+        x = y.constant(x)
+    return apply(arithmetic.WHERE, x, y if isinstance(y, Tensor) else x.constant(y), mask=_array(mask))
 
 
 def maximum(x: Tensor, y: Any) -> Tensor:
     """The larger of both, element by element."""
-    return apply(arithmetic.MAXIMUM, x, y if isinstance(y, Tensor) else x._operand(y))
+    return apply(arithmetic.MAXIMUM, x, y if isinstance(y, Tensor) else x.constant(y))

@@ -1,9 +1,10 @@
 """What an op is: a forward on arrays, its vector-Jacobian product, and (for forward mode) its Jacobian-vector product.
 
-An op is one row of a table (`dtrain/ops/`), or a row that a user writes; the engine (`dtrain/autograd.py`) knows none of them.
+An op is one row of a table (`dtrain/ops/`), or a row that a user writes; the engine (`dtrain/autograd.py`) knows none.
 
     forward(*arrays, **attributes)                    -> (output array, saved)    saved: whatever the vjp needs
-    vjp(node, g)                                      -> one array or None per input; node.saved, node.needs, node.attributes
+    vjp(node, g)                                      -> one array or None per input; has node.saved, node.needs,
+                                                         node.attributes, node.shapes
     jvp(inputs, tangents, output, **attributes)       -> tangent of the output, written with tensors: so it can be
                                                          differentiated again (Hessian-vector products);
                                                          ITSELF for a linear op: the op of the tangents
@@ -28,8 +29,11 @@ def elementwise(factor: int = 1) -> Callable[[tuple[Shape, ...], Shape, dict[str
 
 
 def ITSELF(*_: Any, **__: Any) -> Any:
-    """Stands for "the tangent of the output is this op applied to the tangents"; the engine does that, never calls it."""
+    """Stands for "the tangent of the output is this op applied to the tangents"; the engine does it, without a call."""
     raise AssertionError("the engine applies a linear op to the tangents itself")
+
+
+_one_per_element = elementwise()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,4 +44,4 @@ class Op:
     forward: Callable[..., tuple[Any, Any]]
     vjp: Callable[..., tuple[Any, ...]]
     jvp: Callable[..., Any] | None = None
-    flops: Callable[[tuple[Shape, ...], Shape, dict[str, Any]], int] = elementwise()
+    flops: Callable[[tuple[Shape, ...], Shape, dict[str, Any]], int] = _one_per_element

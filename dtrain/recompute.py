@@ -5,7 +5,7 @@
 
 Memory falls from all activations to the segment's inputs plus one segment, for one more forward.
 Invariant: gradients are those of the plain graph, bit for bit: the same vjps run in the same order and add to the same
-`.grad`. (Only a *computed* tensor that is used several times inside and also outside the segment is summed in another order.)
+`.grad`. (Only a *computed* tensor that is used several times inside and also outside is summed in another order.)
 Parameters that the function uses become inputs of the node, so that their callbacks wait for their last use anywhere.
 Reference: Chen et al., arXiv:1604.06174; Griewank and Walther 2000 (revolve).
 """

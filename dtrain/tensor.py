@@ -1,6 +1,6 @@
 """`Tensor`: an array, its gradient, and its place on the tape; `apply`: the one door through which every op goes.
 
-The methods are the operators of NumPy under NumPy's names (`dim` instead of `axis`, which means an axis of the mesh here).
+The methods are the operators of NumPy under NumPy's names (`dim` instead of `axis`: that is an axis of the mesh here).
 Everything else that is differentiable stands in `dtrain/functional.py`.
 """
 
@@ -26,8 +26,8 @@ class OpError(ValueError):
 class Tensor:
     """An n-dimensional array that may need a gradient.
 
-    `data` is a NumPy or CuPy array, `grad` an array of the same shape after a backward (None before), `requires_grad` says
-    whether the tape records what is computed from it. A tensor that was computed has a `node`, a leaf has none.
+    `data` is a NumPy or CuPy array, `grad` an array of the same shape after a backward (None before), `requires_grad`
+    says whether the tape records what is computed from it. A tensor that was computed has a `node`, a leaf has none.
     """
 
     __slots__ = ("__weakref__", "buffer", "data", "grad", "hooks", "node", "requires_grad", "tangent", "version")
@@ -47,7 +47,8 @@ class Tensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.data.shape
+        dims: tuple[int, ...] = self.data.shape
+        return dims
 
     @property
     def ndim(self) -> int:
@@ -59,7 +60,8 @@ class Tensor:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        return self.data.dtype
+        dtype: np.dtype[Any] = self.data.dtype
+        return dtype
 
     def __len__(self) -> int:
         return len(self.data)
@@ -97,7 +99,7 @@ class Tensor:
         backward([(self, seed)], retain_graph=retain_graph)
 
     def on_gradient(self, callback: Callable[[Array], Array | None]) -> None:
-        """Call `callback(gradient)` once per backward, when this tensor's gradient is complete; it may return another."""
+        """Call `callback(gradient)` once per backward, when the gradient is complete; it may return another one."""
         if not self.requires_grad:
             raise GraphError("on_gradient() on a tensor that needs no gradient")
         owner: Any = self if self.node is None else self.node
@@ -146,7 +148,7 @@ class Tensor:
         """`apply(op, self, *others, **attributes)`: how a jvp rule reaches an op that has no method."""
         return apply(op, self, *others, **attributes)
 
-    def _operand(self, other: Any) -> Tensor:
+    def constant(self, other: Any) -> Tensor:
         """A number, or an array of integers, booleans or this dtype, as a constant beside this tensor."""
         if isinstance(other, (int, float)) or not hasattr(other, "dtype") or other.dtype.kind in "iub":
             if type(self.data) is np.ndarray:
@@ -155,28 +157,28 @@ class Tensor:
         return Tensor(other)
 
     def __add__(self, other: Any) -> Tensor:
-        return apply(arithmetic.ADD, self, other if isinstance(other, Tensor) else self._operand(other))
+        return apply(arithmetic.ADD, self, other if isinstance(other, Tensor) else self.constant(other))
 
     __radd__ = __add__
 
     def __sub__(self, other: Any) -> Tensor:
-        return apply(arithmetic.SUB, self, other if isinstance(other, Tensor) else self._operand(other))
+        return apply(arithmetic.SUB, self, other if isinstance(other, Tensor) else self.constant(other))
 
     def __rsub__(self, other: Any) -> Tensor:
-        return apply(arithmetic.SUB, self._operand(other), self)
+        return apply(arithmetic.SUB, self.constant(other), self)
 
     def __mul__(self, other: Any) -> Tensor:
         if isinstance(other, (int, float)):
             return apply(arithmetic.SCALE, self, factor=self.data.dtype.type(other))
-        return apply(arithmetic.MUL, self, other if isinstance(other, Tensor) else self._operand(other))
+        return apply(arithmetic.MUL, self, other if isinstance(other, Tensor) else self.constant(other))
 
     __rmul__ = __mul__
 
     def __truediv__(self, other: Any) -> Tensor:
-        return apply(arithmetic.DIV, self, other if isinstance(other, Tensor) else self._operand(other))
+        return apply(arithmetic.DIV, self, other if isinstance(other, Tensor) else self.constant(other))
 
     def __rtruediv__(self, other: Any) -> Tensor:
-        return apply(arithmetic.DIV, self._operand(other), self)
+        return apply(arithmetic.DIV, self.constant(other), self)
 
     def __neg__(self) -> Tensor:
         return apply(arithmetic.NEG, self)
@@ -184,16 +186,16 @@ class Tensor:
     def __pow__(self, other: Any) -> Tensor:
         if isinstance(other, (int, float)):
             return apply(arithmetic.POW, self, exponent=other)
-        return apply(arithmetic.POWER, self, other if isinstance(other, Tensor) else self._operand(other))
+        return apply(arithmetic.POWER, self, other if isinstance(other, Tensor) else self.constant(other))
 
     def __rpow__(self, other: Any) -> Tensor:
-        return apply(arithmetic.POWER, self._operand(other), self)
+        return apply(arithmetic.POWER, self.constant(other), self)
 
     def __matmul__(self, other: Any) -> Tensor:
-        return apply(linear.MATMUL, self, other if isinstance(other, Tensor) else self._operand(other))
+        return apply(linear.MATMUL, self, other if isinstance(other, Tensor) else self.constant(other))
 
     def __rmatmul__(self, other: Any) -> Tensor:
-        return apply(linear.MATMUL, self._operand(other), self)
+        return apply(linear.MATMUL, self.constant(other), self)
 
     def astype(self, dtype: Any) -> Tensor:
         """The values in another floating dtype; the gradient is converted back."""

@@ -1,4 +1,4 @@
-"""The table of ops: one row per member. A new op is one `Op` and one line here; a user's own op needs neither line nor table."""
+"""The table of ops: one row per member. A new op is one `Op` and one line here; a user's own op needs no line."""
 
 from dtrain.op import Op
 from dtrain.ops import activation, arithmetic, attention, elementwise, linear, loss, normalization, reduction, shape

@@ -2,9 +2,10 @@
 
     softmax(scale * q k^T + mask) v       q (B,T,H,D), k and v (B,S,G,D), G divides H: head h reads group h / (H/G)
 
-PACKED_ATTENTION takes the output of one projection, [all q heads | all k heads | all v heads] along the last dim: q, k, v
-are views of it, their gradients are written into views of one array, and no head is ever copied.
-Vaswani et al., arXiv:1706.03762; Ainslie et al. (grouped queries), arXiv:2305.13245; Su et al. (rotary), arXiv:2104.09864.
+PACKED_ATTENTION takes the output of one projection, [all q heads | all k heads | all v heads] along the last dim: q, k,
+v are views of it, their gradients are written into views of one array, and no head is ever copied.
+Vaswani et al., arXiv:1706.03762; grouped queries: Ainslie et al., arXiv:2305.13245; rotary: Su et al.,
+arXiv:2104.09864.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def _attention_forward(q: Array, k: Array, v: Array, causal: bool, scale: float)
 
 
 def _attention_vjp(node: Any, g: Array) -> tuple[Array, ...]:
-    return kernels.of(g).attention_vjp(contiguous(g), *node.saved, node.attributes["causal"], node.attributes["scale"])
+    q, k, v, out, logsumexp = node.saved
+    causal, scale = node.attributes["causal"], node.attributes["scale"]
+    return kernels.of(g).attention_vjp(contiguous(g), q, k, v, out, logsumexp, causal, scale)
 
 
 def _heads_first(x: Any, heads: int) -> Any:
@@ -65,7 +68,7 @@ def composed(q: Any, k: Any, v: Any, causal: bool, scale: float) -> tuple[Any, A
 
 
 def _attention_jvp(inputs: Any, tangents: Any, output: Any, causal: bool, scale: float) -> Any:
-    """DP = P * (dS - rowsum(P * dS)), d out = dP v + P dv: all scores at once, for checks and Hessians of small models."""
+    """With dS: dP = P * (dS - rowsum(P * dS)), d out = dP v + P dv. All scores at once: for checks and small models."""
     (q, k, v), (tq, tk, tv) = inputs, tangents
     heads = q.shape[2]
     _, weights, _ = composed(q, k, v, causal, scale)
@@ -105,12 +108,7 @@ def _packed_forward(
         _check_rotary(qk.shape, *rotary)
         qk = k.rotary(qk, *rotary)
     out, logsumexp = k.attention(qk[:, :, :heads], qk[:, :, heads:], v, causal, scale)
-    return out.reshape(*qkv.shape[:2], -1) if out.size else out.reshape(*qkv.shape[:2], heads * v.shape[-1]), (
-        qk,
-        v,
-        out,
-        logsumexp,
-    )
+    return out.reshape(*qkv.shape[:2], heads * v.shape[-1]), (qk, v, out, logsumexp)
 
 
 def _packed_vjp(node: Any, g: Array) -> tuple[Array]:
@@ -135,7 +133,8 @@ def _packed_vjp(node: Any, g: Array) -> tuple[Array]:
         dv,
     )
     if rotary is not None:
-        dqk[...] = k.rotary(rotated, *rotary, inverse=True)
+        cos, sin = rotary
+        dqk[...] = k.rotary(rotated, cos, sin, inverse=True)
     return (dqkv,)
 
 
@@ -147,15 +146,16 @@ def _packed_jvp(
         qk, v, _ = _split(packed, heads, kv_heads)
         qk = qk if rotary is None else _rotated(qk, *rotary)
         parts.append((qk[:, :, :heads], qk[:, :, heads:], v))
-    return _attention_jvp(*parts, output, causal, scale).reshape(output.shape)
+    return _attention_jvp(parts[0], parts[1], output, causal, scale).reshape(output.shape)
 
 
 def _packed_flops(inputs: tuple[Shape, ...], output: Shape, attributes: dict[str, Any]) -> int:
-    heads = attributes["heads"]
+    heads: int = attributes["heads"]
     batch, length, width = output
     flops = batch * length * length * (4 * width + 13 * heads)
-    turned = batch * length * (width // heads) * (heads + attributes["kv_heads"])
-    return flops + (3 * turned if attributes["rotary"] is not None else 0)
+    kv_heads: int = attributes["kv_heads"]
+    turned = batch * length * (width // heads) * (heads + kv_heads)
+    return flops if attributes["rotary"] is None else flops + 3 * turned
 
 
 PACKED_ATTENTION = Op("packed_attention", _packed_forward, _packed_vjp, _packed_jvp, _packed_flops)

@@ -27,9 +27,9 @@ def fresh(like: Array, shape: Shape) -> Array:
 def total(x: Array, dim: Any = None, keepdims: bool = False) -> Array:
     """The sum; half precision is accumulated in float32."""
     if x.dtype.itemsize == 2:
-        wide: Array = np.sum(x, axis=dim, keepdims=keepdims, dtype=np.float32)
-        return wide.astype(x.dtype)
-    result: Array = np.add.reduce(x, axis=dim, keepdims=keepdims)
+        wide: Any = np.sum(x, axis=dim, keepdims=keepdims, dtype=np.float32)
+        return wide.astype(x.dtype)  # type: ignore[no-any-return]
+    result: Array = np.add.reduce(x, axis=dim, keepdims=keepdims)  # type: ignore[call-overload]
     return result
 
 
@@ -45,9 +45,9 @@ def unbroadcast(g: Array, shape: Shape) -> Array:
 def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
     """A @ b; half precision is multiplied and accumulated in float32: NumPy has no half-precision BLAS."""
     if a.dtype.itemsize == 2 and type(a) is np.ndarray:
-        wide = np.matmul(a.astype(np.float32), b.astype(np.float32))
+        wide: Any = np.matmul(a.astype(np.float32), b.astype(np.float32))
         if out is None:
-            return wide.astype(a.dtype)
+            return wide.astype(a.dtype)  # type: ignore[no-any-return]
         out[...] = wide
         return out
     result: Array = np.matmul(a, b, out=out)

@@ -30,8 +30,8 @@ def _sigmoid(x: Array) -> Array:
 def erf(x: Array) -> Array:
     """The error function, to a few units in the last place.
 
-    erf(x) = 2 Phi(z) - 1 with z = sqrt(2) x, and Phi is what the vjp of GELU has besides z * phi(z): so it runs on every
-    backend. Near zero, where that difference cancels, the Maclaurin series.
+    erf(x) = 2 Phi(z) - 1 with z = sqrt(2) x, and Phi is what the vjp of GELU has besides z * phi(z): so it runs on
+    every backend. Near zero, where that difference cancels, the Maclaurin series.
     """
     z = contiguous(x) * x.dtype.type(math.sqrt(2))
     slope, _ = kernels.of(x).gelu_vjp(np.ones_like(z), z, None, False)

@@ -107,8 +107,10 @@ def _embedding_forward(weight: Array, ids: Array) -> tuple[Array, Any]:
 def _embedding_vjp(node: Any, g: Array) -> tuple[Array]:
     ids, shape = node.attributes["ids"], node.shapes[0]
     place = node.onto(0)
-    if place is None and (place := node.into(0)) is not None:
-        place[...] = 0
+    if place is None:
+        place = node.into(0)
+        if place is not None:
+            place.fill(0)
     return (kernels.of(g).embedding_vjp(contiguous(g), ids, shape[0], out=place),)
 
 

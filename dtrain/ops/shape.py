@@ -39,9 +39,7 @@ BROADCAST_TO = Op(
 def _basic(index: Any) -> bool:
     """Whether the index picks every element at most once: slices, integers, None, ..., or a mask."""
     parts = index if isinstance(index, tuple) else (index,)
-    return all(
-        [(not hasattr(p, "dtype") and not isinstance(p, list)) or getattr(p, "dtype", None) == bool for p in parts]
-    )
+    return all([p.dtype.kind == "b" if hasattr(p, "dtype") else not isinstance(p, list) for p in parts])
 
 
 def _index_vjp(node: Any, g: Array) -> tuple[Array]:
