@@ -88,8 +88,7 @@ class Trainer:
 
         correction = self.expected_targets / (count * self.loss_scale)
         norm = optimizers.global_norm(self.flat) * correction
-        clip = self.config.optimizer.clip_norm
-        scale = correction * (min(1.0, clip / (norm + 1e-6)) if clip is not None else 1.0)
+        scale = correction * optimizers.clip_factor(norm, self.config.optimizer.clip_norm)
         learning_rate = self.learning_rate(self.step + 1)
         self.optimizer.step(learning_rate, scale)
         for strategy in self.strategies:
@@ -189,8 +188,11 @@ class Trainer:
 
     def save(self, root: Path, keep: int = 0, extra: dict[str, Any] | None = None) -> Path:
         """Write a checkpoint below `root`. Collective; returns its folder."""
-        pieces = [checkpoint.whole(name, p.data) for name, p in self.model.named_parameters().items()]
-        pieces += [checkpoint.whole(name, array) for name, array in self.optimizer.per_parameter_state().items()]
+        pieces = [
+            checkpoint.Piece(name, array, (0,) * array.ndim, array.shape, kind)
+            for kind, arrays in self._arrays().items()
+            for name, array in arrays.items()
+        ]
         state = {
             "step": self.step,
             "consumed": self.consumed,
@@ -204,10 +206,13 @@ class Trainer:
     def load(self, folder: Path) -> None:
         """Go on from the checkpoint in `folder`, whatever layout wrote it."""
         reader = checkpoint.Reader(folder)
-        arrays = {name: p.data for name, p in self.model.named_parameters().items()}
-        arrays |= self.optimizer.per_parameter_state()
-        checkpoint.check_names(reader, {name: (array.shape, str(array.dtype)) for name, array in arrays.items()})
+        arrays = {name: array for arrays in self._arrays().values() for name, array in arrays.items()}
+        checkpoint.check_names(reader, {name: (array.shape, array.dtype) for name, array in arrays.items()})
         for name, array in arrays.items():
             array[...] = reader.tensor(name)
         self.step, self.consumed = int(reader.state["step"]), int(reader.state["consumed"])
         self.optimizer.steps = int(reader.state["optimizer"]["steps"])
+
+    def _arrays(self) -> dict[str, dict[str, Array]]:
+        parameters = {name: parameter.data for name, parameter in self.model.named_parameters().items()}
+        return {"parameter": parameters, "optimizer": self.optimizer.per_parameter_state()}
