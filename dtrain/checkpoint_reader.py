@@ -134,7 +134,10 @@ class Reader:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A checkpoint folder: step, serial number, bytes, seconds since it was saved; problem: None if it is complete."""
+    """A checkpoint folder: step, serial number (0: cannot be read), bytes, seconds since it was saved (NaN: not known).
+
+    problem: what keeps it from being complete, or None.
+    """
 
     folder: Path
     step: int
@@ -147,10 +150,11 @@ class Found:
 def scan(root: Path | str) -> list[Found]:
     """The checkpoints in the folder `root`, oldest first; what is not complete says why. Checksums are not verified.
 
-    Ordered by serial number, not by step: a run that was started anew in the same folder has the newer ones.
+    Ordered by serial number, not by step: a run that was started anew in the same folder has the newer ones. Where the
+    number cannot be read, the folder may be the newest, and comes last.
     """
     found = [_look(folder, step) for folder, step in folders(Path(root))]
-    return sorted(found, key=lambda one: (one.serial, one.step))
+    return sorted(found, key=lambda one: (one.serial or math.inf, one.step))
 
 
 def latest(root: Path | str, warn: Callable[[str], None] | None = None) -> Path | None:

@@ -108,7 +108,7 @@ def serial(folder: Path) -> int:
     """The serial number of a checkpoint, 0 if its manifest cannot be read."""
     try:
         return msgspec.json.decode((folder / MANIFEST).read_bytes(), type=_Head).serial
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, msgspec.MsgspecError, RecursionError):
         return 0
 
 
@@ -119,7 +119,7 @@ def parse(content: bytes, path: Path) -> Manifest:
         if head.format == "dtrain-checkpoint" and head.version > VERSION:
             raise UserError(f"{path}: version {head.version}, from a newer dtrain; this one reads up to {VERSION}")
         manifest = msgspec.json.decode(content, type=Manifest)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise UserError(f"{path}: not the manifest of a checkpoint, or a damaged one: {error}") from None
     try:
         _check(manifest)

@@ -52,12 +52,12 @@ class FormatError(ValueError):
 
 def dtype(name: str) -> np.dtype[Any]:
     """The NumPy dtype of one of the names in CODES."""
+    scalar: Any = name
     if name == "bfloat16":
         import ml_dtypes
 
-        name = ml_dtypes.bfloat16
-    found: np.dtype[Any] = np.dtype(name)
-    return found
+        scalar = ml_dtypes.bfloat16
+    return np.dtype(scalar)
 
 
 def itemsize(name: str) -> int:
@@ -190,7 +190,7 @@ class Mapped:
                 entries[key] = (name, shape, self.header_bytes + start)
         except FormatError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise FormatError(
                 f"{self.path}: not a safetensors file: its header is no table of arrays ({error})"
             ) from None
