@@ -1,0 +1,35 @@
+"""Models, one row each in MODELS. They contain no parallel code: strategies transform them.
+
+model = build(config.model, data, dtype="float32", seed=0)
+loss = model.loss(batch)             a SUM over model.count(batch) targets
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from dtrain.collectives.dtypes import dtype_from_name
+from dtrain.config import ModelConfig
+from dtrain.models.base import Model, Sizes
+from dtrain.models.bert import BERT
+from dtrain.models.gpt import GPT
+from dtrain.models.mlp import MLP
+
+MODELS: dict[str, Callable[[Any, Sizes, Any], Model]] = {"gpt": GPT, "bert": BERT, "mlp": MLP}
+
+
+def outline(config: ModelConfig, data: Sizes, dtype: Any = "float32") -> Model:
+    """The model with shapes and names but without values or memory for them: to be counted, or cut and then filled."""
+    return MODELS[config.kind](config, data, dtype_from_name(dtype) if isinstance(dtype, str) else dtype)
+
+
+def build(config: ModelConfig, data: Sizes, dtype: Any = "float32", seed: int = 0) -> Model:
+    """The model that the configuration describes, with its initial values: a function of the seed alone.
+
+    UserError where the model's vocabulary is smaller than that of the data.
+    """
+    model = outline(config, data, dtype)
+    model.materialise(seed)
+    return model
+
+
+__all__ = ["MODELS", "Model", "Sizes", "build", "outline"]

@@ -1,0 +1,55 @@
+"""A multilayer perceptron that classifies images or rows of a table.
+
+Hidden weights begin with variance 2 / inputs, so that signals neither die nor grow through half-open activations (He
+et al., arXiv:1502.01852); tanh and the head with 1 / inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+import dtrain.functional as F
+from dtrain.arrays import Array
+from dtrain.config import MLPConfig
+from dtrain.models.base import Model, Sizes
+from dtrain.modules import Context, Dropout, Linear, Module
+from dtrain.tensor import Tensor
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": F.tanh}
+
+
+class Layer(Module):
+    """Linear, activation, dropout."""
+
+    def __init__(self, inputs: int, outputs: int, config: MLPConfig, dtype: Any) -> None:
+        self.linear = Linear(inputs, outputs, config.bias, _std(inputs, config.activation), dtype)
+        self.activation = config.activation
+        self.dropout = Dropout(config.dropout)
+
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
+        """From (B, inputs) to (B, outputs)."""
+        return self.dropout(ACTIVATIONS[self.activation](self.linear(x)), context)
+
+
+class MLP(Model):
+    """Features (B, ...) -> logits of the classes (B, classes)."""
+
+    def __init__(self, config: MLPConfig, sizes: Sizes, dtype: Any = np.float32) -> None:
+        widths = [sizes.features, *config.hidden]
+        self.dtype = np.dtype(dtype)
+        self.blocks: list[Module] = [Layer(widths[i], widths[i + 1], config, dtype) for i in range(len(config.hidden))]
+        self.head = Linear(widths[-1], sizes.vocabulary, config.bias, _std(widths[-1], "head"), dtype)
+        self.assign_names()
+
+    def forward(self, inputs: Array, context: Context | None = None) -> Tensor:
+        """Features (B, ...) of any real dtype -> (B, classes)."""
+        rows = inputs.reshape(len(inputs), math.prod(inputs.shape[1:]))
+        return self.head(self.through_blocks(Tensor(rows.astype(self.dtype, copy=False)), context))
+
+
+def _std(inputs: int, activation: str) -> float:
+    return math.sqrt((1 if activation in ("tanh", "head") else 2) / max(1, inputs))

@@ -1,0 +1,181 @@
+"""Modules: parameters with names, and the layers that every model is built from.
+
+    class Block(Module):
+        def __init__(self): self.norm = LayerNorm(…); self.layers = [Linear(…), Linear(…)]
+        def forward(self, x): …
+
+A module finds its parts by its attributes (Parameter, Module, list of Modules), in the order of their definition;
+there is no registration. Parameters have no memory until `materialise(seed)` (see `dtrain/parameter.py`).
+
+Invariant: no module keeps state between calls, and there is no training mode: dropout is on where forward is given a
+Context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+import dtrain.functional as F
+from dtrain import random
+from dtrain.arrays import Array
+from dtrain.autograd import mode, scope
+from dtrain.parameter import Constant, Normal, Parameter
+from dtrain.tensor import Tensor
+
+
+@dataclass(frozen=True)
+class Context:
+    """What dropout needs to know of a training step. A forward without a context has no dropout."""
+
+    seed: int
+    step: int
+    row_ids: Array
+    """(B,) int64: the consumed position of each sample of the batch, so that its mask is the same on any rank."""
+
+
+class Module:
+    """A part of a model. Subclasses define `forward`; a call of the module runs it."""
+
+    forward: Callable[..., Tensor]
+    name = ""  # dotted path, given by the root module; "" is the root
+
+    def __call__(self, *inputs: Any, **options: Any) -> Tensor:
+        if mode.scopes is None or not self.name:
+            return self.forward(*inputs, **options)
+        with scope(self.name.removeprefix(".".join(mode.scopes)).removeprefix(".")):  # drawing a graph
+            return self.forward(*inputs, **options)
+
+    def children(self) -> Iterator[tuple[str, Module]]:
+        """The modules right below, each with its name below this one, in the order of their definition."""
+        for attribute, value in vars(self).items():
+            if isinstance(value, Module):
+                yield attribute, value
+            elif isinstance(value, list | tuple):
+                yield from ((f"{attribute}.{i}", each) for i, each in enumerate(value) if isinstance(each, Module))
+
+    def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
+        """This module and all below, parents first, with dotted paths; a shared module once, under its first path."""
+        seen: set[int] = set()
+        stack = [(prefix, self)]
+        while stack:
+            path, module = stack.pop()
+            if id(module) not in seen:
+                seen.add(id(module))
+                yield path, module
+                below = [(f"{path}.{name}" if path else name, child) for name, child in module.children()]
+                stack.extend(reversed(below))
+
+    def named_parameters(self) -> dict[str, Parameter]:
+        """All parameters by dotted path, in the order of their definition; a shared one once, under its first path."""
+        found: dict[str, Parameter] = {}
+        seen: set[int] = set()
+        for path, module in self.named_modules():
+            for attribute, value in vars(module).items():
+                if isinstance(value, Parameter) and id(value) not in seen:
+                    seen.add(id(value))
+                    found[f"{path}.{attribute}" if path else attribute] = value
+        return found
+
+    def num_parameters(self) -> int:
+        """How many numbers are trained; shared ones count once."""
+        return sum(parameter.size for parameter in self.named_parameters().values())
+
+    def assign_names(self) -> None:
+        """Tell all modules and parameters their dotted paths; the root does it at the end of its construction."""
+        for path, module in self.named_modules():
+            module.name = path
+        for path, parameter in self.named_parameters().items():
+            parameter.name = path
+
+    def materialise(self, seed: int) -> None:
+        """Give the parameters that are still placeholders their initial values (the whole of each)."""
+        for parameter in self.named_parameters().values():
+            if parameter.is_placeholder:
+                parameter.data = parameter.initial_values(seed)
+
+
+class Linear(Module):
+    """y = x weightᵀ + bias: x (..., inputs), weight (outputs, inputs), bias (outputs,) or none."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        bias: bool = True,
+        std: float = 0.02,
+        dtype: Any = np.float32,
+        weight: Parameter | None = None,
+    ) -> None:
+        self.weight = Parameter((outputs, inputs), Normal(std), dtype) if weight is None else weight
+        self.bias = Parameter((outputs,), Constant(0.0), dtype) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From (..., inputs) to (..., outputs)."""
+        return F.linear(x, self.weight, self.bias)
+
+    def product(self, x: Tensor) -> Tensor:
+        """Without the bias, for those who add it in one pass with what follows (`F.gelu`, `F.bias_residual`)."""
+        return F.linear(x, self.weight, None)
+
+
+class Embedding(Module):
+    """One row per id: ids (...) -> (..., dim)."""
+
+    def __init__(self, rows: int, dim: int, std: float = 0.02, dtype: Any = np.float32) -> None:
+        self.weight = Parameter((rows, dim), Normal(std), dtype)
+
+    def forward(self, ids: Array) -> Tensor:
+        """Ids (...) of any integer dtype -> (..., dim)."""
+        return F.embedding(self.weight, ids)
+
+
+class LayerNorm(Module):
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dim. Ba, Kiros, Hinton, arXiv:1607.06450."""
+
+    def __init__(self, dim: int, bias: bool = True, eps: float = 1e-5, dtype: Any = np.float32) -> None:
+        self.weight = Parameter((dim,), Constant(1.0), dtype)
+        self.bias = Parameter((dim,), Constant(0.0), dtype) if bias else None
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From (..., dim) to the same shape."""
+        return F.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(Module):
+    """x / sqrt(mean(x²) + eps) * weight over the last dim. Zhang, Sennrich, arXiv:1910.07467."""
+
+    def __init__(self, dim: int, eps: float = 1e-5, dtype: Any = np.float32) -> None:
+        self.weight = Parameter((dim,), Constant(1.0), dtype)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From (..., dim) to the same shape."""
+        return F.rms_norm(x, self.weight, self.eps)
+
+
+class Dropout(Module):
+    """Each element is 0 with probability p, else scaled by 1 / (1 - p); nothing happens without a context."""
+
+    def __init__(self, p: float) -> None:
+        self.p = p
+
+    def active(self, context: Context | None) -> bool:
+        """Whether forward would change anything."""
+        return context is not None and self.p > 0
+
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
+        """From (B, ..., C) to the same shape; B are the samples of the context.
+
+        The mask is a function of (seed, name of this layer, step, sample, place in the sample): any rank, any
+        micro-batch and a recomputation draw the same one.
+        """
+        if context is None or self.p == 0:
+            return x
+        rows = int(np.prod(x.shape[1:-1]))  # per sample
+        row_ids = (context.row_ids[:, None] * rows + np.arange(rows)).reshape(-1)
+        return F.dropout(x, self.p, random.key(context.seed, "dropout " + self.name, context.step), row_ids)
