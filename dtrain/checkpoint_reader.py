@@ -51,12 +51,16 @@ class Reader:
         """The names of all tensors, or of those of a kind: "parameter" or "optimizer"."""
         return [name for name, entry in self.manifest.tensors.items() if kind in (None, entry.kind)]
 
-    def tensor(self, name: str) -> TensorEntry:
+    def entry(self, name: str) -> TensorEntry:
         """Kind, dtype, global shape and slices of a tensor; no file is opened."""
         try:
             return self.manifest.tensors[name]
         except KeyError:
             raise UserError(f"{self.folder}: no tensor {name!r}; it holds {_few(self.names())}") from None
+
+    def tensor(self, name: str) -> Array:
+        """The whole tensor, as a new array."""
+        return self.read(name)
 
     def read(
         self,
@@ -69,7 +73,7 @@ class Reader:
 
         `out` has that shape; its dtype may be another one of the same kind (float32 into bfloat16, say): it is rounded.
         """
-        entry = self.tensor(name)
+        entry = self.entry(name)
         start = (0,) * len(entry.shape) if start is None else tuple(start)
         shape = tuple(n - a for n, a in zip(entry.shape, start, strict=False)) if shape is None else tuple(shape)
         if len(start) != len(entry.shape) or len(shape) != len(entry.shape):

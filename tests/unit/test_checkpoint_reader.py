@@ -406,4 +406,5 @@ def test_names_by_kind(tmp_path):
     pieces = [Piece("a", np.zeros(1), (0,), (1,)), Piece("a.m", np.zeros(1), (0,), (1,), "optimizer")]
     reader = Reader(save(tmp_path, 1, single(), pieces, {}))
     assert (reader.names(), reader.names("parameter"), reader.names("optimizer")) == (["a", "a.m"], ["a"], ["a.m"])
-    assert reader.tensor("a").shape == (1,) and reader.tensor("a").dtype == "float64"
+    assert reader.entry("a").shape == (1,) and reader.entry("a").dtype == "float64"
+    assert reader.tensor("a").tolist() == [0]
