@@ -14,14 +14,12 @@ from typing import Any
 import numpy as np
 
 from dtrain.arrays import Array
+from dtrain.kernels.constants import GELU_CUBIC, GELU_SLOPE
 from dtrain.kernels.interface import Maybe, check_row
 from dtrain.kernels.philox import philox, threshold
 from dtrain.kernels.reference_attention import attention, attention_vjp, rotary
 
 __all__ = ["attention", "attention_vjp", "rotary"]
-
-GELU_SLOPE = math.sqrt(2 / math.pi)
-GELU_CUBIC = 0.044715
 
 
 # ---- normalisation ----
@@ -163,8 +161,9 @@ def cross_entropy(logits: Array, targets: Array, ignore: int) -> tuple[Array, Ar
     """losses (R,) = logsumexp(logits) - logits[target], 0 where the target is `ignore`; logsumexp (R,)."""
     rows, safe, kept = _targets(logits, targets, ignore)
     top = _row_max(logits)[..., 0]
-    logsumexp = np.log(np.exp(logits - top[:, None]).sum(axis=-1)) + top
-    return np.where(kept, logsumexp - logits[rows, safe], logits.dtype.type(0)), logsumexp
+    logarithm = np.log(np.exp(logits - top[:, None]).sum(axis=-1))
+    losses = logarithm + (top - logits[rows, safe])  # not logsumexp - logit: two large numbers may be near each other
+    return np.where(kept, losses, logits.dtype.type(0)), logarithm + top
 
 
 def cross_entropy_vjp(g: Array, logits: Array, targets: Array, logsumexp: Array, ignore: int) -> Array:
@@ -198,9 +197,10 @@ def dropout(x: Array, p: float, key: int, row_ids: Array) -> Array:
         return np.zeros_like(x)
     columns = x.shape[-1]
     ids = row_ids.astype(np.uint64)[:, None]
-    block = np.cumsum(np.ones_like(ids, shape=(1, -(-columns // 4))), axis=1, dtype=np.uint64) - np.uint64(1)
+    blocks = -(-columns // 4)
+    block = np.cumsum(np.ones_like(ids, shape=(1, blocks)), axis=1, dtype=np.uint64) - np.uint64(1)
     words = philox((ids & 0xFFFFFFFF, ids >> 32, block, 0 * block), (key & 0xFFFFFFFF, key >> 32))
-    keep = np.stack(words, axis=-1).reshape(ids.size, -1)[:, :columns] >= threshold(p)
+    keep = np.stack(words, axis=-1).reshape(ids.size, 4 * blocks)[:, :columns] >= threshold(p)
     return np.where(keep.reshape(x.shape), x * (1 / (1 - float(p))), x.dtype.type(0))
 
 
