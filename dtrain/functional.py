@@ -129,9 +129,14 @@ def dropout(x: Tensor, p: float, key: int, row_ids: Any) -> Tensor:
 # ---- attention ----
 
 
+def _angles(x: Tensor, table: Any) -> Array:
+    """A table of cosines or sines beside x; for half-precision x it stays in float32."""
+    return _array(table).astype(np.float32 if x.data.dtype.itemsize == 2 else x.data.dtype, copy=False)
+
+
 def rotary(x: Tensor, cos: Any, sin: Any) -> Tensor:
     """Rotate the pairs (i, i + D/2) of x (B,T,H,D) by the angles whose cos and sin (T, D/2) are given."""
-    return apply(attentions.ROTARY, x, cos=_array(cos), sin=_array(sin))
+    return apply(attentions.ROTARY, x, cos=_angles(x, cos), sin=_angles(x, sin))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, scale: float | None = None) -> Tensor:
@@ -153,7 +158,7 @@ def packed_attention(
     rotary: (cos, sin), each (T, D/2), turns q and k first.
     """
     scale = attentions.default_scale(qkv.shape[-1] // max(heads + 2 * kv_heads, 1)) if scale is None else scale
-    angles = None if rotary is None else (_array(rotary[0]), _array(rotary[1]))
+    angles = None if rotary is None else (_angles(qkv, rotary[0]), _angles(qkv, rotary[1]))
     return apply(
         attentions.PACKED_ATTENTION, qkv, heads=heads, kv_heads=kv_heads, causal=causal, scale=scale, rotary=angles
     )

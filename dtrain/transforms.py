@@ -41,7 +41,7 @@ def vjp(f: Function, x: Any) -> tuple[Tensor, Callable[[Any], Any]]:
 
 
 def jvp(f: Function, x: Any, v: Any) -> tuple[Tensor, Tensor]:
-    """(y, J v). Keeps no tape, unless an element of x is a tensor that requires a gradient: then both are on its tape."""
+    """(y, J v). Keeps no tape, unless an element of x is a tensor that requires a gradient: then both are taped."""
     if mode.forward:
         raise GraphError("jvp inside jvp: tangents have one level; for second derivatives use hvp(f, x, v)")
     given, directions = _tuple(x), _tuple(v)
@@ -95,7 +95,7 @@ def hvp(f: Function, x: Any, v: Any) -> Any:
 
 
 class Plan(NamedTuple):
-    """How a Jacobian is computed: forward mode takes one pass per input element, reverse mode one per output element."""
+    """How a Jacobian is computed: forward mode takes a pass per input element, reverse mode one per output element."""
 
     mode: str
     passes: int

@@ -37,7 +37,9 @@ def erf(x: Array) -> Array:
     slope, _ = kernels.of(x).gelu_vjp(np.ones_like(z), z, None, False)
     density = np.exp(-(z * z) / 2) / x.dtype.type(math.sqrt(2 * math.pi))
     s = x * x
-    series = x * (1 - s * (1 / 3 - s * (1 / 10 - s * (1 / 42 - s * (1 / 216 - s * (1 / 1320 - s / 9360))))))
+    series = x * (
+        1 - s * (1 / 3 - s * (1 / 10 - s * (1 / 42 - s * (1 / 216 - s * (1 / 1320 - s * (1 / 9360 - s / 75600))))))
+    )
     y: Array = np.where(np.abs(x) < 0.25, series * (2 / math.sqrt(math.pi)), 2 * (slope - z * density) - 1)
     return y.astype(x.dtype)
 

@@ -43,7 +43,11 @@ def _forward(logits: Array, targets: Array, ignore: int, reduction: str) -> tupl
 
 def _vjp(node: Any, g: Array) -> tuple[Array]:
     flat, labels, logsumexp, count = node.saved
-    per_row = g.reshape(-1) if node.attributes["reduction"] == "none" else np.broadcast_to(g / count, labels.shape)
+    per_row = (
+        g.reshape(-1)
+        if node.attributes["reduction"] == "none"
+        else np.broadcast_to(g / g.dtype.type(count), labels.shape)
+    )
     dlogits = kernels.of(flat).cross_entropy_vjp(
         contiguous(per_row), flat, labels, logsumexp, node.attributes["ignore"]
     )

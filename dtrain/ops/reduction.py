@@ -39,15 +39,14 @@ SUM = Op("sum", lambda x, dim, keepdims: (total(x, dim, keepdims), None), _sum_v
 
 
 def _mean_forward(x: Array, dim: Any, keepdims: bool) -> tuple[Array, Any]:
-    summed = total(x, dim, keepdims)
-    count = x.size // summed.size if summed.size else 0
+    count = math.prod([n for n, kept in _dims(x.shape, dim) if not kept])
     if count == 0:
         raise ValueError("the mean of no elements does not exist")
-    return summed / count, count
+    return total(x, dim, keepdims) / x.dtype.type(count), count
 
 
 def _mean_vjp(node: Any, g: Array) -> tuple[Array]:
-    return (_spread(g / node.saved, node.shapes[0], node.attributes["dim"]),)
+    return (_spread(g / g.dtype.type(node.saved), node.shapes[0], node.attributes["dim"]),)
 
 
 MEAN = Op("mean", _mean_forward, _mean_vjp, ITSELF, _flops)

@@ -1,0 +1,478 @@
+"""Every row of the table of ops: derivatives against central differences, values against NumPy and SciPy."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+import scipy.special
+
+import dtrain.functional as F
+from dtrain.gradcheck import GradcheckError, gradcheck
+from dtrain.op import Op
+from dtrain.ops import OPS
+from dtrain.ops.attention import composed
+from dtrain.tensor import OpError, Tensor, apply
+from dtrain.transforms import jvp, vjp
+
+
+def numbers(*shape, seed=0, low=None):
+    random = np.random.default_rng([seed, *shape])
+    return random.standard_normal(shape) if low is None else random.uniform(low, low + 2, shape)
+
+
+def distinct(*shape):
+    """No ties and nothing near zero: for max, relu, abs."""
+    count = int(np.prod(shape))
+    return np.random.default_rng(1).permutation(count).reshape(shape) / 4.0 - count / 8.0 + 0.06
+
+
+IDS = np.array([[0, 3, 3], [1, 0, 3]])
+TARGETS = np.array([[0, -1, 4], [2, 2, -1]])
+ANGLES = np.outer(np.arange(3), [1.0, 0.1])
+TURN = (np.cos(ANGLES), np.sin(ANGLES))
+
+# name of the row -> (function of tensors, input arrays) per case
+CASES = {
+    "add": [
+        (lambda a, b: a + b, numbers(2, 3), numbers(2, 3)),
+        (lambda a, b: a + b, numbers(2, 1, 4), numbers(3, 1)),
+        (lambda a, b: a + b, numbers(1), numbers(2, 3)),
+        (lambda a, b: a + b, numbers(0, 3), numbers(3)),
+        (lambda a: 1.5 + a + np.arange(3) + a, numbers(2, 3)),
+    ],
+    "sub": [
+        (lambda a, b: a - b, numbers(2, 3), numbers(3)),
+        (lambda a, b: a - b, numbers(3), numbers(2, 1)),
+        (lambda a: 1 - a - 2, numbers(2)),
+    ],
+    "mul": [
+        (lambda a, b: a * b, numbers(2, 3), numbers(2, 3)),
+        (lambda a, b: a * b, numbers(2, 1, 4), numbers(3, 1)),
+        (lambda a, b: a * b, numbers(), numbers(2, 3)),
+        (lambda a: a * a * np.arange(3), numbers(2, 3)),
+        (lambda a, b: a * b, numbers(2, 0), numbers(1, 1)),
+    ],
+    "scale": [(lambda a: a * 3, numbers(2, 3)), (lambda a: -0.5 * a, numbers())],
+    "div": [
+        (lambda a, b: a / b, numbers(2, 3), numbers(2, 3, low=1)),
+        (lambda a, b: a / b, numbers(3), numbers(2, 1, low=1)),
+        (lambda a: 2 / a / 3, numbers(4, low=1)),
+    ],
+    "neg": [(lambda a: -a, numbers(2, 3))],
+    "pow": [
+        (lambda a: a**2, numbers(2, 3)),
+        (lambda a: a**3, numbers(2, 3)),
+        (lambda a: a**-0.5, numbers(2, 3, low=1)),
+        (lambda a: a**0 + a**1, numbers(3)),
+    ],
+    "power": [
+        (lambda a, b: a**b, numbers(2, 3, low=0.5), numbers(3)),
+        (lambda a: 2**a, numbers(3)),
+        (lambda a: a ** np.array([2, 3]), numbers(2)),
+    ],
+    "maximum": [
+        (lambda a, b: F.maximum(a, b), distinct(2, 3), distinct(3)),
+        (lambda a: F.maximum(a, 0.2), distinct(2, 3)),
+    ],
+    "where": [
+        (lambda a, b: F.where(np.array([True, False, True]), a, b), numbers(2, 3), numbers(3)),
+        (lambda a: F.where(np.array([[True], [False]]), a, 0.0), numbers(3)),
+        (lambda a: F.where(np.array([True, False]), 2.0, a), numbers(2)),
+    ],
+    "astype": [(lambda a: a.astype(np.longdouble).astype(a.dtype), numbers(2, 3))],
+    "exp": [(lambda a: a.exp(), numbers(2, 3))],
+    "log": [(lambda a: a.log(), numbers(2, 3, low=0.5))],
+    "sqrt": [(lambda a: a.sqrt(), numbers(2, 3, low=0.5))],
+    "tanh": [(lambda a: a.tanh(), numbers(2, 3))],
+    "sigmoid": [(lambda a: a.sigmoid(), numbers(2, 3))],
+    "erf": [(lambda a: a.erf(), numbers(2, 3)), (lambda a: a.erf(), np.array([0.0, 0.2499, 0.2501, -3.0]))],
+    "relu": [(lambda a: a.relu(), distinct(2, 3))],
+    "abs": [(lambda a: abs(a), distinct(2, 3))],
+    "sin": [(lambda a: a.sin(), numbers(2, 3))],
+    "cos": [(lambda a: a.cos(), numbers(2, 3))],
+    "sum": [
+        (lambda a: a.sum(), numbers(2, 3)),
+        (lambda a: a.sum(dim=0), numbers(2, 3)),
+        (lambda a: a.sum(dim=(0, -1), keepdims=True), numbers(2, 3, 4)),
+        (lambda a: a.sum(dim=(1,)), numbers(2, 3, 4)),
+        (lambda a: a.sum(dim=1), numbers(2, 0)),
+        (lambda a: a.sum(), numbers()),
+    ],
+    "mean": [
+        (lambda a: a.mean(), numbers(2, 3)),
+        (lambda a: a.mean(dim=-1), numbers(2, 3)),
+        (lambda a: a.mean(dim=(0, 2), keepdims=True), numbers(2, 3, 4)),
+    ],
+    "max": [
+        (lambda a: a.max(), distinct(2, 3)),
+        (lambda a: a.max(dim=1), distinct(2, 3)),
+        (lambda a: a.max(dim=(0, 2), keepdims=True), distinct(2, 3, 4)),
+    ],
+    "min": [(lambda a: a.min(), distinct(2, 3)), (lambda a: a.min(dim=-2, keepdims=True), distinct(2, 3))],
+    "reshape": [
+        (lambda a: a.reshape(3, -1), numbers(2, 3)),
+        (lambda a: a.T.reshape((6,)), numbers(2, 3)),
+        (lambda a: a.reshape(0, 5), numbers(2, 0)),
+    ],
+    "permute": [
+        (lambda a: a.permute(2, 0, 1), numbers(2, 3, 4)),
+        (lambda a: a.transpose(1, -1, 0), numbers(2, 3, 4)),
+        (lambda a: a.swapaxes(0, -1), numbers(2, 3, 4)),
+        (lambda a: a.T, numbers(2, 3, 1)),
+    ],
+    "broadcast_to": [(lambda a: a.broadcast_to((2, 4, 3)), numbers(4, 1)), (lambda a: a.broadcast_to((3,)), numbers())],
+    "index": [
+        (lambda a: a[1], numbers(3, 2)),
+        (lambda a: a[..., ::-2, None], numbers(3, 4)),
+        (lambda a: a[np.array([0, 2, 0])], numbers(3, 2)),
+        (lambda a: a[[0, 0], 1:], numbers(3, 2)),
+        (lambda a: a[np.array([[0], [2]]), np.array([1, 1])], numbers(3, 2)),
+        (lambda a: a[np.array([True, False, True])], numbers(3, 2)),
+        (lambda a: a[2:2], numbers(3, 2)),
+    ],
+    "concat": [
+        (lambda a, b: F.concat([a, b], dim=-1), numbers(2, 3), numbers(2, 1)),
+        (lambda a, b: F.concat([a, b, a]), numbers(2, 3), numbers(0, 3)),
+    ],
+    "stack": [(lambda a, b: F.stack([a, b], dim=-1), numbers(2, 3), numbers(2, 3))],
+    "gather": [
+        (lambda a: F.gather(a, np.array([[0, 0], [3, 1]]), dim=1), numbers(2, 4)),
+        (lambda a: F.gather(a, np.array([[1, 1, 0, 1]]), dim=0), numbers(2, 4)),
+    ],
+    "matmul": [
+        (lambda a, b: a @ b, numbers(2, 3), numbers(3, 4)),
+        (lambda a, b: a @ b, numbers(5, 2, 3), numbers(3, 4)),
+        (lambda a, b: a @ b, numbers(5, 1, 2, 3), numbers(2, 3, 4)),
+        (lambda a, b: a @ b, numbers(2, 3), numbers(5, 3, 1)),
+        (lambda a, b: a @ b, numbers(3), numbers(3)),
+        (lambda a, b: a @ b, numbers(3), numbers(5, 3, 2)),
+        (lambda a, b: a @ b, numbers(5, 2, 3), numbers(3)),
+        (lambda a, b: a.T @ b.swapaxes(-1, -2), numbers(3, 2), numbers(5, 4, 3)),
+        (lambda a, b: a @ b, numbers(2, 0), numbers(0, 3)),
+        (lambda a, b: a @ b, numbers(0, 2, 3), numbers(3, 4)),
+        (lambda a: np.ones((2, 3), int) @ a @ np.ones((2, 1), int), numbers(3, 2)),
+    ],
+    "linear": [
+        (lambda x, w: F.linear(x, w), numbers(2, 5, 3), numbers(4, 3)),
+        (lambda x, w, b: F.linear(x, w, b), numbers(5, 3), numbers(4, 3), numbers(4)),
+        (lambda x, w, b: F.linear(x.swapaxes(0, 1), w.T, b), numbers(5, 2, 3), numbers(3, 4), numbers(4)),
+        (lambda x, w, b: F.linear(x, w, b), numbers(3), numbers(4, 3), numbers(4)),
+        (lambda x, w, b: F.linear(x, w, b), numbers(0, 3), numbers(4, 3), numbers(4)),
+        (lambda x, w: F.linear(x, w), numbers(2, 0), numbers(4, 0)),
+    ],
+    "embedding": [(lambda w: F.embedding(w, IDS), numbers(4, 2)), (lambda w: F.embedding(w, IDS[:0]), numbers(4, 2))],
+    "gelu": [
+        (lambda x: F.gelu(x), numbers(2, 3)),
+        (lambda x: F.gelu(x.T, approximate=True), numbers(2, 3)),
+        (lambda x, b: F.gelu(x, b), numbers(2, 2, 3), numbers(3)),
+        (lambda x, b: F.gelu(x, b, approximate=True), numbers(2, 3), numbers(3)),
+        (lambda x: F.gelu(x), numbers(0, 3)),
+    ],
+    "silu": [(lambda x: F.silu(x), numbers(2, 3)), (lambda x: F.silu(x.T), numbers(2, 1))],
+    "swiglu": [
+        (lambda a, b: F.swiglu(a, b), numbers(2, 3), numbers(2, 3)),
+        (lambda x: F.swiglu(x[:, :3], x[:, 3:]), numbers(2, 6)),
+    ],
+    "bias_residual": [
+        (lambda x, b, r: F.bias_residual(x, b, r), numbers(2, 2, 3), numbers(3), numbers(2, 2, 3)),
+        (lambda x, r: F.bias_residual(x, None, r), numbers(2, 3), numbers(2, 3)),
+        (lambda x, b: F.bias_residual(x, b, x), numbers(2, 3), numbers(3)),
+    ],
+    "dropout": [
+        (lambda x: F.dropout(x, 0.5, 7, np.arange(6)), numbers(2, 3, 4)),
+        (lambda x: F.dropout(x, 0.25, 7, np.array([9, 2])), numbers(2, 5)),
+    ],
+    "layer_norm": [
+        (lambda x, w, b: F.layer_norm(x, w, b, 1e-5), numbers(2, 2, 5), numbers(5), numbers(5)),
+        (lambda x, w: F.layer_norm(x, w, None, 1e-5), numbers(2, 5), numbers(5)),
+        (lambda x: F.layer_norm(x.T, None, None, 1e-3), numbers(5, 2)),
+        (lambda x, w, b: F.layer_norm(x, w, b, 1e-5), numbers(0, 5), numbers(5), numbers(5)),
+    ],
+    "rms_norm": [
+        (lambda x, w: F.rms_norm(x, w), numbers(2, 2, 5), numbers(5)),
+        (lambda x: F.rms_norm(x.T, None), numbers(5, 2)),
+    ],
+    "softmax": [
+        (lambda x: F.softmax(x), numbers(2, 4)),
+        (lambda x: F.softmax(x, dim=0), numbers(3, 2)),
+        (lambda x: F.softmax(x), numbers(2, 1)),
+    ],
+    "log_softmax": [(lambda x: F.log_softmax(x), numbers(2, 4)), (lambda x: F.log_softmax(x, dim=1), numbers(2, 3, 2))],
+    "cross_entropy": [
+        (lambda x: F.cross_entropy(x, TARGETS), numbers(2, 3, 5)),
+        (lambda x: F.cross_entropy(x, TARGETS, reduction="sum"), numbers(2, 3, 5)),
+        (lambda x: F.cross_entropy(x, TARGETS, reduction="none"), numbers(2, 3, 5)),
+        (lambda x: F.cross_entropy(x, abs(TARGETS), ignore=2), numbers(2, 3, 5)),
+        (lambda x: F.cross_entropy(x, TARGETS[:0]), numbers(0, 3, 5)),
+        (lambda x: F.cross_entropy(x, np.full(2, -1)), numbers(2, 5)),
+    ],
+    "attention": [
+        (lambda q, k, v: F.attention(q, k, v), numbers(2, 3, 2, 4), numbers(2, 3, 2, 4), numbers(2, 3, 2, 4, seed=1)),
+        (
+            lambda q, k, v: F.attention(q, k, v, causal=False),
+            numbers(1, 3, 4, 2),
+            numbers(1, 5, 2, 2),
+            numbers(1, 5, 2, 2, seed=1),
+        ),
+        (
+            lambda q, k, v: F.attention(q, k, v, scale=0.3),
+            numbers(1, 2, 2, 3),
+            numbers(1, 4, 1, 3),
+            numbers(1, 4, 1, 3, seed=1),
+        ),
+        (
+            lambda q, k, v: F.attention(q.swapaxes(1, 2), k.swapaxes(1, 3), v.swapaxes(1, 3)),
+            numbers(1, 2, 3, 4),
+            numbers(1, 4, 2, 3),
+            numbers(1, 4, 2, 3, seed=1),
+        ),
+    ],
+    "packed_attention": [
+        (lambda x: F.packed_attention(x, 2, 2), numbers(2, 3, 18)),
+        (lambda x: F.packed_attention(x, 4, 2, causal=False), numbers(1, 3, 16)),
+        (lambda x: F.packed_attention(x, 2, 1, rotary=TURN), numbers(2, 3, 16)),
+    ],
+    "rotary": [
+        (lambda x: F.rotary(x, *TURN), numbers(2, 3, 2, 4)),
+        (lambda x: F.rotary(x[..., ::-1], *TURN), numbers(1, 3, 1, 4)),
+    ],
+}
+
+ROWS = [(name, *case) for name, cases in CASES.items() for case in cases]
+IDENTITY = [f"{name}-{i}" for name, cases in CASES.items() for i in range(len(cases))]
+
+
+def test_the_table_of_cases_covers_the_table_of_ops():
+    assert CASES.keys() == OPS.keys()
+    assert [name for name, op in OPS.items() if op.name != name] == []
+
+
+@pytest.mark.parametrize(("name", "function", "arrays"), [(n, f, tuple(a)) for n, f, *a in ROWS], ids=IDENTITY)
+class TestRow:
+    def test_uses_its_op(self, name, function, arrays):
+        seen, stack = set(), [function(*[Tensor(a, requires_grad=True) for a in arrays]).node]
+        while stack:
+            node = stack.pop()
+            seen.add(node.op.name)
+            stack += [source for source in node.inputs if not isinstance(source, Tensor)]
+        assert name in seen
+
+    def test_derivatives(self, name, function, arrays):
+        gradcheck(function, arrays, second_order=True, rtol=1e-5, atol=2e-7)
+
+    def test_forward_and_reverse_agree(self, name, function, arrays):
+        """v^T (J r) by the jvp equals (v^T J) r by the vjp (course check A4)."""
+        random = np.random.default_rng(3)
+        r = tuple([random.standard_normal(a.shape) for a in arrays])
+        y, pullback = vjp(function, arrays)
+        v = random.standard_normal(y.shape)
+        left = (v * jvp(function, arrays, r)[1].data).sum()
+        right = sum([(a * b).sum() for a, b in zip(pullback(v), r, strict=True)])
+        assert left == pytest.approx(right, rel=1e-10, abs=1e-12)
+
+    def test_float32_stays_float32_and_is_close(self, name, function, arrays):
+        narrow = [a.astype(np.float32) for a in arrays]
+        leaves = [Tensor(a, requires_grad=True) for a in narrow]
+        y = function(*leaves)
+        assert y.dtype == np.float32
+        np.testing.assert_allclose(y.data, function(*[Tensor(a) for a in arrays]).data, rtol=2e-4, atol=2e-5)
+        y.backward(np.ones_like(y.data))
+        assert all(leaf.grad is None or leaf.grad.dtype == np.float32 for leaf in leaves)
+
+
+VALUES = {
+    "exp": (lambda x: x.exp(), np.exp),
+    "tanh": (lambda x: x.tanh(), np.tanh),
+    "sigmoid": (lambda x: x.sigmoid(), scipy.special.expit),
+    "erf": (lambda x: x.erf(), scipy.special.erf),
+    "softmax": (lambda x: F.softmax(x), lambda x: scipy.special.softmax(x, axis=-1)),
+    "log_softmax": (lambda x: F.log_softmax(x, dim=0), lambda x: scipy.special.log_softmax(x, axis=0)),
+    "logsumexp": (lambda x: F.logsumexp(x), lambda x: scipy.special.logsumexp(x, axis=-1)),
+    "gelu": (lambda x: F.gelu(x), lambda x: x * scipy.special.ndtr(x)),
+    "silu": (lambda x: F.silu(x), lambda x: x * scipy.special.expit(x)),
+    "sum": (lambda x: x.sum(dim=(0, 1)), lambda x: x.sum(axis=(0, 1))),
+    "mean": (lambda x: x.mean(dim=0, keepdims=True), lambda x: x.mean(axis=0, keepdims=True)),
+    "max": (lambda x: x.max(dim=0), lambda x: x.max(axis=0)),
+    "min": (lambda x: x.min(dim=(0, 1), keepdims=True), lambda x: x.min(axis=(0, 1), keepdims=True)),
+    "gather": (
+        lambda x: F.gather(x, IDS[:1], dim=1),
+        lambda x: np.take_along_axis(x, IDS[:1], axis=1),
+    ),
+    "layer_norm": (
+        lambda x: F.layer_norm(x, None, None, 0.0),
+        lambda x: (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True),
+    ),
+    "rms_norm": (lambda x: F.rms_norm(x, None, 0.0), lambda x: x / np.sqrt((x**2).mean(-1, keepdims=True))),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_values_are_those_of_numpy_and_scipy(name):
+    ours, oracle = VALUES[name]
+    x = 3 * numbers(5, 7)
+    np.testing.assert_allclose(ours(Tensor(x)).data, oracle(x), rtol=1e-12, atol=1e-15)
+
+
+def test_erf_near_zero_keeps_relative_precision():
+    x = np.array([1e-300, 1e-9, 0.01, 0.1, 0.2499999, 0.25, 0.3, -0.3, 5.0, 40.0, -40.0])
+    np.testing.assert_allclose(Tensor(x).erf().data, scipy.special.erf(x), rtol=2e-14)
+
+
+def test_huge_logits_do_not_overflow():
+    x = np.array([[1e4, -1e4, 9999.0], [-1e4, -1e4, -1e4]])
+    targets = np.array([2, 0])
+    loss = F.cross_entropy(Tensor(x, requires_grad=True), targets, reduction="none")
+    np.testing.assert_allclose(loss.data, scipy.special.logsumexp(x, axis=-1) - x[[0, 1], targets], rtol=1e-12)
+    np.testing.assert_allclose(F.logsumexp(Tensor(x)).data, scipy.special.logsumexp(x, axis=-1), rtol=1e-15)
+    leaf = Tensor(x, requires_grad=True)
+    F.cross_entropy(leaf, targets, reduction="sum").backward()
+    assert np.isfinite(leaf.grad).all()
+    np.testing.assert_allclose(leaf.grad.sum(axis=1), 0, atol=1e-11)
+
+
+def test_ignored_targets_have_no_loss_and_no_gradient():
+    x = Tensor(numbers(2, 3, 5), requires_grad=True)
+    loss = F.cross_entropy(x, TARGETS)
+    loss.backward()
+    kept = TARGETS != -1
+    rows, labels = x.data[kept], TARGETS[kept]
+    expected = (scipy.special.logsumexp(rows, axis=1) - rows[np.arange(len(rows)), labels]).mean()
+    assert loss.item() == pytest.approx(expected, rel=1e-14)
+    assert not x.grad[~kept].any() and x.grad[kept].all()
+    assert F.cross_entropy(x, np.full((2, 3), -1)).item() == 0
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (3, 1)])
+def test_attention_equals_its_composition(causal, heads, groups):
+    q, k, v = numbers(2, 5, heads, 6), numbers(2, 7, groups, 6), numbers(2, 7, groups, 6, seed=1)
+    leaves = [[Tensor(a, requires_grad=True) for a in (q, k, v)] for _ in range(2)]
+    fused = F.attention(*leaves[0], causal=causal, scale=0.4)
+    plain = composed(*leaves[1], causal, 0.4)[0]
+    np.testing.assert_allclose(fused.data, plain.data, atol=1e-13)
+    g = numbers(*fused.shape, seed=5)
+    fused.backward(g)
+    plain.backward(g)
+    for ours, theirs in zip(*leaves, strict=True):
+        np.testing.assert_allclose(ours.grad, theirs.grad, atol=1e-13)
+
+
+def test_packed_attention_equals_attention_of_its_parts():
+    heads, groups, width = 4, 2, 6
+    qkv = numbers(2, 3, (heads + 2 * groups) * width)
+    angles = np.outer(np.arange(3), [1.0, 0.3, 0.1])
+    cos, sin = np.cos(angles), np.sin(angles)
+    packed, parts = Tensor(qkv, requires_grad=True), Tensor(qkv, requires_grad=True)
+    q, k, v = [
+        parts[..., a * width : b * width].reshape(2, 3, b - a, width)
+        for a, b in ((0, heads), (heads, heads + groups), (heads + groups, heads + 2 * groups))
+    ]
+    expected = F.attention(F.rotary(q, cos, sin), F.rotary(k, cos, sin), v).reshape(2, 3, -1)
+    ours = F.packed_attention(packed, heads, groups, rotary=(cos, sin))
+    np.testing.assert_allclose(ours.data, expected.data, atol=1e-14)
+    g = numbers(*ours.shape, seed=5)
+    ours.backward(g)
+    expected.backward(g)
+    np.testing.assert_allclose(packed.grad, parts.grad, atol=1e-14)
+
+
+def test_dropout_depends_on_the_row_id_and_not_on_the_place():
+    x = Tensor(np.ones((6, 8)))
+    whole = F.dropout(x, 0.5, 3, np.arange(6)).data
+    part = F.dropout(x[2:4], 0.5, 3, np.array([2, 3])).data
+    np.testing.assert_array_equal(whole[2:4], part)
+    assert set(np.unique(whole)) == {0.0, 2.0}
+    assert F.dropout(x, 0.0, 3, np.arange(6)) is x
+
+
+HALVES = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_half_precision_stays_half_and_is_near_float64(dtype):
+    """A small network of most kinds of ops: values and gradients within the rounding of the dtype."""
+
+    def network(x, w, gain, table):
+        h = F.layer_norm(x, gain, None) @ w.T + x.mean(dim=-1, keepdims=True)
+        h = F.bias_residual(F.gelu(h), gain, x * 0.5) / 1.5 - F.softmax(x) * 2
+        h = F.linear(h, w, gain).exp().sqrt() + F.embedding(table, IDS)
+        h = F.concat([h[:, :2], h[:, 2:]], dim=1) + (h * h).sum(dim=0) / 8
+        return F.cross_entropy(h, TARGETS, reduction="sum")
+
+    arrays = [(numbers(2, 3, 6) / 2).astype(dtype), (numbers(6, 6) / 4).astype(dtype)]
+    arrays += [numbers(6, low=0.5).astype(dtype), numbers(4, 6).astype(dtype)]
+    half = [Tensor(a, requires_grad=True) for a in arrays]
+    wide = [Tensor(a.astype(np.float64), requires_grad=True) for a in arrays]
+    loss, exact = network(*half), network(*wide)
+    assert loss.dtype == np.float32  # losses are accumulated in float32
+    tolerance = 32 * float(ml_dtypes.finfo(dtype).eps)
+    assert loss.item() == pytest.approx(exact.item(), rel=tolerance)
+    loss.backward()
+    exact.backward()
+    for ours, theirs in zip(half, wide, strict=True):
+        assert ours.grad.dtype == dtype
+        scale = np.abs(theirs.grad).max()
+        np.testing.assert_allclose(ours.grad.astype(np.float64) / scale, theirs.grad / scale, atol=tolerance)
+
+
+def test_a_long_half_precision_sum_does_not_stall():
+    ones = Tensor(np.ones(5000, np.float16), requires_grad=True)
+    assert ones.sum().item() == 5000  # added in float16 it would stop at 2048
+    assert (Tensor(np.ones((1, 5000), np.float16)) @ Tensor(np.ones((5000, 1), np.float16))).item() == 5000
+
+
+MISTAKES = [
+    (lambda: Tensor(numbers(2, 3)) + Tensor(numbers(2, 4)), ["add", "float64[2, 3]", "float64[2, 4]"]),
+    (lambda: Tensor(numbers(2, 3)) @ Tensor(numbers(2, 4)), ["matmul", "[2, 3]", "[2, 4]"]),
+    (lambda: Tensor(numbers(2)) * Tensor(np.ones(2, np.float32)), ["mul", "float64[2]", "float32[2]", "astype"]),
+    (lambda: Tensor(numbers(2, 3)).reshape(4, 2), ["reshape", "[2, 3]", "(4, 2)"]),
+    (lambda: Tensor(numbers(2, 3)).sum(dim=5), ["sum", "[2, 3]", "dim=5"]),
+    (lambda: Tensor(numbers(2, 3)).permute(0, 0), ["permute", "[2, 3]"]),
+    (lambda: Tensor(numbers(2, 3))[7], ["index", "[2, 3]", "7"]),
+    (lambda: Tensor(numbers(2, 0)).mean(), ["mean", "no elements"]),
+    (lambda: F.concat([Tensor(numbers(2, 3)), Tensor(numbers(3, 2))]), ["concat", "[2, 3]", "[3, 2]"]),
+    (lambda: F.linear(Tensor(numbers(2, 6)), Tensor(numbers(4, 3))), ["linear", "[2, 6]", "[4, 3]"]),
+    (lambda: F.linear(Tensor(numbers(2, 3)), Tensor(numbers(4, 3)), Tensor(numbers(3))), ["linear", "bias", "[3]"]),
+    (lambda: F.embedding(Tensor(numbers(4, 2)), np.array([1, 9])), ["embedding", "9", "vocabulary of 4"]),
+    (lambda: F.embedding(Tensor(numbers(4, 2)), np.array([-1, 2])), ["embedding", "-1", "vocabulary of 4"]),
+    (lambda: F.embedding(Tensor(numbers(4, 2)), np.array([0.5])), ["embedding", "integers", "float64"]),
+    (lambda: F.cross_entropy(Tensor(numbers(2, 3)), np.array([1, 3])), ["cross_entropy", "3", "3 classes"]),
+    (lambda: F.cross_entropy(Tensor(numbers(2, 3)), np.array([1, -2])), ["cross_entropy", "-2"]),
+    (lambda: F.cross_entropy(Tensor(numbers(2, 3)), np.array([1])), ["cross_entropy", "[2, 3]", "[1]"]),
+    (lambda: F.cross_entropy(Tensor(numbers(2, 3)), np.array([1, 1]), reduction="avg"), ["reduction", "avg", "mean"]),
+    (lambda: F.layer_norm(Tensor(numbers(2, 3)), Tensor(numbers(2)), None), ["layer_norm", "[2, 3]", "[2]"]),
+    (lambda: F.gelu(Tensor(numbers(2, 3)), Tensor(numbers(2))), ["gelu", "[2, 3]", "[2]"]),
+    (lambda: F.dropout(Tensor(numbers(2, 3)), 1.5, 1, np.arange(2)), ["dropout", "p=1.5"]),
+    (lambda: F.dropout(Tensor(numbers(2, 3)), 0.5, 1, np.arange(3)), ["dropout", "row_ids"]),
+    (lambda: F.packed_attention(Tensor(numbers(1, 2, 14)), 4, 3), ["packed_attention", "heads=4", "[1, 2, 14]"]),
+    (lambda: F.packed_attention(Tensor(numbers(1, 2, 20)), 4, 3), ["4 query heads", "3 key/value heads"]),
+    (lambda: F.attention(*[Tensor(numbers(1, 2, h, 4)) for h in (4, 3, 3)]), ["4 query heads", "3 key/value"]),
+    (lambda: F.rotary(Tensor(numbers(1, 4, 1, 4)), *TURN), ["rotary", "(3, 2)"]),
+]
+
+
+@pytest.mark.parametrize(("mistake", "words"), MISTAKES)
+def test_mistakes_name_the_op_and_the_shapes(mistake, words):
+    with pytest.raises(OpError) as caught:
+        mistake()
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_a_wrong_vjp_and_a_wrong_jvp_are_found():
+    x = numbers(3)
+    right = dict(forward=lambda a: (a * a, a), vjp=lambda node, g: (2 * g * node.saved,))
+    wrong_vjp = Op("square", right["forward"], lambda node, g: (3 * g * node.saved,))
+    with pytest.raises(GradcheckError, match=r"reverse mode, input 0, element \(\d,\): computed .* central difference"):
+        gradcheck(lambda a: apply(wrong_vjp, a), x, forward=False)
+    wrong_jvp = Op("square", right["forward"], right["vjp"], lambda i, t, o: t[0] * i[0])
+    with pytest.raises(GradcheckError, match="forward mode"):
+        gradcheck(lambda a: apply(wrong_jvp, a), x)
+    # right values, but a jvp that forgets that its result depends on x: only the second order shows it
+    detached = Op("square", right["forward"], right["vjp"], lambda i, t, o: t[0] * (i[0].data * 2))
+    gradcheck(lambda a: apply(detached, a), x)
+    with pytest.raises(GradcheckError, match="second order"):
+        gradcheck(lambda a: apply(detached, a), x, second_order=True)
+
+
+def test_gradcheck_refuses_float32():
+    with pytest.raises(TypeError, match=r"float32.*float64"):
+        gradcheck(lambda a: a * a, np.ones(3, np.float32))
