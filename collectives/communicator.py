@@ -15,17 +15,21 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from dtrain.collectives import exchange
-from dtrain.collectives.algorithms import ALL_REDUCE, REDUCE_SCATTER, choose
+from dtrain.collectives import algorithms, staged, window
+from dtrain.collectives.algorithms import Call
+from dtrain.collectives.arena import Place
 from dtrain.collectives.dtypes import Array, cut, dtype_from_name, dtype_name, operation, starts
+from dtrain.collectives.node import Node
 from dtrain.collectives.transport import Transport
+from dtrain.collectives.waiting import Patience, timeout_seconds
 from dtrain.collectives.work import Request, Work
 
 
 class Communicator:
     """`size` ranks, of which this process is number `rank`."""
 
-    def __init__(self, transport: Transport) -> None:
+    def __init__(self, transport: Transport, timeout: float | None = None) -> None:
+        """`timeout`: seconds after which a wait in shared memory ends with a report; see `timeout_seconds`."""
         self.transport = transport
         self.rank = transport.rank
         self.size = transport.size
@@ -34,10 +38,22 @@ class Communicator:
         here = [rank for rank, node in enumerate(transport.nodes) if node == transport.nodes[transport.rank]]
         self.local_rank = here.index(transport.rank)
         self.local_size = len(here)
+        self._timeout = timeout_seconds(timeout)
+        # Several nodes: the MPI library does it all (the hierarchy of windows and network is one more algorithm, to come).
+        self._shares = transport.shares and 1 < self.size == self.local_size
+        self._node: Node | None = None
         self._deferred: deque[_Deferred] = deque()
+        self._shared_results: dict[tuple[Place | None, int, np.dtype[Any]], tuple[Array, Array]] = {}
 
     def __repr__(self) -> str:
         return f"<Communicator rank {self.rank} of {self.size} over {self.transport.name}>"
+
+    @property
+    def node(self) -> Node | None:
+        """The shared memory of this communicator, where all its ranks are on one node. The first access is collective."""
+        if self._node is None and self._shares:
+            self._node = Node(self.transport, Patience(self.transport.crowded, self._timeout))
+        return self._node
 
     # Groups
 
@@ -47,10 +63,19 @@ class Communicator:
             raise ValueError(f"color={color}: allowed: None or a number from 0")
         self._settle()
         part = self.transport.split(color, self.rank if key is None else key)
-        return None if part is None else Communicator(part)
+        return None if part is None else Communicator(part, self._timeout)
 
     def close(self) -> None:
-        """Give everything back. Arrays of `empty` and works under way must not be used afterwards."""
+        """Give all memory and handles back; the communicator is not used afterwards.
+
+        Drop the arrays of `empty` before: their memory goes only when no rank has any of them any more.
+        """
+        self._settle()
+        self._shared_results.clear()
+        if self._node is not None:
+            self._node.close()
+            self._node = None
+        self._shares = False
         self.transport.close()
 
     def abort(self, code: int) -> NoReturn:
@@ -60,12 +85,26 @@ class Communicator:
     def barrier(self) -> None:
         """Return when all ranks have come here."""
         self._settle()
-        if self.size > 1:
+        if self.node is not None:
+            staged.barrier(self.node)
+        elif self.size > 1:
             self.transport.barrier()
 
     def empty(self, shape: int | Sequence[int], dtype: Any = np.float32) -> Array:
-        """A new array of undefined content, in memory shared by the node where possible."""
-        return np.empty(shape, dtype)
+        """A new array of undefined content, in memory shared by the node where possible: the home of what is reduced often.
+
+        Every rank gets its own array; the peers see it, so that reductions of it (or of slices: the same slice on all ranks)
+        need no copy. The array may die at any time, on each rank for itself; its memory is used again when it is dead on all.
+        """
+        form = (shape,) if isinstance(shape, int) else tuple(shape)
+        if any(length < 0 for length in form):
+            raise ValueError(f"shape={shape}: allowed: lengths from 0")
+        if np.dtype(dtype).hasobject:
+            raise ValueError(f"dtype={dtype}: Python objects cannot travel")
+        if self.node is None:
+            return np.empty(form, dtype)
+        self._settle()
+        return self.node.arena.allocate(form, np.dtype(dtype))
 
     # Reductions
 
@@ -75,10 +114,45 @@ class Communicator:
         operation(op, array.dtype)
         result = _result(out, array.shape, array.dtype)
         self._settle()
-        source, target = _source(array, result), _target(result)
+        source, target = _pair(array, result)
         if len(source):
-            choose(ALL_REDUCE, algorithm, self, source, target, op).run(self, source, target, op)
+            call = Call(self.transport, self.node, source, target, op, place=self._place(source))
+            call.in_place = source is target
+            algorithms.run(algorithms.ALL_REDUCE, algorithm, call)
         return _deliver(target, result)
+
+    def all_reduce_shared(self, array: Any, op: str = "sum") -> Array:
+        """`all_reduce` into one read-only result that all ranks of the node share: the least memory traffic there is.
+
+        The result is valid until this rank calls this again with the same array; or, for arrays that do not come from
+        `empty`, with one of the same size and dtype. Several nodes: an ordinary array, read-only as well.
+        """
+        array = np.asarray(array)
+        operation(op, array.dtype)
+        self._settle()
+        node = self.node
+        source = _flat(array)
+        if node is None or not len(source):
+            result = self.all_reduce(array, op)
+            result.flags.writeable = False
+            return result
+        place = self._place(source)
+        key = (place, source.size, source.dtype)
+        if key not in self._shared_results:
+            home = node.arena.allocate((source.size,), source.dtype)
+            result = node.arena.allocate((source.size,), source.dtype)
+            self._shared_results[key] = (source if place is not None else home, result)
+        home, result = self._shared_results[key]
+        if place is None:
+            np.copyto(home, source)
+            place = self._place(home)
+        at = self._place(result)
+        assert place is not None and at is not None
+        shared = node.arena.parts(at, source.size, source.dtype)[0]
+        window.start_all_reduce_shared(node, home, place, op, shared).wait()
+        view = shared.reshape(array.shape)
+        view.flags.writeable = False
+        return view
 
     def reduce_scatter(
         self,
@@ -97,35 +171,35 @@ class Communicator:
         rows = self._counts("counts", counts, len(array))
         result = _result(out, (rows[self.rank], *array.shape[1:]), array.dtype)
         self._settle()
-        source, target = _source(array, result, exact=False), _target(result)
         elements = _elements(rows, array.shape)
+        source, target = self._block_pair(array, result, elements)
         if len(source):
-            choose(REDUCE_SCATTER, algorithm, self, source, target, op).run(self, source, target, elements, op)
+            call = Call(self.transport, self.node, source, target, op, elements, place=self._place(source))
+            algorithms.run(algorithms.REDUCE_SCATTER, algorithm, call)
         return _deliver(target, result)
 
-    def reduce(self, array: Any, op: str = "sum", root: int = 0, out: Array | None = None) -> Array | None:
+    def reduce(
+        self, array: Any, op: str = "sum", root: int = 0, out: Array | None = None, algorithm: str = "auto"
+    ) -> Array | None:
         """The sum over ranks of array (any shape) on rank root; None on the others."""
         array = np.asarray(array)
         operation(op, array.dtype)
         self._check_rank("root", root)
         self._settle()
-        if self.rank != root:
-            source, result = _flat(array), None
-        else:
+        if self.rank == root:
             result = _result(out, array.shape, array.dtype)
-            source = _source(array, result)
-        target = None if result is None else _target(result)
-        if self.size == 1 and target is not None:
-            np.copyto(target, source)
-        elif len(source) and self.transport.reduces(op, source):
-            self.transport.reduce(source, target, op, root)
-        elif len(source):
-            exchange.reduce(self.transport, source, target, op, root)
-        return None if result is None or target is None else _deliver(target, result)
+            source, target = _pair(array, result)
+        else:
+            source, target = _flat(array), _NOTHING
+        if len(source):
+            algorithms.run(algorithms.REDUCE, algorithm, Call(self.transport, self.node, source, target, op, root=root))
+        return _deliver(target, result) if self.rank == root else None
 
     # Movement
 
-    def all_gather(self, array: Any, out: Array | None = None, counts: Sequence[int] | None = None) -> Array:
+    def all_gather(
+        self, array: Any, out: Array | None = None, counts: Sequence[int] | None = None, algorithm: str = "auto"
+    ) -> Array:
         """The arrays of all ranks, in rank order along dim 0: (n, ...) on each rank gives (n * size, ...).
 
         counts: the first dims of all ranks, where they differ.
@@ -134,13 +208,10 @@ class Communicator:
         rows = self._gathered(array, counts)
         result = _result(out, (sum(rows), *array.shape[1:]), array.dtype)
         self._settle()
-        # In place: array is its own block of out. A copy first, so that every transport may write freely.
-        source, target = _source(array, result, exact=False), _target(result)
+        source, target = _apart(array, result)
         if len(target):
-            if self.size == 1:
-                np.copyto(target, source)
-            else:
-                self.transport.all_gather(source, target, _elements(rows, array.shape))
+            call = Call(self.transport, self.node, source, target, counts=_elements(rows, array.shape))
+            algorithms.run(algorithms.ALL_GATHER, algorithm, call)
         return _deliver(target, result)
 
     def all_to_all(
@@ -149,6 +220,7 @@ class Communicator:
         out: Array | None = None,
         counts: Sequence[int] | None = None,
         out_counts: Sequence[int] | None = None,
+        algorithm: str = "auto",
     ) -> Array:
         """Block i of array (n, ...) goes to rank i; the result is what came, in rank order: (m, ...).
 
@@ -166,14 +238,15 @@ class Communicator:
             asked = np.array(rows, np.int64)
             received = self.all_to_all(asked).tolist()
         result = _result(out, (sum(received), *array.shape[1:]), array.dtype)
-        source, target = _source(array, result, exact=False), _target(result)
-        if self.size == 1:
-            np.copyto(target, source)
-        else:
-            self.transport.all_to_all(source, target, _elements(rows, array.shape), _elements(received, array.shape))
+        source, target = _apart(array, result)
+        call = Call(self.transport, self.node, source, target, counts=_elements(rows, array.shape))
+        call.out_counts = _elements(received, array.shape)
+        call.even = counts is None and out_counts is None and len(array) % self.size == 0
+        if not call.even or len(source):
+            algorithms.run(algorithms.ALL_TO_ALL, algorithm, call)
         return _deliver(target, result)
 
-    def broadcast(self, array: Any, root: int = 0, out: Array | None = None) -> Array:
+    def broadcast(self, array: Any, root: int = 0, out: Array | None = None, algorithm: str = "auto") -> Array:
         """The array of rank root on every rank; the others pass one of the same shape and dtype, its content is not read."""
         array = np.asarray(array)
         self._check_rank("root", root)
@@ -182,29 +255,32 @@ class Communicator:
         target = _target(result)
         if self.rank == root:
             np.copyto(target, _flat(array))
-        if len(target) and self.size > 1:
-            self.transport.broadcast(target, root)
+        if len(target):
+            algorithms.run(algorithms.BROADCAST, algorithm, Call(self.transport, self.node, target, target, root=root))
         return _deliver(target, result)
 
     def gather(
-        self, array: Any, root: int = 0, out: Array | None = None, counts: Sequence[int] | None = None
+        self,
+        array: Any,
+        root: int = 0,
+        out: Array | None = None,
+        counts: Sequence[int] | None = None,
+        algorithm: str = "auto",
     ) -> Array | None:
         """The arrays of all ranks along dim 0, as `all_gather`, on rank root; None on the others."""
         array = _rows(array)
         self._check_rank("root", root)
         rows = self._gathered(array, counts)
         self._settle()
-        if self.rank != root:
-            if sum(rows):
-                self.transport.gather(_flat(array), None, _elements(rows, array.shape), root)
-            return None
-        result = _result(out, (sum(rows), *array.shape[1:]), array.dtype)
-        source, target = _source(array, result, exact=False), _target(result)
-        if self.size == 1:
-            np.copyto(target, source)
-        elif len(target) or sum(rows):
-            self.transport.gather(source, target, _elements(rows, array.shape), root)
-        return _deliver(target, result)
+        if self.rank == root:
+            result = _result(out, (sum(rows), *array.shape[1:]), array.dtype)
+            source, target = _apart(array, result)
+        else:
+            source, target = _flat(array), _NOTHING
+        if sum(rows):
+            call = Call(self.transport, self.node, source, target, counts=_elements(rows, array.shape), root=root)
+            algorithms.run(algorithms.GATHER, algorithm, call)
+        return _deliver(target, result) if self.rank == root else None
 
     def scatter(
         self, array: Any | None, root: int = 0, out: Array | None = None, counts: Sequence[int] | None = None
@@ -212,22 +288,20 @@ class Communicator:
         """My block of the array (n, ...) of rank root, cut along dim 0 as in `reduce_scatter`; others may pass None."""
         self._check_rank("root", root)
         self._settle()
+        form: list[Any] | None = None
         if self.rank == root:
             array = _rows(array)
-            rows = self._counts("counts", counts, len(array))
-            form = [rows, list(array.shape[1:]), dtype_name(array.dtype)]
-            self.broadcast_object(form, root)
+            form = [self._counts("counts", counts, len(array)), list(array.shape[1:]), dtype_name(array.dtype)]
+        rows, width, name = self.broadcast_object(form, root)
+        result = _result(out, (rows[self.rank], *width), dtype_from_name(name))
+        if self.rank == root:
+            source, target = _apart(_rows(array), result)
         else:
-            array = None
-            form = self.broadcast_object(None, root)
-        rows, shape, dtype = form[0], (0, *form[1]), dtype_from_name(form[2])
-        result = _result(out, (rows[self.rank], *shape[1:]), dtype)
-        target = _target(result)
-        source = None if array is None else _source(array, result, exact=False)
-        if self.size == 1 and source is not None:
-            np.copyto(target, source)
-        elif sum(rows):
-            self.transport.scatter(source, target, _elements(rows, shape), root)
+            source, target = _NOTHING, _target(result)
+        if sum(rows):
+            elements = _elements(rows, (0, *width))
+            call = Call(self.transport, self.node, source, target, counts=elements, root=root)
+            algorithms.run(algorithms.SCATTER, "auto", call)
         return _deliver(target, result)
 
     # Between two ranks: only these two call
@@ -258,9 +332,15 @@ class Communicator:
         array = np.asarray(array)
         operation(op, array.dtype)
         result = _result(out, array.shape, array.dtype)
-        source, target = _source(array, result), _target(result)
+        source, target = _pair(array, result)
+        place = self._place(source)
+        if place is not None and source is target and self.node is not None and len(source):
+            request = window.start_all_reduce(self.node, source, place, op)
+            self.node.progress()
+            return Work(request, lambda: result)
         if self.size == 1 or not len(source) or not self.transport.reduces(op, source):
             return self._defer(lambda: self.all_reduce(array, op, result), result)
+        self._note("all_reduce", op, source)
         return Work(self.transport.start_all_reduce(source, target, op), lambda: _deliver(target, result))
 
     def reduce_scatter_async(
@@ -271,10 +351,17 @@ class Communicator:
         operation(op, array.dtype)
         rows = self._counts("counts", counts, len(array))
         result = _result(out, (rows[self.rank], *array.shape[1:]), array.dtype)
-        source, target = _source(array, result, exact=False), _target(result)
+        elements = _elements(rows, array.shape)
+        source, target = self._block_pair(array, result, elements)
+        place = self._place(source)
+        if place is not None and self.node is not None and len(source):
+            work = window.start_reduce_scatter(self.node, source, place, target, elements, op)
+            self.node.progress()
+            return Work(work, lambda: _deliver(target, result))
         if self.size == 1 or not len(source) or not self.transport.reduces(op, source):
             return self._defer(lambda: self.reduce_scatter(array, op, result, counts=rows), result)
-        request = self.transport.start_reduce_scatter(source, target, _elements(rows, array.shape), op)
+        self._note("reduce_scatter", op, source)
+        request = self.transport.start_reduce_scatter(source, target, elements, op)
         return Work(request, lambda: _deliver(target, result))
 
     def all_gather_async(self, array: Any, out: Array | None = None, counts: Sequence[int] | None = None) -> Work:
@@ -282,9 +369,10 @@ class Communicator:
         array = _rows(array)
         rows = self._gathered(array, counts)
         result = _result(out, (sum(rows), *array.shape[1:]), array.dtype)
-        source, target = _source(array, result, exact=False), _target(result)
+        source, target = _apart(array, result)
         if self.size == 1 or not len(target):
             return self._defer(lambda: self.all_gather(array, result, rows), result)
+        self._note("all_gather")
         request = self.transport.start_all_gather(source, target, _elements(rows, array.shape))
         return Work(request, lambda: _deliver(target, result))
 
@@ -296,8 +384,10 @@ class Communicator:
         target = _target(result)
         if self.rank == root:
             np.copyto(target, _flat(array))
-        request = self.transport.start_broadcast(target, root) if len(target) and self.size > 1 else None
-        return Work(request, lambda: _deliver(target, result))
+        if self.size == 1 or not len(target):
+            return Work(None, lambda: _deliver(target, result))
+        self._note("broadcast", "", target)
+        return Work(self.transport.start_broadcast(target, root), lambda: _deliver(target, result))
 
     def send_async(self, array: Any, destination: int, tag: int = 0) -> Work:
         """`send`, started: array is left alone until `wait`."""
@@ -329,6 +419,22 @@ class Communicator:
         return json.loads(self.broadcast(buffer, root).tobytes())
 
     # Checks
+
+    def _place(self, source: Array) -> Place | None:
+        return None if self._node is None else self._node.arena.place(source)
+
+    def _note(self, name: str, op: str = "", array: Array | None = None) -> None:
+        if self.node is not None:
+            self.node.note(name, "native", op, array)
+
+    def _block_pair(self, array: Array, result: Array, counts: Sequence[int]) -> tuple[Array, Array]:
+        """Source and target of a reduce_scatter; in place, the result is this rank's block of array."""
+        source, target = _flat(array), _target(result)
+        if self.size > 1 and np.may_share_memory(source, target):
+            own = starts(counts)[self.rank]
+            if _address(target) != _address(source) + own * source.itemsize or self._place(source) is None:
+                source = source.copy()
+        return source, target
 
     def _check_rank(self, name: str, rank: int) -> None:
         if not 0 <= rank < self.size:
@@ -431,15 +537,31 @@ def _flat(array: Array) -> Array:
     """Array as (count,), contiguous, in the machine's byte order; a copy only where it must be."""
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
-    return np.ascontiguousarray(array).reshape(-1)
+    flat: Array = np.ascontiguousarray(array).reshape(-1)
+    return flat
 
 
-def _source(array: Array, result: Array, exact: bool = True) -> Array:
-    """Array flat; a copy where it overlaps the result otherwise than by being the same memory (exact) or at all (not)."""
-    flat = _flat(array)
-    if array is result and exact:
-        return _target(result) if result.flags.c_contiguous and result.dtype.isnative else flat
-    return flat.copy() if np.may_share_memory(flat, result) else flat
+def _pair(array: Array, result: Array) -> tuple[Array, Array]:
+    """Source and target of an all_reduce: the same object when they are the same memory, disjoint otherwise."""
+    target = _target(result)
+    if array is result:
+        if target.base is not None and np.may_share_memory(target, result):
+            return target, target
+        return _flat(array), target
+    source = _flat(array)
+    if np.may_share_memory(source, target):
+        return (target, target) if _address(source) == _address(target) else (source.copy(), target)
+    return source, target
+
+
+def _apart(array: Array, result: Array) -> tuple[Array, Array]:
+    """Source and target in disjoint memory; in place, the source is a copy."""
+    source, target = _flat(array), _target(result)
+    return (source.copy() if np.may_share_memory(source, target) else source), target
+
+
+def _address(array: Array) -> int:
+    return int(array.__array_interface__["data"][0])
 
 
 def _target(result: Array) -> Array:
@@ -451,6 +573,9 @@ def _target(result: Array) -> Array:
 
 def _deliver(target: Array, result: Array) -> Array:
     """The result, after copying a stand-in into it."""
-    if target.base is not result and target is not result and not np.may_share_memory(target, result):
+    if not (result.flags.c_contiguous and result.dtype.isnative):
         np.copyto(result, target.reshape(result.shape))
     return result
+
+
+_NOTHING: Array = np.empty(0, np.uint8)

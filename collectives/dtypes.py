@@ -49,7 +49,8 @@ def dtype_from_name(name: str) -> np.dtype[Any]:
     except TypeError:
         import ml_dtypes
 
-        return np.dtype(getattr(ml_dtypes, name))
+        found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
+        return found
 
 
 def dtype_name(dtype: np.dtype[Any]) -> str:

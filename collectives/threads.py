@@ -84,6 +84,8 @@ class Transport:
     """The primitive operations between the threads of a room."""
 
     name = "threads"
+    shares = False  # threads share everything already; windows are for processes
+    crowded = False
 
     def __init__(self, room: _Room, rank: int) -> None:
         self._room = room
@@ -199,9 +201,8 @@ class Transport:
         rooms = self.share_values(mine, list)
         return None if color is None else Transport(rooms[group[0]], group.index(self.rank))
 
-    def share(self, nbytes: int) -> None:
-        """Threads share everything already; windows are for processes."""
-        return None
+    def share(self, nbytes: int) -> NoReturn:
+        raise AssertionError("threads have no segments")
 
     def close(self) -> None:
         """The room goes with its last rank."""

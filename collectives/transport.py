@@ -33,6 +33,8 @@ class Transport(Protocol):
     hosts: list[str]  # of each rank
     nodes: list[int]  # of each rank: equal numbers share memory
     name: str
+    shares: bool  # whether `share` works between ranks of one node
+    crowded: bool  # more ranks of the job on this node than cores they may use
 
     def barrier(self) -> None: ...
     def broadcast(self, buffer: Array, root: int) -> None: ...
@@ -60,8 +62,8 @@ class Transport(Protocol):
     def start_recv(self, target: Array, source: int, tag: int) -> Request: ...
 
     def split(self, color: int | None, key: int) -> "Transport | None": ...
-    def share(self, nbytes: int) -> Segment | None:
-        """Collective: a segment with `nbytes` per rank, or None where memory cannot be shared."""
+    def share(self, nbytes: int) -> Segment:
+        """Collective: a segment with `nbytes` per rank; only where `shares`, and only with all ranks on one node."""
 
     def close(self) -> None: ...
     def abort(self, code: int) -> NoReturn: ...
@@ -73,6 +75,8 @@ class Alone:
     rank = 0
     size = 1
     name = "alone"
+    shares = False
+    crowded = False
 
     def __init__(self) -> None:
         self.hosts = [socket.gethostname()]
@@ -81,10 +85,6 @@ class Alone:
     def split(self, color: int | None, key: int) -> "Alone | None":
         """Itself again."""
         return None if color is None else Alone()
-
-    def share(self, nbytes: int) -> None:
-        """Nobody to share with."""
-        return None
 
     def close(self) -> None:
         """Nothing is held."""

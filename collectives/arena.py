@@ -1,0 +1,144 @@
+"""Memory shared by the ranks of one node: segments of MPI-3 shared windows, sub-allocated.
+
+    segment 0:   part of rank 0  | block | block |   block   |      free      |
+                 part of rank 1  | block | block |   block   |      free      |       every rank maps all parts
+                 ...                ^ the same offset in every part
+
+`allocate` is collective with the same arguments on every rank, so a block has one offset on all ranks and a view of it needs
+no exchange of addresses. Pages cost memory when they are touched, not when a segment is made.
+
+When the last array in a block dies, the block is marked on that rank; nothing else happens, so arrays may die at any time.
+When a segment is full, the ranks agree on the blocks that are dead on all of them and use those again. `close` unmaps all
+segments; one with living arrays on any rank stays mapped until the process ends, so that no array ever points to nowhere.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from dtrain.collectives.dtypes import Array
+from dtrain.collectives.transport import Segment
+
+SEGMENT_BYTES = 64 << 20
+ALIGNMENT = 4096  # a page: no two ranks share a cache line, and a slice of the owner begins on his page
+
+# (segment number, offset in bytes): where an array begins in the part of its rank.
+Place = tuple[int, int]
+
+
+class Block:
+    """The owner of a piece of shared memory, at the root of the `base` chain of every array that lies in it."""
+
+    def __init__(self, arena: "Arena", segment: int, offset: int, nbytes: int, address: int) -> None:
+        self.arena = arena
+        self.segment = segment
+        self.offset = offset
+        self.nbytes = nbytes
+        self.address = address
+        self._dead = arena.dead
+        self._key = (segment, offset)
+        self.__array_interface__ = {"version": 3, "shape": (nbytes,), "typestr": "|u1", "data": (address, False)}
+
+    def __del__(self) -> None:
+        self._dead.add(self._key)  # nothing else: this may run inside any other code
+
+
+class Arena:
+    """The shared memory of one rank and what its peers have at the same places."""
+
+    def __init__(self, rank: int, share: Callable[[int], Segment], agree: Callable[[Array], Array]) -> None:
+        """`share` makes a segment; `agree` gives the element-wise minimum over ranks of a uint8 array. Both collective."""
+        self._rank = rank
+        self._share = share
+        self._agree = agree
+        self._segments: list[Segment] = []
+        self._free: list[list[tuple[int, int]]] = []  # per segment: (offset, nbytes), ascending
+        self._taken: dict[tuple[int, int], int] = {}  # (segment, offset) -> nbytes, in the order of allocation
+        self.dead: set[tuple[int, int]] = set()
+        self._views: dict[tuple[int, np.dtype[Any]], list[Array]] = {}
+
+    def allocate(self, shape: Sequence[int], dtype: np.dtype[Any]) -> Array:
+        """Collective: a new array of undefined content, at the same place on every rank."""
+        nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        size = max(1, -(-nbytes // ALIGNMENT)) * ALIGNMENT
+        place = self._fit(size)
+        if place is None:
+            self._reuse()
+            place = self._fit(size)
+        if place is None:
+            length = max(SEGMENT_BYTES, size)
+            self._segments.append(self._share(length))
+            self._free.append([(0, length)])
+            place = self._fit(size)
+            assert place is not None
+        segment, offset = place
+        self._taken[place] = size
+        part = np.frombuffer(self._segments[segment].parts[self._rank], np.uint8)
+        address = part.__array_interface__["data"][0] + offset
+        return np.asarray(Block(self, segment, offset, size, address))[:nbytes].view(dtype).reshape(shape)
+
+    def place(self, array: Array) -> Place | None:
+        """Where a C-contiguous array lies, or None when it is not (cleanly) in this arena."""
+        root: object = array.base
+        if isinstance(root, np.ndarray):
+            root = root.base
+        if not isinstance(root, Block) or root.arena is not self or not array.flags.c_contiguous:
+            return None
+        offset = array.__array_interface__["data"][0] - root.address + root.offset
+        return None if offset % array.itemsize else (root.segment, offset)
+
+    def parts(self, place: Place, count: int, dtype: np.dtype[Any]) -> list[Array]:
+        """The arrays (count,) of all ranks at one place, in rank order."""
+        segment, offset = place
+        views = self._views.get((segment, dtype))
+        if views is None:
+            views = []
+            for part in self._segments[segment].parts:
+                octets = np.frombuffer(part, np.uint8)
+                views.append(octets[: len(octets) // dtype.itemsize * dtype.itemsize].view(dtype))
+            self._views[segment, dtype] = views
+        start = offset // dtype.itemsize
+        return [view[start : start + count] for view in views]
+
+    def close(self) -> None:
+        """Collective: unmap every segment in which no array is alive on any rank."""
+        self._views.clear()
+        if not self._segments:
+            return
+        living = {segment for segment, offset in self._taken if (segment, offset) not in self.dead}
+        empty = np.array([segment not in living for segment in range(len(self._segments))], np.uint8)
+        for segment, free in zip(self._segments, self._agree(empty), strict=True):
+            if free:
+                segment.free()
+        self._segments.clear()
+        self._free.clear()
+
+    def _fit(self, size: int) -> Place | None:
+        """The first free range that is long enough, taken; the same decision on every rank."""
+        for segment, ranges in enumerate(self._free):
+            for position, (offset, length) in enumerate(ranges):
+                if length >= size:
+                    ranges[position : position + 1] = [(offset + size, length - size)] if length > size else []
+                    return segment, offset
+        return None
+
+    def _reuse(self) -> None:
+        """Collective: give back the blocks that are dead on all ranks."""
+        if not self._taken:
+            return
+        blocks = list(self._taken)
+        mine = np.array([block in self.dead for block in blocks], np.uint8)
+        for block, dead in zip(blocks, self._agree(mine), strict=True):
+            if dead:
+                self.dead.discard(block)
+                segment, offset = block
+                self._free[segment].append((offset, self._taken.pop(block)))
+        for segment, ranges in enumerate(self._free):
+            merged: list[tuple[int, int]] = []
+            for offset, length in sorted(ranges):
+                if merged and sum(merged[-1]) == offset:
+                    merged[-1] = (merged[-1][0], merged[-1][1] + length)
+                else:
+                    merged.append((offset, length))
+            self._free[segment] = merged

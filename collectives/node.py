@@ -1,0 +1,273 @@
+"""The ranks of one node in one communicator: flags, records, staging, and the works not yet finished.
+
+Each rank writes only its own part of the control segment, and everybody reads all parts:
+
+    word 0       ARRIVED   number of the last collective to which this rank has brought its data
+    word 16      REDUCED   number of the last collective whose part this rank has computed and written
+    word 32 ..   records   a ring: what collective number n is (name, operation, dtype, count, place)
+    then         staging   two halves, for arrays that do not lie in the arena
+
+Collectives of a communicator are numbered 1, 2, 3, ... in program order, the same on all ranks. Invariants:
+
+- Flags are monotone. ARRIVED = n says: my data for all collectives up to n may be read. REDUCED = n says: I shall neither
+  read nor write for any collective up to n.
+- Data is written before its flag (128 bytes apart: flags of different words never share a line).
+- A half of the staging that was used in collective n is written again only when ARRIVED of every peer is above n: who has
+  come to the next collective has finished reading this one.
+"""
+
+import struct
+from collections import deque
+from typing import Any, Protocol
+
+import numpy as np
+
+from dtrain.collectives.arena import Arena, Place
+from dtrain.collectives.dtypes import Array
+from dtrain.collectives.transport import Transport
+from dtrain.collectives.waiting import ORDERED_STORES, CollectiveMismatch, CollectiveTimeout, Patience
+
+ARRIVED, REDUCED, RECORDS = 0, 16, 32
+RING, RECORD_WORDS = 256, 8
+IN_FLIGHT = 64  # works started and not finished; far below RING, so that no record is overwritten that a peer may read
+STAGE_BYTES = 256 * 1024
+STAGE_OFFSET = -(-8 * (RECORDS + RING * RECORD_WORDS) // 4096) * 4096
+
+# The words of records. The order is part of no file and may change.
+NAMES = (
+    "barrier",
+    "all_reduce",
+    "all_reduce_shared",
+    "reduce_scatter",
+    "reduce",
+    "all_gather",
+    "all_to_all",
+    "broadcast",
+    "gather",
+    "scatter",
+)
+ALGORITHMS = ("none", "window", "staged", "native", "exchange")
+OPS = ("", "sum", "prod", "max", "min")
+_NUMBER = {word: number for words in (NAMES, ALGORITHMS, OPS) for number, word in enumerate(words)}
+_NO_PLACE: Place = (-1, 0)
+_record = struct.Struct("=8q")
+
+
+class Pending(Protocol):
+    """A work whose part of this rank is still to be computed."""
+
+    number: int
+
+    def compute(self) -> None:
+        """Compute this rank's part; all peers have arrived."""
+
+
+class Node:
+    """What one rank shares with the other ranks of its node."""
+
+    def __init__(self, transport: Transport, patience: Patience) -> None:
+        """Collective."""
+        segment = transport.share(STAGE_OFFSET + 2 * STAGE_BYTES)
+        self.rank = transport.rank
+        self.size = transport.size
+        self._segment = segment
+        self._patience = patience
+        self._fence = None if ORDERED_STORES else segment.fence
+        self._words = [part[:STAGE_OFFSET].cast("q") for part in segment.parts]
+        self._mine = self._words[self.rank]
+        self._octets = segment.parts[self.rank]
+        self._octets[:STAGE_OFFSET] = bytes(STAGE_OFFSET)
+        self._peers = [(rank, words) for rank, words in enumerate(self._words) if rank != self.rank]
+        self._halves: dict[tuple[int, np.dtype[Any]], list[Array]] = {}
+        self._half = 0
+        self._used = [-1, -1]  # the collective in which each half was used last
+        self._number = 0
+        self._dtypes: dict[np.dtype[Any], int] = {}
+        self._pending: deque[Pending] = deque()
+
+        def agree(flags: Array) -> Array:
+            least = np.empty_like(flags)
+            transport.all_reduce(flags, least, "min")
+            return least
+
+        self.arena = Arena(self.rank, transport.share, agree)
+        transport.barrier()  # everybody's flags are zero before anybody's is one
+
+    def close(self) -> None:
+        """Collective: unmap everything."""
+        self.arena.close()
+        self._halves.clear()
+        self._peers.clear()
+        for words in self._words:
+            words.release()
+        self._mine.release()
+        self._octets.release()
+        self._segment.free()
+
+    # One collective: begin, (write data), arrive, await_arrived, (compute), reduced, await_reduced
+
+    def begin(
+        self,
+        name: str,
+        algorithm: str,
+        op: str = "",
+        array: Array | None = None,
+        place: Place = _NO_PLACE,
+        extra: int = 0,
+    ) -> int:
+        """The number of a new collective, after writing its record."""
+        if len(self._pending) >= IN_FLIGHT:
+            self.complete(self._pending[0].number)
+        self._number = number = self._number + 1
+        code = _NUMBER[name] | _NUMBER[algorithm] << 8 | _NUMBER[op] << 16
+        kind, count = (0, 0) if array is None else (self._dtype_code(array.dtype), array.size)
+        where = place[0] << 48 | place[1]
+        signature = hash((code, kind, count, where, extra))
+        offset = 8 * RECORDS + 8 * RECORD_WORDS * (number % RING)
+        _record.pack_into(self._octets, offset, number, signature, code, kind, count, where, extra, 0)
+        return number
+
+    def arrive(self, number: int) -> None:
+        """Publish: my data for this collective may be read."""
+        if self._fence is not None:
+            self._fence()
+        self._mine[ARRIVED] = number
+
+    def await_arrived(self, number: int) -> None:
+        """Return when all peers have brought their data; CollectiveMismatch when one brought something else."""
+        slot = RECORDS + RECORD_WORDS * (number % RING) + 1
+        signature = self._mine[slot]
+        for rank, words in self._peers:
+            if words[ARRIVED] < number:
+                self._wait(rank, words, ARRIVED, number)
+            if words[slot] != signature:
+                raise self._mismatch(rank, number)
+        if self._fence is not None:
+            self._fence()
+
+    def await_rank(self, rank: int, number: int) -> None:
+        """`await_arrived` of one peer only."""
+        words = self._words[rank]
+        if words[ARRIVED] < number:
+            self._wait(rank, words, ARRIVED, number)
+        slot = RECORDS + RECORD_WORDS * (number % RING) + 1
+        if words[slot] != self._mine[slot]:
+            raise self._mismatch(rank, number)
+        if self._fence is not None:
+            self._fence()
+
+    def have_arrived(self, number: int) -> bool:
+        """Whether `await_arrived` would return at once."""
+        return all(words[ARRIVED] >= number for _, words in self._peers)
+
+    def reduced(self, number: int) -> None:
+        """Publish: I neither read nor write any more for collectives up to this one."""
+        if self._fence is not None:
+            self._fence()
+        self._mine[REDUCED] = number
+
+    def await_reduced(self, number: int) -> None:
+        """Return when no peer reads or writes any more for collectives up to this one."""
+        for rank, words in self._peers:
+            if words[REDUCED] < number:
+                self._wait(rank, words, REDUCED, number)
+        if self._fence is not None:
+            self._fence()
+
+    def have_reduced(self, number: int) -> bool:
+        """Whether `await_reduced` would return at once."""
+        return self._mine[REDUCED] >= number and all(words[REDUCED] >= number for _, words in self._peers)
+
+    def note(self, name: str, algorithm: str, op: str = "", array: Array | None = None) -> None:
+        """Number and publish a collective that runs elsewhere (in the MPI library), so that reports and checks know of it."""
+        self.arrive(self.begin(name, algorithm, op, array))
+
+    # Works not yet finished, in order
+
+    def enqueue(self, work: Pending) -> None:
+        """Publish the data of a work; its part is computed later, in the order of the numbers."""
+        self._pending.append(work)
+        self.arrive(work.number)
+
+    def progress(self) -> None:
+        """Compute the parts of works for which everybody has arrived. Never waits."""
+        while self._pending and self.have_arrived(self._pending[0].number):
+            self._compute()
+
+    def complete(self, number: int) -> None:
+        """Compute the parts of all works up to this number, waiting for the peers where needed."""
+        while self._pending and self._pending[0].number <= number:
+            self._compute()
+
+    def _compute(self) -> None:
+        work = self._pending[0]
+        self.await_arrived(work.number)
+        work.compute()
+        self._pending.popleft()
+        self.reduced(work.number)
+
+    # Staging
+
+    def stage(self, number: int, dtype: np.dtype[Any]) -> list[Array]:
+        """The half of the staging for this collective as arrays of all ranks, in rank order; mine may be written now."""
+        half = self._half = 1 - self._half
+        used = self._used[half]
+        for rank, words in self._peers:
+            if words[ARRIVED] <= used:
+                self._wait(rank, words, ARRIVED, used + 1)
+        self._used[half] = number
+        views = self._halves.get((half, dtype))
+        if views is None:
+            start = STAGE_OFFSET + half * STAGE_BYTES
+            length = STAGE_BYTES // dtype.itemsize * dtype.itemsize
+            octets = [np.frombuffer(part, np.uint8, length, start) for part in self._segment.parts]
+            views = self._halves[half, dtype] = [part.view(dtype) for part in octets]
+        return views
+
+    # Waiting and its report
+
+    def _wait(self, rank: int, words: memoryview, index: int, goal: int) -> None:
+        self._patience.wait(
+            words, index, goal, lambda: None, lambda waited: self._late(index, goal, waited), self._fence
+        )
+
+    def _late(self, index: int, goal: int, waited: float) -> CollectiveTimeout:
+        late = [(rank, words) for rank, words in self._peers if words[index] < goal]
+        lines = [
+            f"rank {self.rank} of {self.size} waited {waited:.0f} s for "
+            f"{', '.join(f'rank {rank}' for rank, _ in late)} in {self._describe(self._mine, goal)}"
+        ]
+        for rank, words in late:
+            last = words[ARRIVED]
+            what = self._describe(words, last) if last else "no collective of this communicator"
+            lines.append(f"rank {rank} last came to {what}")
+        lines.append("the time limit is DTRAIN_TIMEOUT seconds (0: none)")
+        return CollectiveTimeout("\n".join(lines))
+
+    def _mismatch(self, rank: int, number: int) -> CollectiveMismatch:
+        return CollectiveMismatch(
+            f"the ranks do not do the same: rank {self.rank} came to {self._describe(self._mine, number)}, "
+            f"rank {rank} to {self._describe(self._words[rank], number)}"
+        )
+
+    def _describe(self, words: memoryview, number: int) -> str:
+        start = RECORDS + RECORD_WORDS * (number % RING)
+        found, _, code, kind, count, where, _, _ = (words[start + word] for word in range(RECORD_WORDS))
+        if found != number:
+            return f"collective #{number}"
+        text = f"{NAMES[code & 255]} #{number}"
+        details = [f"algorithm {ALGORITHMS[code >> 8 & 255]}"]
+        if code >> 16:
+            details.append(OPS[code >> 16])
+        if kind:
+            details.append(f"{count} elements of dtype {chr(kind >> 8)}{kind & 255}")
+        if where >= 0:
+            details.append(f"at byte {where & (1 << 48) - 1} of segment {where >> 48}")
+        return f"{text} ({', '.join(details)})"
+
+    def _dtype_code(self, dtype: np.dtype[Any]) -> int:
+        """Kind and size in one number, the same in every process."""
+        code = self._dtypes.get(dtype)
+        if code is None:
+            code = self._dtypes[dtype] = ord(dtype.kind) << 8 | min(dtype.itemsize, 255)
+        return code

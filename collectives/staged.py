@@ -1,0 +1,129 @@
+"""Collectives on one node for arrays from anywhere: through the staging halves of the control segment.
+
+    copy my data into my slot  ->  ARRIVED  ->  read the slots of the others  (-> REDUCED -> read the sums)
+
+Small reductions take one synchronisation: every rank adds up all slots itself. Larger ones take two: each rank adds up its
+slice into the slot of rank 0, and everybody copies the sums from there. What is longer than a half goes in chunks; the halves
+alternate, so a chunk is written while slower ranks still read the one before.
+Invariant: rank order in every sum, so the result does not depend on which of the two ways was taken.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dtrain.collectives.dtypes import OPERATIONS, Array, starts
+from dtrain.collectives.node import STAGE_BYTES, Node
+from dtrain.collectives.window import owned, reduce_into
+
+# Up to here one synchronisation and p reads by everybody beat two synchronisations.
+SMALL_BYTES = 4096
+
+
+def barrier(node: Node) -> None:
+    """Return when all ranks have come."""
+    number = node.begin("barrier", "staged")
+    node.arrive(number)
+    node.await_arrived(number)
+
+
+def all_reduce(node: Node, source: Array, target: Array, op: str, root: int | None = None) -> None:
+    """Target (count,) = the sum of source (count,), on all ranks or on root alone; target may be source."""
+    name = "all_reduce" if root is None else "reduce"
+    ufunc = OPERATIONS[op]
+    wanted = root is None or root == node.rank
+    chunk = STAGE_BYTES // source.itemsize
+    small = source.nbytes <= SMALL_BYTES
+    with np.errstate(all="ignore"):
+        for begin in range(0, source.size, chunk):
+            count = min(chunk, source.size - begin)
+            piece = slice(begin, begin + count)
+            number = node.begin(name, "staged", op, source, extra=-1 if root is None else root)
+            slots = node.stage(number, source.dtype)
+            slots[node.rank][:count] = source[piece]
+            node.arrive(number)
+            node.await_arrived(number)
+            if small:
+                if wanted:
+                    reduce_into(ufunc, slots, 0, count, [target])
+                continue
+            node.complete(number)  # works started before: REDUCED below speaks for them too
+            start, stop = owned(count, node.rank, node.size)
+            reduce_into(ufunc, slots, start, stop, [slots[0][start:stop]])
+            node.reduced(number)
+            if wanted:
+                node.await_reduced(number)
+                target[piece] = slots[0][:count]
+
+
+def reduce_scatter(node: Node, source: Array, target: Array, counts: Sequence[int], op: str) -> None:
+    """Target (counts[rank],) = the sum of the ranks' blocks `rank` of source (sum(counts),)."""
+    offsets = starts(counts)
+    portion = STAGE_BYTES // source.itemsize // node.size
+    with np.errstate(all="ignore"):
+        for begin in range(0, max(counts), portion):
+            lengths = [max(0, min(portion, count - begin)) for count in counts]
+            number = node.begin("reduce_scatter", "staged", op, source, extra=hash(tuple(counts)))
+            slots = node.stage(number, source.dtype)
+            for rank, length in enumerate(lengths):
+                origin = offsets[rank] + begin
+                slots[node.rank][rank * portion : rank * portion + length] = source[origin : origin + length]
+            node.arrive(number)
+            node.await_arrived(number)
+            start, length = node.rank * portion, lengths[node.rank]
+            reduce_into(OPERATIONS[op], slots, start, start + length, [target[begin : begin + length]])
+
+
+def all_gather(node: Node, source: Array, target: Array | None, counts: Sequence[int], root: int | None = None) -> None:
+    """Target = the ranks' sources of lengths counts, one after another, on all ranks or on root alone."""
+    name = "all_gather" if root is None else "gather"
+    extra = hash((tuple(counts), -1 if root is None else root))  # not None: its hash differs between processes
+    source, item = source.view(np.uint8), source.itemsize
+    target = None if target is None else target.view(np.uint8)
+    lengths = [count * item for count in counts]
+    offsets = starts(lengths)
+    for begin in range(0, max(lengths), STAGE_BYTES):
+        number = node.begin(name, "staged", extra=extra)
+        slots = node.stage(number, source.dtype)
+        mine = source[begin : begin + STAGE_BYTES]
+        slots[node.rank][: mine.size] = mine
+        node.arrive(number)
+        if target is None:
+            continue
+        node.await_arrived(number)
+        for slot, offset, length in zip(slots, offsets, lengths, strict=True):
+            part = max(0, min(STAGE_BYTES, length - begin))
+            target[offset + begin : offset + begin + part] = slot[:part]
+
+
+def broadcast(node: Node, buffer: Array, root: int) -> None:
+    """Buffer of every rank = buffer of root. Nobody waits for anybody but root."""
+    octets = buffer.view(np.uint8)
+    for begin in range(0, octets.size, STAGE_BYTES):
+        number = node.begin("broadcast", "staged", array=buffer, extra=root)
+        slots = node.stage(number, octets.dtype)
+        piece = octets[begin : begin + STAGE_BYTES]
+        if node.rank == root:
+            slots[root][: piece.size] = piece
+            node.arrive(number)
+        else:
+            node.arrive(number)
+            node.await_rank(root, number)
+            piece[...] = slots[root][: piece.size]
+
+
+def all_to_all(node: Node, source: Array, target: Array, count: int) -> None:
+    """Block i of source goes to rank i, target is what came; all blocks of all ranks have `count` elements."""
+    source, target, length = source.view(np.uint8), target.view(np.uint8), count * source.itemsize
+    portion = STAGE_BYTES // node.size
+    for begin in range(0, length, portion):
+        part = min(portion, length - begin)
+        number = node.begin("all_to_all", "staged", extra=length)
+        slots = node.stage(number, source.dtype)
+        mine = slots[node.rank][: portion * node.size].reshape(node.size, portion)
+        mine[:, :part] = source.reshape(node.size, length)[:, begin : begin + part]
+        node.arrive(number)
+        node.await_arrived(number)
+        rows = target.reshape(node.size, length)
+        for rank, slot in enumerate(slots):
+            rows[rank, begin : begin + part] = slot[node.rank * portion : node.rank * portion + part]
