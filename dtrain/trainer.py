@@ -129,7 +129,7 @@ class Trainer:
     def learning_rate(self, step: int) -> float:
         """The learning rate of `step` (from 1)."""
         peak = self.config.optimizer.learning_rate
-        return schedules.learning_rate(self.config.schedule, peak, step - 1, self.total_steps)
+        return schedules.learning_rate(self.config.schedule, step, peak, self.total_steps)
 
     def validation(self) -> float | None:
         """Mean loss on the first samples of the validation set, if this step is to have one. Collective."""
