@@ -15,6 +15,14 @@ def test_a_permutation_has_every_index_once(n):
         assert np.mean(order == other) < 0.5 and np.mean(order == np.arange(n)) < 0.5
 
 
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 17, 31, 32, 33])
+def test_cycle_walking_ends_inside_also_for_one_place_at_a_time(n, monkeypatch):
+    monkeypatch.setattr("dtrain.data.sampler.SORTED", 1)
+    for key in range(10):
+        permutation = Permutation(n, key)
+        assert sorted(int(permutation(np.array([place]))[0]) for place in range(n)) == list(range(n))
+
+
 @pytest.mark.parametrize("n", [5000, 100_003])
 def test_a_permutation_looks_random(n):
     """Fixed points, neighbours, correlation and 8 x 8 counts of sorted and of Feistel permutations."""

@@ -167,9 +167,9 @@ def test_bpe_is_the_same_each_time_and_no_larger_than_the_text_allows():
 
 
 def test_bpe_reads_what_is_not_utf8_with_replacement_characters(folder):
-    path = write(folder / "a.txt", b"abc \xff\xfe def " * 30)
+    path = write(folder / "a.txt", b"abc \xff\xfe def\r\n" * 30)
     data = open_data(TextConfig(path=path, tokenizer="bpe", vocabulary=260, validation=0.0), sequence=4)
-    assert data.tokenizer.decode(data.train.tokens) == "abc \ufffd\ufffd def " * 30
+    assert data.tokenizer.decode(data.train.tokens) == "abc \ufffd\ufffd def\r\n" * 30
 
 
 def test_long_texts_are_tokenised_in_pieces_without_loss(folder):

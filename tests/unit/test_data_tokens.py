@@ -60,6 +60,8 @@ def test_tokens_that_do_not_fit_name_both_numbers(folder):
             open_data(TokensConfig(path=path), sequence=4, vocabulary=512)
         with pytest.raises(UserError, match=r"data.vocabulary: 600;.*700"):
             open_data(TokensConfig(path=path, vocabulary=600), sequence=4)
+        with pytest.raises(UserError, match=r"data.vocabulary: 700;.*700"):
+            open_data(TokensConfig(path=path, vocabulary=700), sequence=4)
     assert open_data(TokensConfig(path=path), sequence=4, vocabulary=701).vocabulary == 701
     assert open_data(TokensConfig(path=path, vocabulary=1024), sequence=4).vocabulary == 1024
     data = open_data(TokensConfig(path=path, vocabulary=1024), sequence=4, mask=True)
