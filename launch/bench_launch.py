@@ -90,9 +90,7 @@ def run_together(commands: list[tuple[list[str], dict[str, str]]], output: Path,
                         start_new_session=True,
                     )
                 )
-            while any(process.poll() is None for process in processes):
-                if any(process.returncode for process in processes):
-                    break
+            while None in (codes := [process.poll() for process in processes]) and not any(codes):
                 if time.time() - started > limit:
                     raise BenchError(f"{commands[0][0]}: not done after {limit:.0f} s\n{_tail(output)}")
                 time.sleep(0.02)

@@ -127,8 +127,8 @@ def _counts(context: click.Context, parameter: click.Parameter, value: str) -> t
 
 @bench.command(
     "step",
-    help="Measure the training step: tokens/s, time to the end of the first step, peak memory per rank, and how much "
-    f"of the step its bare matmuls are. Starts mpirun itself; one micro-batch and one BLAS thread per rank.\n\n{_CONFIG}",
+    help="Measure the training step: tokens/s, time to the end of the first step, peak memory per rank, and the share "
+    f"of its bare matmuls. Starts mpirun itself; one micro-batch and one BLAS thread per rank.\n\n{_CONFIG}",
 )
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")

@@ -48,7 +48,7 @@ def generate(
 
     `temperature` divides the logits (0: always the likeliest), `top_k` leaves only so many of the likeliest.
     """
-    window = int(model.config.sequence)
+    window: int = model.sequence  # type: ignore[attr-defined]  # every model that writes text has one
     ids = tokenizer.encode(prompt or START).tolist()
     given = len(ids)
     with no_grad():
