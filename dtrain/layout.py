@@ -5,9 +5,9 @@
     weight (8, 4), tp of size 2, Shard(0)      rank tp=0 holds rows 0..3, tp=1 rows 4..7
     gradient, dp of size 2, Partial()          both hold a whole array; the true gradient is the sum
 
-Gradient synchronisation, clipping, checkpoints and redistribution derive from it, so a strategy writes down *what* it did
-with a parameter and nobody needs to ask which strategy that was. `axis` is an axis of the mesh, `dim` one of the tensor.
-Where a dim does not divide, the first ranks get one element more, as in all collectives.
+Gradient synchronisation, clipping, checkpoints and redistribution derive from it, so a strategy writes down *what* it
+did with a parameter and nobody needs to ask which strategy that was. `axis` is an axis of the mesh, `dim` one of the
+tensor. Where a dim does not divide, the first ranks get one element more, as in all collectives.
 Reference: the placements of PyTorch's DTensor; Xu et al., "GSPMD", arXiv:2105.04663.
 """
 

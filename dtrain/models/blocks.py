@@ -37,7 +37,7 @@ def make_norm(config: TransformerConfig, dtype: Any) -> LayerNorm | RMSNorm:
 
 
 def rotary_angles(length: int, width: int, dtype: Any) -> Angles:
-    """Cosines and sines (length, width / 2) of t * base^(-2i / width): rotary positions. Su et al., arXiv:2104.09864."""
+    """Cosines and sines (length, width / 2) of t * base^(-2i / width): rotary positions, arXiv:2104.09864."""
     frequencies = ROTARY_BASE ** (-np.arange(0, width, 2) / width)
     angles = np.arange(length)[:, None] * frequencies
     wide = np.float32 if np.dtype(dtype).itemsize == 2 else dtype
