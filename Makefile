@@ -58,7 +58,7 @@ format: .venv/dev-$(MPI)
 	ruff format .
 
 bench: .venv/run-$(MPI)
-	dtrain bench step $(CONFIG) $(if $(shell .venv/bin/python -c 'import torch' 2>/dev/null && echo yes),--peer torch)
+	dtrain bench step configs/bench_gpt.yaml $(if $(shell .venv/bin/python -c 'import torch' 2>/dev/null && echo yes),--peer torch)
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -74,7 +74,7 @@ def _end_mistake(message: str) -> NoReturn:
         _set_alarm()
         from dtrain.collectives import mpi
 
-        if not mpi.everyone(_GRACE):
+        if not mpi.everyone(_GRACE if rank == 0 else 2 * _GRACE):  # when all fail but late, rank 0 ends them
             if rank != 0:
                 _let_the_first_tell()
                 _tell(f"dtrain: error: {message} (rank {rank} of {size} on {socket.gethostname()})\n")
