@@ -1,7 +1,7 @@
 """The commands of `dtrain`: their arguments and help. What they do stands in other files, imported when called."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
@@ -155,6 +155,63 @@ def bench_step(
     from dtrain.launch.bench_step import bench_step
 
     bench_step(loaded, peer, ranks, steps, rounds, json_path, peer_python)
+
+
+@cli.group()
+def checkpoint() -> None:
+    """List, check, compare and export checkpoints; one process, no MPI.
+
+    CHECKPOINT is a folder such as runs/gpt-ddp/checkpoints/step_00000100, or a run: its newest one.
+    """
+
+
+@checkpoint.command("ls")
+@click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
+def checkpoint_ls(run_folder: Path) -> None:
+    """List the checkpoints of a run: step, size, age, complete or why not."""
+    from dtrain.launch.checkpoints import table
+
+    _on_rank_0(lambda: table(run_folder))
+
+
+@checkpoint.command("verify")
+@click.argument("folder", metavar="CHECKPOINT", type=click.Path(path_type=Path))
+def checkpoint_verify(folder: Path) -> None:
+    """Read everything and compare all checksums."""
+    from dtrain.launch.checkpoints import verify
+
+    _on_rank_0(lambda: verify(folder))
+
+
+@checkpoint.command("diff")
+@click.argument("a", metavar="A", type=click.Path(path_type=Path))
+@click.argument("b", metavar="B", type=click.Path(path_type=Path))
+def checkpoint_diff(a: Path, b: Path) -> None:
+    """Compare two checkpoints: names, shapes, largest difference per tensor. Exit code 1 when they differ.
+
+    The layouts that wrote them do not matter.
+    """
+    from dtrain.launch.checkpoints import diff
+
+    equal, text = diff(a, b)
+    _on_rank_0(lambda: text)
+    sys.exit(0 if equal else 1)
+
+
+@checkpoint.command("export")
+@click.argument("folder", metavar="CHECKPOINT", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+def checkpoint_export(folder: Path, out: Path) -> None:
+    """Write the parameters, whole, to OUT/model.safetensors, and what they are to OUT/config.json."""
+    from dtrain.launch.checkpoints import export
+
+    _on_rank_0(lambda: export(folder, out))
+
+
+def _on_rank_0(command: Callable[[], str]) -> None:
+    """Print what the command has to say; the other ranks of a job have nothing to do."""
+    if environment.job().rank == 0:
+        click.echo(command())
 
 
 @cli.command()

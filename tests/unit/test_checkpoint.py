@@ -25,6 +25,12 @@ from dtrain.errors import UserError
 DTYPES = [*(name for name in safetensors_file.CODES if name != "bfloat16"), ml_dtypes.bfloat16]
 
 
+@pytest.fixture(autouse=True)
+def fast_disk(monkeypatch):
+    """Forcing each of hundreds of small files to the disk tests the disk."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
 def whole(name, array, kind="parameter"):
     return Piece(name, array, (0,) * array.ndim, array.shape, kind)
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import os
 import shutil
 
 import ml_dtypes
@@ -17,6 +18,12 @@ from dtrain.collectives import run_threads, single
 from dtrain.errors import UserError
 
 SHARD = "model-00000-of-00001.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def fast_disk(monkeypatch):
+    """Forcing each of hundreds of small files to the disk tests the disk."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 def save_one(root, step=1, **arrays):
