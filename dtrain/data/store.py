@@ -46,6 +46,9 @@ def _make(entry: Path, make: Callable[[Path], None]) -> None:
     partial = Path(tempfile.mkdtemp(prefix=entry.name + ".", dir=entry.parent))
     try:
         make(partial)
+        for name in partial.iterdir():  # a crash of the machine must not leave the name without its content
+            with open(name, "rb") as file:
+                os.fsync(file.fileno())
         partial.rename(entry)
     except OSError:
         if not entry.is_dir():  # otherwise another process without a common lock was first, with the same content

@@ -34,6 +34,7 @@ class Windows:
     """Dataset of the non-overlapping windows of `sequence` tokens of a stream (N,) of unsigned integers."""
 
     def __init__(self, tokens: Array, sequence: int) -> None:
+        assert sequence > 0, f"windows of {sequence} tokens"
         self.tokens, self.sequence = tokens, sequence
         self._offsets = np.arange(sequence + 1)
 
