@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -49,36 +49,31 @@ class Module:
         with scope(self.name.removeprefix(".".join(mode.scopes)).removeprefix(".")):  # drawing a graph
             return self.forward(*inputs, **options)
 
-    def children(self) -> Iterator[tuple[str, Module]]:
-        """The modules right below, each with its name below this one, in the order of their definition."""
+    def parts(self) -> Iterator[tuple[str, Module | Parameter]]:
+        """The modules and parameters right below, with their names below this one, in the order of definition."""
         for attribute, value in vars(self).items():
-            if isinstance(value, Module):
+            if isinstance(value, Module | Parameter):
                 yield attribute, value
             elif isinstance(value, list | tuple):
                 yield from ((f"{attribute}.{i}", each) for i, each in enumerate(value) if isinstance(each, Module))
 
-    def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
-        """This module and all below, parents first, with dotted paths; a shared module once, under its first path."""
-        seen: set[int] = set()
-        stack = [(prefix, self)]
-        while stack:
-            path, module = stack.pop()
-            if id(module) not in seen:
-                seen.add(id(module))
-                yield path, module
-                below = [(f"{path}.{name}" if path else name, child) for name, child in module.children()]
-                stack.extend(reversed(below))
+    def walk(self, prefix: str = "") -> Iterator[tuple[str, Module | Parameter]]:
+        """This module and all modules and parameters below with dotted paths; shared ones at each of their paths."""
+        yield prefix, self
+        for name, part in self.parts():
+            path = f"{prefix}.{name}" if prefix else name
+            if isinstance(part, Module):
+                yield from part.walk(path)
+            else:
+                yield path, part
+
+    def named_modules(self) -> dict[str, Module]:
+        """This module ("") and all below by dotted path, parents first; a shared one once, under its first path."""
+        return _first_of_each({path: part for path, part in self.walk() if isinstance(part, Module)})
 
     def named_parameters(self) -> dict[str, Parameter]:
         """All parameters by dotted path, in the order of their definition; a shared one once, under its first path."""
-        found: dict[str, Parameter] = {}
-        seen: set[int] = set()
-        for path, module in self.named_modules():
-            for attribute, value in vars(module).items():
-                if isinstance(value, Parameter) and id(value) not in seen:
-                    seen.add(id(value))
-                    found[f"{path}.{attribute}" if path else attribute] = value
-        return found
+        return _first_of_each({path: part for path, part in self.walk() if isinstance(part, Parameter)})
 
     def num_parameters(self) -> int:
         """How many numbers are trained; shared ones count once."""
@@ -86,7 +81,7 @@ class Module:
 
     def assign_names(self) -> None:
         """Tell all modules and parameters their dotted paths; the root does it at the end of its construction."""
-        for path, module in self.named_modules():
+        for path, module in self.named_modules().items():
             module.name = path
         for path, parameter in self.named_parameters().items():
             parameter.name = path
@@ -96,6 +91,16 @@ class Module:
         for parameter in self.named_parameters().values():
             if parameter.is_placeholder:
                 parameter.data = parameter.initial_values(seed)
+
+
+_Part = TypeVar("_Part")
+
+
+def _first_of_each(parts: dict[str, _Part]) -> dict[str, _Part]:
+    first: dict[int, str] = {}
+    for path, part in parts.items():
+        first.setdefault(id(part), path)
+    return {path: parts[path] for path in first.values()}
 
 
 class Linear(Module):

@@ -64,7 +64,7 @@ def of_step(model: Module, config: Config, data_ranks: int) -> Counter[Product]:
     portions = config.train.global_batch // data_ranks // samples
     sequence = getattr(config.model, "sequence", 1)
     products: list[Product] = []
-    for _, module in model.named_modules():
+    for module in model.named_modules().values():
         if isinstance(module, Linear):
             outputs, inputs = module.weight.shape
             products += linear(samples * sequence, inputs, outputs)
