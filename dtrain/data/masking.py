@@ -1,10 +1,12 @@
 """Masked-token training: hide some tokens, and ask for them.
 
-    tokens    the  cat  sat  on   the  mat inputs    the  [M]  sat  on   dog  mat        of the selected 15 %: 80 %
-    hidden, 10 % another token, 10 % as they are targets    -1  cat   -1  -1   the   -1        -1: no loss here
+    tokens    the  cat  sat  on   the  mat      15 % are selected; of these
+    inputs    the  [M]  sat  on   dog  mat        80 % are hidden, 10 % become any token, 10 % stay as they are
+    targets    -1  cat   -1  -1   the   -1        -1: no loss here
 
 Invariant: the mask of a sample depends on (seed, position in the run) alone: not on the batch it is in, nor on ranks.
-Each pass over the data masks anew. Reference: Devlin, Chang, Lee, Toutanova, "BERT" (NAACL 2019), section 3.1.
+Each pass over the data masks anew.
+Reference: Devlin, Chang, Lee, Toutanova, "BERT" (NAACL 2019), section 3.1.
 """
 
 import numpy as np

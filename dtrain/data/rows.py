@@ -1,8 +1,7 @@
 """Rows of a matrix with a class each: what images and tables become.
 
-    x (n, F), y (n,)  ──cached as x.npy, y.npy──►  memory map  ──batch──►  inputs = (x - offset) / divisor, float32 (B,
-    F)
-                                                                         targets (B,) int32
+    x (n, F), y (n,)  ──cache──►  x.npy, y.npy, memory-mapped  ──batch──►  inputs   (x - offset) / divisor, float32
+                                                                           targets  int32
 
     rows   0 1 2 3 4 5 6 7 8 9       a seeded permutation chooses the validation rows: files are often sorted by class
            t t v t t t t v t t
@@ -82,7 +81,8 @@ def row_data(
     if standardise:
         known = x[train]
         offset, deviation = known.mean(axis=0), known.std(axis=0)
-        divisor = np.where(deviation > 0, deviation, 1.0)  # a constant column becomes 0
+        varies = deviation > 1e-14 * np.abs(offset)  # the mean of equal numbers is not quite that number
+        offset, divisor = np.where(varies, offset, known[0]), np.where(varies, deviation, 1.0)
     return Data(
         train=Rows(x, y, train, offset, divisor),
         validation=Rows(x, y, validation, offset, divisor) if fraction else None,
@@ -115,7 +115,7 @@ def read_npz(path: str, name: str, choices: list[tuple[str, str]]) -> tuple[Arra
 
 
 def _checked(path: str, x: Array, y: Array, x_name: str, y_name: str) -> tuple[Array, Array]:
-    """X as (n, F) of finite numbers and y as (n,)."""
+    """The two arrays as (n, F) of finite numbers and (n,)."""
     where = f"data.path: {path}"
     if x.dtype.kind not in "biuf" or x.ndim < 2:
         raise UserError(f"{where}: {x_name} is {x.dtype} of shape {x.shape}; must be numbers of shape (n, …)")

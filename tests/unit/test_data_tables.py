@@ -65,7 +65,7 @@ def test_numbers_are_classes_in_numeric_order(folder):
 
 def test_the_split_standardises_with_the_training_rows_alone(folder):
     x = np.random.default_rng(0).normal([1e9, 1e-3], [10.0, 1e-5], (200, 2))
-    text = "a,b,constant,y\n" + "".join(f"{float(a)!r},{float(b)!r},5,{i % 2}\n" for i, (a, b) in enumerate(x))
+    text = "a,b,constant,y\n" + "".join(f"{float(a)!r},{float(b)!r},0.1,{i % 2}\n" for i, (a, b) in enumerate(x))
     data = open_data(TableConfig(path=write(folder, text), validation=0.3), seed=4)
     train, kept = data.train.rows, data.validation.rows
     assert len(kept) == 60 and not set(train) & set(kept) and set(train) | set(kept) == set(range(200))
