@@ -6,7 +6,7 @@ Everything else that is differentiable stands in `dtrain/functional.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,17 @@ class Tensor:
 
     def __len__(self) -> int:
         return len(self.data)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[i] for i in range(len(self)))
+
+    def __bool__(self) -> bool:
+        return bool(self.data)  # NumPy's rule: of one element only
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        if self.requires_grad:
+            raise GraphError("a tensor that requires a gradient would leave the tape as an array: use .data knowingly")
+        return np.array(self.data, dtype, copy=copy)
 
     def __repr__(self) -> str:
         made = f", from {self.node.op.name}" if self.node else ", requires_grad=True" if self.requires_grad else ""

@@ -33,6 +33,15 @@ def total(x: Array, dim: Any = None, keepdims: bool = False) -> Array:
     return result
 
 
+def stretch(g: Array, shape: Shape) -> Array:
+    """Broadcast g to a shape: a view, or a copy where that is cheaper than np.broadcast_to's 4 µs of Python."""
+    if math.prod(shape) > 4096:
+        return np.broadcast_to(g, shape)
+    copy = np.empty_like(g, shape=shape)
+    copy[...] = g
+    return copy
+
+
 def unbroadcast(g: Array, shape: Shape) -> Array:
     """Sum g over the dims that broadcasting stretched, back to `shape`."""
     if g.shape == shape:

@@ -26,6 +26,8 @@ def _matmul_forward(a: Array, b: Array) -> tuple[Array, Any]:
 
 def _matmul_vjp(node: Any, g: Array) -> tuple[Array | None, ...]:
     (a, b), (needs_a, needs_b) = node.saved, node.needs
+    if a.ndim == 2 and b.ndim == 2:
+        return matmul(g, b.T) if needs_a else None, matmul(a.T, g, node.into(1)) if needs_b else None
     if a.ndim == 1 and b.ndim == 1:
         return g * b, g * a
     if a.ndim > 2 and b.ndim == 2:

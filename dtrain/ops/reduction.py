@@ -9,7 +9,7 @@ import numpy as np
 
 from dtrain.arrays import Array
 from dtrain.op import ITSELF, Op, Shape
-from dtrain.ops.common import total
+from dtrain.ops.common import stretch, total
 
 
 def _flops(inputs: tuple[Shape, ...], output: Shape, attributes: dict[str, Any]) -> int:
@@ -25,10 +25,10 @@ def _kept(shape: Shape, dim: Any) -> Shape:
 
 
 def _spread(g: Array, shape: Shape, dim: Any) -> Array:
-    """The gradient of a sum: g at every place that was summed; a view, no memory."""
+    """The gradient of a sum: g at every place that was summed."""
     if g.ndim == len(shape) or (dim is None and g.ndim == 0):
-        return np.broadcast_to(g, shape)
-    return np.broadcast_to(g.reshape(_kept(shape, dim)), shape)
+        return stretch(g, shape)
+    return stretch(g.reshape(_kept(shape, dim)), shape)
 
 
 def _sum_vjp(node: Any, g: Array) -> tuple[Array]:
