@@ -1,0 +1,94 @@
+"""An interrupted run goes on as if nothing had happened: the same bits in the same layout, to rounding in another."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dtrain.collectives import Communicator, single
+from tests import training
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adamw": training.BASE["optimizer"],
+    "sgd": {"kind": "sgd", "learning_rate": 0.1},
+    "lamb": {"kind": "lamb", "learning_rate": 3e-3},
+    "adafactor": {"kind": "adafactor", "learning_rate": 3e-3},
+}
+
+
+@pytest.fixture
+def folder(comm: Communicator) -> Iterator[Path]:
+    """One folder for all ranks."""
+    path = tempfile.mkdtemp() if comm.rank == 0 else None
+    path = Path(comm.broadcast_object(path))
+    yield path
+    comm.barrier()
+    if comm.rank == 0:
+        shutil.rmtree(path)
+
+
+def options(comm: Communicator, dtype: str, optimizer: str) -> dict[str, Any]:
+    if 24 % comm.size:
+        pytest.skip(f"24 samples do not divide over {comm.size} ranks")
+    train = {"steps": 20, "dtype": dtype, "micro_batch": 24 // comm.size, "validate": {"every": 0}}
+    model = {"kind": "gpt", "layers": 2, "dim": 32, "heads": 4, "sequence": 16, "dropout": 0.1}
+    return {"train": train, "optimizer": OPTIMIZERS[optimizer], "model": model}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_ten_and_ten_steps_are_the_bits_of_twenty(comm: Communicator, folder: Path, dtype: str, optimizer: str) -> None:
+    sections = options(comm, dtype, optimizer)
+    whole = training.trainer(comm, **sections)
+    expected = training.losses(list(whole.run()))[10:]
+
+    first = training.trainer(comm, **sections)
+    for record in first.run():
+        if record.step == 10:
+            break
+    saved = first.save(folder)
+    second = training.trainer(comm, **sections)
+    second.load(saved)
+    assert (second.step, second.consumed) == (10, 240)
+    np.testing.assert_array_equal(training.losses(list(second.run())), expected)
+    for name, parameter in training.parameters(whole).items():
+        np.testing.assert_array_equal(training.parameters(second)[name], parameter, err_msg=name)
+
+
+def test_half_precision_continues_from_its_float32_copies(comm: Communicator, folder: Path) -> None:
+    sections = options(comm, "bfloat16", "adamw")
+    whole = training.trainer(comm, **sections)
+    expected = training.losses(list(whole.run()))[10:]
+    first = training.trainer(comm, **sections)
+    for record in first.run():
+        if record.step == 10:
+            break
+    saved = first.save(folder)
+    second = training.trainer(comm, **sections)
+    second.load(saved)
+    np.testing.assert_array_equal(training.losses(list(second.run())), expected)
+
+
+def test_another_number_of_ranks_goes_on_to_rounding(comm: Communicator, folder: Path) -> None:
+    sections = options(comm, "float64", "adamw")
+    expected = training.losses(list(training.trainer(single(), **sections).run()))[10:]
+
+    mine = training.trainer(comm, **sections)  # all ranks, then each rank alone
+    for record in mine.run():
+        if record.step == 10:
+            break
+    saved = mine.save(folder)
+    alone = training.trainer(single(), **sections)
+    alone.load(saved)
+    np.testing.assert_allclose(training.losses(list(alone.run())), expected, rtol=1e-10)
+
+    part = comm.split(color=comm.rank % 2, key=comm.rank)  # then halves of the ranks
+    assert part is not None
+    if 24 % part.size == 0:
+        half = training.trainer(part, **sections)
+        half.load(saved)
+        np.testing.assert_allclose(training.losses(list(half.run())), expected, rtol=1e-10)

@@ -1,0 +1,46 @@
+"""Tiny runs for tests of layouts: a configuration, a trainer on given ranks, and what came out."""
+
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from dtrain.collectives import Communicator
+from dtrain.config import Config
+from dtrain.launch.assembly import assemble
+from dtrain.trainer import StepRecord, Trainer
+
+BASE: dict[str, Any] = {
+    "name": "test",
+    "seed": 3,
+    "model": {"kind": "gpt", "layers": 2, "dim": 32, "heads": 4, "sequence": 16},
+    "data": {"kind": "text", "path": "stdlib"},
+    "optimizer": {"kind": "adamw", "learning_rate": 3e-3, "betas": [0.9, 0.95], "weight_decay": 0.1, "clip_norm": 1.0},
+    "schedule": {"kind": "cosine", "warmup_steps": 5},
+    "train": {"steps": 20, "global_batch": 24, "micro_batch": 3, "dtype": "float64", "validate": {"every": 10, "batches": 2}},
+    "checkpoint": {"every": 0},
+}
+
+
+def config(**sections: Any) -> Config:
+    """BASE with the keys of `sections` changed: config(train={"steps": 5})."""
+    merged = {**BASE}
+    for section, values in sections.items():
+        replaces = isinstance(values, dict) and "kind" not in values
+        merged[section] = {**BASE.get(section, {}), **values} if replaces else values
+    return msgspec.convert(merged, Config)
+
+
+def trainer(comm: Communicator, **sections: Any) -> Trainer:
+    """A trainer of `config(**sections)` on the ranks of `comm`."""
+    return assemble(config(**sections), comm)
+
+
+def losses(records: list[StepRecord]) -> Any:
+    """Losses and gradient norms of all steps, (steps, 2)."""
+    return np.array([[record.loss, record.grad_norm] for record in records])
+
+
+def parameters(trainer: Trainer) -> dict[str, Any]:
+    """Copies of the parameters."""
+    return {name: parameter.data.copy() for name, parameter in trainer.model.named_parameters().items()}
