@@ -7,7 +7,8 @@ loss = model.loss(batch)             a SUM over model.count(batch) targets
 from collections.abc import Callable
 from typing import Any
 
-from dtrain.collectives.dtypes import dtype_from_name
+import numpy as np
+
 from dtrain.config import ModelConfig
 from dtrain.models.base import Model, Sizes
 from dtrain.models.bert import BERT
@@ -19,7 +20,7 @@ MODELS: dict[str, Callable[[Any, Sizes, Any], Model]] = {"gpt": GPT, "bert": BER
 
 def outline(config: ModelConfig, data: Sizes, dtype: Any = "float32") -> Model:
     """The model with shapes and names but without values or memory for them: to be counted, or cut and then filled."""
-    return MODELS[config.kind](config, data, dtype_from_name(dtype) if isinstance(dtype, str) else dtype)
+    return MODELS[config.kind](config, data, _dtype(dtype))
 
 
 def build(config: ModelConfig, data: Sizes, dtype: Any = "float32", seed: int = 0) -> Model:
@@ -30,6 +31,14 @@ def build(config: ModelConfig, data: Sizes, dtype: Any = "float32", seed: int = 
     model = outline(config, data, dtype)
     model.materialise(seed)
     return model
+
+
+def _dtype(dtype: Any) -> np.dtype[Any]:
+    if dtype == "bfloat16":  # a name that NumPy does not know
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(dtype)
 
 
 __all__ = ["MODELS", "Model", "Sizes", "build", "outline"]
