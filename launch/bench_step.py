@@ -84,7 +84,7 @@ def bench_step(
                         started, reports = launch_dtrain(launcher, configs[size], size, folder, limit)
                         vocabulary = reports[0]["vocabulary"]
                     else:
-                        spec = peer_spec(configs[size], vocabulary, WARMUP + steps)
+                        spec = peer_spec(configs[size], vocabulary, WARMUP + steps, peer == "torch-tuned")
                         started, reports = launch_torch(python, spec, size, folder, limit)
                     versions |= reports[0]["versions"]
                     one = measured(reports, started, WARMUP, tokens_per_step(config))
@@ -96,6 +96,7 @@ def bench_step(
         "config": msgspec.to_builtins(config),
         "steps": steps,
         "rounds": rounds,
+        "peer": peer,
         "machine": machine(versions),
         "rows": table,
     }
@@ -127,13 +128,14 @@ def tokens_per_step(config: Config) -> int:
     return config.train.global_batch * int(getattr(config.model, "sequence", 1))
 
 
-def peer_spec(config: Config, vocabulary: int, steps: int) -> dict[str, Any]:
+def peer_spec(config: Config, vocabulary: int, steps: int, tuned: bool = False) -> dict[str, Any]:
     """What launch/peers/torch_gpt.py needs to know."""
     plain = msgspec.to_builtins(config)
     model = plain["model"] | {"vocabulary": config.model.vocabulary or vocabulary}  # type: ignore[union-attr]
     return {
         "seed": config.seed,
         "steps": steps,
+        "tuned": tuned,
         "model": model,
         "optimizer": plain["optimizer"],
         "train": plain["train"],
@@ -223,7 +225,7 @@ def report(result: dict[str, Any]) -> list[str]:
         f"global batch {train['global_batch']}, {train['dtype']}, {config['optimizer']['kind']}; "
         f"medians of {result['rounds']} launches of {result['steps']} steps, one BLAS thread per rank"
     ]
-    lines += aligned([_titles("torch" in rows[0]), *([*_cells(row)] for row in rows)])
+    lines += aligned([_titles(result["peer"]), *([*_cells(row)] for row in rows)])
     for row in rows:
         if "torch" in row and row["torch"]["parameters"] != row["dtrain"]["parameters"]:
             lines.append(f"NOT the same model: torch has {row['torch']['parameters']:,} parameters")
@@ -251,8 +253,8 @@ _VERSIONS = (
 )
 
 
-def _titles(compared: bool) -> list[str]:
-    beside = ["torch", "ratio"] if compared else []
+def _titles(peer: str | None) -> list[str]:
+    beside = [peer, "ratio"] if peer else []
     return ["ranks", *(name for title, *_ in _COLUMNS for name in (title, *beside)), "bare matmuls / step"]
 
 

@@ -133,7 +133,11 @@ def _counts(context: click.Context, parameter: click.Parameter, value: str) -> t
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
 @click.option("--ranks", default="1,2,8", show_default=True, callback=_counts, help="Numbers of ranks, by commas.")
-@click.option("--peer", type=click.Choice(["torch"]), help="Run the same model there too, in turns, and print ratios.")
+@click.option(
+    "--peer",
+    type=click.Choice(["torch", "torch-tuned"]),
+    help="Run the same model there too, in turns, and print ratios; tuned: with a fused optimizer and DDP's options.",
+)
 @click.option("--peer-python", help="The Python that has the peer; default: this one.")
 @click.option("--steps", default=12, show_default=True, type=click.IntRange(1), help="Measured steps of each launch.")
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1), help="Launches of each side.")

@@ -70,6 +70,7 @@ def result(*sides):
         },
         "steps": 12,
         "rounds": 1,
+        "peer": "torch" if len(sides) > 1 else None,
         "machine": {"cores": 2, "processor": "P", "system": "S", "python": "3.11"},
         "rows": [bench_step.summary(ranks, measurements) for ranks in (1, 8)],
     }
