@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
 from dtrain import cache
@@ -26,7 +27,14 @@ def no_launcher(monkeypatch):
 
 # --- commands ---------------------------------------------------------------------------------------------------------
 
-COMMANDS = ["", "run", "sample", "show", "show config", "show graph", "bench", "bench step", "doctor"]
+
+def commands(command: click.Command, name: str = "") -> list[str]:
+    """Every command and group below, by what a user types after `dtrain`."""
+    inner = getattr(command, "commands", {})
+    return [name, *(each for part in inner for each in commands(inner[part], f"{name} {part}".strip()))]
+
+
+COMMANDS = commands(main.cli)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -40,11 +48,8 @@ def test_help_of_every_command(command, capsys):
         assert len(line.split()) > 1, f"no help: {line}"
 
 
-def test_commands_of_this_list_are_all(capsys):
-    found = {"": main.cli} | {name: command for name, command in main.cli.commands.items()}
-    for name, group in list(found.items()):
-        found |= {f"{name} {inner}": command for inner, command in getattr(group, "commands", {}).items() if name}
-    assert sorted(found) == sorted(COMMANDS)
+def test_the_commands_of_the_contract_are_there():
+    assert {"run", "sample", "show config", "show graph", "bench step", "doctor"} <= set(COMMANDS)
 
 
 @pytest.mark.parametrize(
