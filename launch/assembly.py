@@ -5,7 +5,8 @@ from __future__ import annotations
 from dtrain import models
 from dtrain.collectives import Communicator
 from dtrain.config import Config, MLPConfig, ParallelConfig
-from dtrain.data import open_data
+from dtrain.data import Data, open_data
+from dtrain.errors import UserError
 from dtrain.launch.configuration import for_ranks
 from dtrain.mesh import Mesh
 from dtrain.strategies import DATA_PARALLEL
@@ -31,6 +32,7 @@ def assemble(config: Config, comm: Communicator) -> Trainer:
             vocabulary=config.model.vocabulary,
             mask=config.model.kind == "bert",
         )
+    _refuse_different_data(data, comm)
     model = models.build(config.model, data, dtype=config.train.dtype, seed=config.seed)
     model.recompute = config.train.recompute
     return Trainer(config, mesh, data, model, strategies(parallel))
@@ -42,3 +44,14 @@ def strategies(parallel: ParallelConfig) -> list[Strategy]:
     if parallel.dp > 1:
         chosen.append(DATA_PARALLEL[parallel.data_parallel](parallel))
     return chosen
+
+
+def _refuse_different_data(data: Data, comm: Communicator) -> None:
+    """Hosts that read different files would train a model on neither."""
+    prints = comm.all_gather_object(data.fingerprint)
+    for rank, fingerprint in enumerate(prints):
+        if fingerprint != prints[0]:
+            raise UserError(
+                f"data.path: rank {rank} on {comm.hosts[rank]} reads other content than rank 0 on {comm.hosts[0]}; "
+                "all hosts must see the same files"
+            )
