@@ -506,8 +506,8 @@ class _Deferred(Request):
 
 def _rows(array: Any) -> Array:
     """An array with a first dim: a single number becomes (1,)."""
-    array = np.asarray(array)
-    return array.reshape(1) if array.ndim == 0 else array
+    rows: Array = np.asarray(array)
+    return rows.reshape(1) if rows.ndim == 0 else rows
 
 
 def _elements(rows: Sequence[int], shape: tuple[int, ...]) -> list[int]:

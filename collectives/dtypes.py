@@ -7,7 +7,9 @@ Invariant: the order of a sum depends on (size, count, algorithm) alone, so resu
 the float8 types of ml_dtypes are added in float32 and rounded once at the end.
 """
 
+import ast
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -32,30 +34,32 @@ def operation(op: str, dtype: np.dtype[Any]) -> np.ufunc:
         raise ValueError(f"op={op!r}: not an operation; allowed: {', '.join(OPERATIONS)}") from None
 
 
+@lru_cache(maxsize=64)
 def is_small_float(dtype: np.dtype[Any]) -> bool:
-    """float16, or a float type of ml_dtypes (told by its name: that package is imported only by who makes such arrays)."""
-    return dtype == np.float16 or dtype.name.startswith(("bfloat16", "float8", "float6", "float4"))
+    """float16, or a float type of ml_dtypes (told by its module: that package is imported only by who makes such arrays)."""
+    return dtype == np.float16 or (dtype.type.__module__ == "ml_dtypes" and "float" in dtype.name)
 
 
+@lru_cache(maxsize=64)
 def accumulator(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """The dtype in which arrays of `dtype` are added up."""
+    """The dtype in which arrays of `dtype` are added up; the same object where that is `dtype` itself."""
     return np.dtype(np.float32) if is_small_float(dtype) else dtype
 
 
+def dtype_name(dtype: np.dtype[Any]) -> str:
+    """A text from which `dtype_from_name` makes the dtype again, records with fields included."""
+    if dtype.type.__module__ == "ml_dtypes":
+        return dtype.name
+    return repr(np.lib.format.dtype_to_descr(dtype))
+
+
 def dtype_from_name(name: str) -> np.dtype[Any]:
-    """The dtype whose `name` or `str` this is; the names of ml_dtypes ("bfloat16") are known too."""
-    try:
-        return np.dtype(name)
-    except TypeError:
+    """The inverse of `dtype_name`."""
+    if name[0] not in "'[":
         import ml_dtypes
 
-        found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
-        return found
-
-
-def dtype_name(dtype: np.dtype[Any]) -> str:
-    """The inverse of `dtype_from_name`."""
-    return dtype.name if dtype.type.__module__ == "ml_dtypes" else dtype.str
+        return np.dtype(getattr(ml_dtypes, name))
+    return np.lib.format.descr_to_dtype(ast.literal_eval(name))
 
 
 def cut(count: int, size: int) -> list[int]:
@@ -78,12 +82,12 @@ def reduce_rows(ufunc: np.ufunc, sources: Sequence[Array], target: Array) -> Non
     wide = accumulator(dtype)
     step = max(1, BLOCK_BYTES // wide.itemsize)
     scratch = np.empty(min(step, len(target)), wide)
-    for start in range(0, len(target), step):
-        stop = min(start + step, len(target))
-        total = scratch[: stop - start]
-        np.copyto(total, sources[0][start:stop])
-        for source in sources[1:]:
-            part = source[start:stop]
-            ufunc(total, part if wide is dtype else part.astype(wide), out=total)
-        with np.errstate(over="ignore"):  # a float16 sum beyond 65504 is infinity, as it would be in float16
-            np.copyto(target[start:stop], total, casting="same_kind")
+    with np.errstate(all="ignore"):  # a sum beyond the largest number is infinity, as in MPI: never an exception here
+        for start in range(0, len(target), step):
+            stop = min(start + step, len(target))
+            total = scratch[: stop - start]
+            total[...] = sources[0][start:stop]
+            for source in sources[1:]:
+                part = source[start:stop]
+                ufunc(total, part if wide == dtype else part.astype(wide), out=total)
+            target[start:stop] = total

@@ -39,7 +39,7 @@ def block_elements(dtype: np.dtype[Any], streams: int) -> int:
 def reduce_in_place(ufunc: np.ufunc, parts: Sequence[Array], start: int, stop: int) -> None:
     """parts[*][start:stop] = the sum of all parts there, in rank order."""
     dtype = parts[0].dtype
-    if accumulator(dtype) is not dtype:
+    if accumulator(dtype) != dtype:
         reduce_into(ufunc, parts, start, stop, [part[start:stop] for part in parts])
         return
     step = block_elements(dtype, len(parts))
@@ -49,7 +49,7 @@ def reduce_in_place(ufunc: np.ufunc, parts: Sequence[Array], start: int, stop: i
         total = first[begin:end]
         blocks = [part[begin:end] for part in others]
         for block in blocks:
-            ufunc(total, block, total)
+            ufunc(total, block, out=total)
         for block in blocks:
             block[...] = total
 
@@ -59,23 +59,23 @@ def reduce_into(ufunc: np.ufunc, parts: Sequence[Array], start: int, stop: int, 
     dtype = parts[0].dtype
     wide = accumulator(dtype)
     step = block_elements(dtype, 2 + len(results))
-    if wide is dtype and len(parts) == 2 and len(results) == 1:  # the common case of two ranks needs no scratch
+    if wide == dtype and len(parts) == 2 and len(results) == 1:  # the common case of two ranks needs no scratch
         for begin in range(start, stop, step):
             end = min(begin + step, stop)
-            ufunc(parts[0][begin:end], parts[1][begin:end], results[0][begin - start : end - start])
+            ufunc(parts[0][begin:end], parts[1][begin:end], out=results[0][begin - start : end - start])
         return
     scratch = np.empty(min(step, stop - start), wide)
     for begin in range(start, stop, step):
         end = min(begin + step, stop)
         total = scratch[: end - begin]
-        if wide is dtype:
-            ufunc(parts[0][begin:end], parts[1][begin:end], total)
+        if wide == dtype:
+            ufunc(parts[0][begin:end], parts[1][begin:end], out=total)
             for part in parts[2:]:
-                ufunc(total, part[begin:end], total)
+                ufunc(total, part[begin:end], out=total)
         else:
             total[...] = parts[0][begin:end]
             for part in parts[1:]:
-                ufunc(total, part[begin:end].astype(wide), total)
+                ufunc(total, part[begin:end].astype(wide), out=total)
         for result in results:
             result[begin - start : end - start] = total
 

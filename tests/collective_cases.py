@@ -1,0 +1,383 @@
+"""What every communicator must do, whatever carries it: cases for `tests/mpi` (processes) and `tests/unit` (threads).
+
+Every rank knows the inputs of all ranks (`inputs`), so the expected results come from plain NumPy on this rank alone.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from dtrain.collectives import Communicator, wait_all
+
+Array = np.ndarray[Any, Any]
+DTYPES = [np.dtype(word) for word in ("float32", "float64", "float16", "int8", "uint16", "int64", "bool", "complex64")]
+DTYPES += [np.dtype(np.longdouble), np.dtype(ml_dtypes.bfloat16), np.dtype(">f4")]
+OPS: dict[str, np.ufunc] = {"sum": np.add, "prod": np.multiply, "max": np.maximum, "min": np.minimum}
+
+
+def lengths(size: int) -> list[int]:
+    """Lengths around the number of ranks, around one staging chunk of float32, and odd ones."""
+    return sorted({0, 1, max(size - 1, 0), size, size + 1, 17, 1025, 65536, 70001})
+
+
+def inputs(size: int, count: int, dtype: np.dtype[Any], seed: int = 0) -> list[Array]:
+    """The arrays of all ranks: small values, so that float16 sums are exact enough to compare."""
+    arrays = []
+    for rank in range(size):
+        random = np.random.default_rng([seed, rank, count])
+        values: Any = random.standard_normal(count)
+        if dtype.kind == "b":
+            values = values > 0.5
+        elif dtype.kind in "iu":
+            values = random.integers(0, 5, count)
+        elif dtype.kind == "c":
+            values = values + 1j * random.standard_normal(count)
+        arrays.append(np.asarray(values).astype(dtype))
+    return arrays
+
+
+def total(arrays: list[Array], op: str = "sum") -> Array:
+    """The reduction in rank order: small floats in float32, rounded once."""
+    dtype = arrays[0].dtype
+    small = dtype in (np.float16, np.dtype(ml_dtypes.bfloat16))
+    result = arrays[0].astype(np.float32) if small else arrays[0].copy()
+    for array in arrays[1:]:
+        result = OPS[op](result, array.astype(np.float32) if small else array)
+    return np.asarray(result.astype(dtype))
+
+
+def join(arrays: list[Array]) -> Array:
+    """The arrays one after another, in their own byte order (np.concatenate answers in the machine's)."""
+    return np.concatenate(arrays).astype(arrays[0].dtype)
+
+
+def close(actual: Array, expected: Array) -> None:
+    """Equal up to the order of a sum in the dtype."""
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    if expected.dtype.kind in "fc" and expected.dtype != np.float16:
+        tolerance = 1e-5 if expected.dtype.itemsize // (2 if expected.dtype.kind == "c" else 1) == 4 else 1e-12
+        np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
+    else:
+        assert bits(actual) == bits(expected)
+
+
+def bits(array: Array) -> bytes:
+    """The bits of the values; what pads an extended float to 16 bytes is no part of its value."""
+    if array.dtype.type is not np.longdouble or array.itemsize != 16:
+        return array.tobytes()
+    octets = np.ascontiguousarray(array).view(np.uint8).reshape(-1, 16)
+    return octets[:, :10].tobytes()
+
+
+def same_everywhere(comm: Communicator, array: Array) -> None:
+    """Equal bits on all ranks."""
+    import zlib
+
+    sums = comm.all_gather_object(zlib.crc32(bits(np.ascontiguousarray(array))))
+    assert len(set(sums)) == 1, f"ranks hold different bits: {sums}"
+
+
+def algorithms(comm: Communicator, table: dict[str, Any]) -> list[str]:
+    """auto, and every algorithm of the table that this communicator can always do."""
+    names = ["auto"]
+    if comm.size > 1:
+        names += [name for name in ("native", "exchange") if name in table]
+        names += ["staged"] if comm.node is not None and "staged" in table else []
+    return names
+
+
+def all_reduce(comm: Communicator) -> None:
+    from dtrain.collectives.algorithms import ALL_REDUCE
+
+    for dtype in DTYPES:
+        for count in lengths(comm.size):
+            arrays = inputs(comm.size, count, dtype)
+            mine, expected = arrays[comm.rank], total(arrays)
+            for algorithm in algorithms(comm, ALL_REDUCE):
+                if algorithm == "native" and not comm.transport.reduces("sum", mine):
+                    continue
+                result = comm.all_reduce(mine, algorithm=algorithm)
+                close(result, expected)
+                assert bits(mine) == bits(inputs(comm.size, count, dtype)[comm.rank]), "the input was changed"
+                if count in (17, 70001):
+                    same_everywhere(comm, result)
+                    assert bits(comm.all_reduce(mine, algorithm=algorithm)) == bits(result)
+                inplace = mine.copy()
+                assert comm.all_reduce(inplace, out=inplace, algorithm=algorithm) is inplace
+                assert bits(inplace) == bits(result)
+
+
+def operations(comm: Communicator) -> None:
+    for op in OPS:
+        for dtype in (
+            np.dtype("float32"),
+            np.dtype("float16"),
+            np.dtype("int32"),
+            np.dtype(bool),
+            np.dtype("complex128"),
+        ):
+            for count in (3, 5000):
+                arrays = inputs(comm.size, count, dtype)
+                close(comm.all_reduce(arrays[comm.rank], op), total(arrays, op))
+                close(comm.all_reduce_async(arrays[comm.rank], op).wait(), total(arrays, op))
+                block = np.array_split(total(arrays, op), comm.size)[comm.rank]
+                close(comm.reduce_scatter(arrays[comm.rank], op), block)
+                root = comm.size - 1
+                result = comm.reduce(arrays[comm.rank], op, root=root)
+                if comm.rank == root:
+                    assert result is not None
+                    close(result, total(arrays, op))
+                else:
+                    assert result is None
+    # A NaN is never lost, in no order of the ranks.
+    for rank in range(comm.size):
+        value = np.array([np.nan if comm.rank == rank else 1.0, 2.0], np.float32)
+        assert np.isnan(comm.all_reduce(value, "max")[0]) and comm.all_reduce(value, "min")[1] == 2.0
+    # A sum beyond the largest number is infinity, without a warning on one rank that leaves the others waiting.
+    huge = np.full(5, np.finfo(np.float32).max)
+    assert np.all(np.isinf(comm.all_reduce(huge))) == (comm.size > 1)
+
+
+def shapes(comm: Communicator) -> None:
+    """Layouts of memory: transposed, strided, reversed, 0-d, read-only, empty dims."""
+    base = np.arange(24.0).reshape(4, 6) + comm.rank
+    forms: list[Array] = [base.T, base[:, ::2], base[::-1], base[1, 1], base[:0], base[:, 1:3]]
+    shift = sum(range(comm.size))
+    for form in forms:
+        expected = (np.asarray(form) - comm.rank) * comm.size + shift
+        close(np.asarray(comm.all_reduce(form)), np.asarray(expected))
+        out = np.zeros((*form.shape, 2))[..., 0]
+        assert comm.all_reduce(form, out=out) is out
+        np.testing.assert_array_equal(out, expected)
+        frozen = np.array(form)
+        frozen.flags.writeable = False
+        np.testing.assert_array_equal(comm.all_reduce(frozen), expected)
+        np.testing.assert_array_equal(comm.broadcast(form, root=comm.size - 1), form - comm.rank + comm.size - 1)
+    strided = base.copy()[:, ::2]
+    comm.all_reduce(strided, out=strided)
+    np.testing.assert_array_equal(strided, (base[:, ::2] - comm.rank) * comm.size + shift)
+    # Overlap that is not "the same memory": the result must be as if there were none.
+    line = np.arange(100.0) + comm.rank
+    expected = (np.arange(90.0)) * comm.size + shift
+    comm.all_reduce(line[:90], out=line[10:])
+    np.testing.assert_array_equal(line[10:], expected)
+
+
+def reduce_scatter(comm: Communicator) -> None:
+    from dtrain.collectives.algorithms import REDUCE_SCATTER
+
+    for dtype in DTYPES:
+        for count in lengths(comm.size):
+            arrays = inputs(comm.size, count, dtype)
+            expected = np.array_split(total(arrays), comm.size)[comm.rank]
+            for algorithm in algorithms(comm, REDUCE_SCATTER):
+                if algorithm == "native" and not comm.transport.reduces("sum", arrays[0]):
+                    continue
+                close(comm.reduce_scatter(arrays[comm.rank], algorithm=algorithm), expected)
+            close(comm.reduce_scatter_async(arrays[comm.rank]).wait(), expected)
+    # Rows, uneven counts with a zero, and in place.
+    counts = [3 * rank for rank in range(comm.size)]
+    grid = np.arange(sum(counts) * 2.0).reshape(-1, 2) + comm.rank
+    start = sum(counts[: comm.rank])
+    expected = (grid - comm.rank)[start : start + counts[comm.rank]] * comm.size + sum(range(comm.size))
+    np.testing.assert_array_equal(comm.reduce_scatter(grid, counts=counts), expected)
+    block = grid[start : start + counts[comm.rank]]
+    comm.reduce_scatter(grid, out=block, counts=counts)
+    np.testing.assert_array_equal(block, expected)
+
+
+def movement(comm: Communicator) -> None:
+    """all_gather, gather, scatter, all_to_all, broadcast in every dtype and length."""
+    for dtype in [*DTYPES, np.dtype("S3"), np.dtype([("a", "i4"), ("b", "f8")])]:
+        for count in lengths(comm.size):
+            if dtype.kind in "SV" and dtype != ml_dtypes.bfloat16:
+                arrays = [np.full(count, rank + 1).astype("i4").astype(dtype) for rank in range(comm.size)]
+            else:
+                arrays = inputs(comm.size, count, dtype)
+            mine = arrays[comm.rank]
+            for algorithm in ["auto"] if comm.node is None else ["auto", "native", "staged"]:
+                everything = comm.all_gather(mine, algorithm=algorithm)
+                assert everything.dtype == dtype
+                assert bits(everything) == bits(join(arrays))
+                for root in {0, comm.size - 1}:
+                    assert bits(comm.broadcast(mine, root, algorithm=algorithm)) == bits(arrays[root])
+                    gathered = comm.gather(mine, root, algorithm=algorithm)
+                    assert (gathered is None) == (comm.rank != root)
+                    if gathered is not None:
+                        assert bits(gathered) == bits(join(arrays))
+            blocks = [np.array_split(array, comm.size) for array in arrays]
+            received = comm.all_to_all(mine)
+            assert bits(received) == bits(join([row[comm.rank] for row in blocks]))
+            part = comm.scatter(mine if comm.rank == comm.size - 1 else None, root=comm.size - 1)
+            assert part.dtype == dtype.newbyteorder("=") or part.dtype == dtype
+            assert bits(part) == bits(blocks[comm.size - 1][comm.rank].astype(part.dtype))
+            assert bits(comm.all_gather_async(mine).wait()) == bits(join(arrays))
+            assert bits(comm.broadcast_async(mine, 0).wait()) == bits(arrays[0])
+
+
+def uneven(comm: Communicator) -> None:
+    """Counts that differ from rank to rank, in two dims, and in place."""
+    counts = [rank % 3 * 2 for rank in range(comm.size)]
+    rows = [np.full((count, 3), rank, np.int16) for rank, count in enumerate(counts)]
+    expected = np.concatenate(rows)
+    assert np.array_equal(comm.all_gather(rows[comm.rank], counts=counts), expected)
+    assert np.array_equal(comm.all_gather_async(rows[comm.rank], counts=counts).wait(), expected)
+    gathered = comm.gather(rows[comm.rank], counts=counts)
+    assert gathered is None or np.array_equal(gathered, expected)
+    assert np.array_equal(comm.scatter(expected if comm.rank == 0 else None, counts=counts), rows[comm.rank])
+    out = np.full((sum(counts), 3), -1, np.int16)
+    start = sum(counts[: comm.rank])
+    out[start : start + counts[comm.rank]] = rows[comm.rank]
+    comm.all_gather(out[start : start + counts[comm.rank]], out=out, counts=counts)
+    assert np.array_equal(out, expected)
+    # rank s sends (s + 2 d) % 4 rows of value 10 s + d to rank d
+    sent = [(comm.rank + 2 * other) % 4 for other in range(comm.size)]
+    message = np.concatenate([np.full((count, 2), 10 * comm.rank + other) for other, count in enumerate(sent)])
+    came = np.concatenate([np.full(((s + 2 * comm.rank) % 4, 2), 10 * s + comm.rank) for s in range(comm.size)])
+    assert np.array_equal(comm.all_to_all(message, counts=sent), came)
+    received = [(other + 2 * comm.rank) % 4 for other in range(comm.size)]
+    assert np.array_equal(comm.all_to_all(message, counts=sent, out_counts=received), came)
+    square = np.arange(comm.size * 2) + 100 * comm.rank
+    comm.all_to_all(square, out=square)
+    mine = np.arange(2 * comm.rank, 2 * comm.rank + 2)
+    assert np.array_equal(square, np.concatenate([mine + 100 * other for other in range(comm.size)]))
+
+
+def messages(comm: Communicator) -> None:
+    """send, recv and their twins around a ring; tags keep messages apart."""
+    if comm.size == 1:
+        return
+    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    for count in (0, 1, 100_000):
+        mine = np.full(count, comm.rank, ml_dtypes.bfloat16)
+        out = np.empty(count, ml_dtypes.bfloat16)
+        assert comm.sendrecv(mine, right, out, left) is out
+        assert np.all(out == left)
+    first, second = np.full((3, 2), comm.rank), np.full((3, 2), comm.rank + 100)
+    works = [comm.send_async(first, right, tag=1), comm.send_async(second, right, tag=2)]
+    late = np.empty((2, 3), int).T
+    receiving = comm.recv_async(late, left, tag=2)
+    early = comm.recv(np.empty((3, 2), int), left, tag=1)
+    assert receiving.wait() is late
+    wait_all(works)
+    assert np.all(early == left) and np.all(late == left + 100)
+    if comm.rank == 0:
+        comm.send(first, 1)
+    elif comm.rank == 1:
+        assert np.all(comm.recv(np.empty((3, 2), int), 0) == 0)
+
+
+def objects(comm: Communicator) -> None:
+    value = {"rank": comm.rank, "text": "ä" * comm.rank, "nothing": None, "deep": [1.5, [True]]}
+    expected = [{"rank": r, "text": "ä" * r, "nothing": None, "deep": [1.5, [True]]} for r in range(comm.size)]
+    assert comm.all_gather_object(value) == expected
+    assert comm.broadcast_object(value, comm.size - 1) == expected[-1]
+    assert comm.broadcast_object(object() if comm.rank else "x" * 300_000, 0) == "x" * 300_000
+
+
+def groups(comm: Communicator) -> None:
+    """split: colors, keys that turn the order around, None, groups of one, groups of groups."""
+    assert len(comm.hosts) == comm.size and comm.hosts[comm.rank] == comm.host
+    assert 0 <= comm.local_rank < comm.local_size <= comm.size
+    part = comm.split(comm.rank % 2, key=-comm.rank)
+    assert part is not None
+    members = sorted((rank for rank in range(comm.size) if rank % 2 == comm.rank % 2), reverse=True)
+    assert part.size == len(members) and members[part.rank] == comm.rank
+    assert part.all_gather(np.array([comm.rank])).tolist() == members
+    again = part.split(0 if part.rank == 0 else None)
+    assert (again is None) == (part.rank != 0)
+    if again is not None:
+        assert again.size == 1 and again.all_reduce(np.arange(3)).tolist() == [0, 1, 2]
+        again.close()
+    close(part.all_reduce(np.full(5, float(comm.rank))), np.full(5, float(sum(members))))
+    part.close()
+
+
+def refusals(comm: Communicator) -> None:
+    """Errors name the argument, its value and what is allowed; nothing was communicated, so the ranks go on."""
+    array = np.zeros(6, np.float32)
+    cases: list[tuple[Callable[[], Any], str]] = [
+        (lambda: comm.all_reduce(array, "mean"), "op='mean'.*sum, prod, max, min"),
+        (lambda: comm.all_reduce(array, out=np.zeros(5, np.float32)), r"out has shape \(5,\).*\(6,\)"),
+        (lambda: comm.all_reduce(array, out=np.zeros(6)), "out has dtype float64.*float32"),
+        (lambda: comm.all_reduce(array, algorithm="magic"), "algorithm='magic'.*auto"),
+        (lambda: comm.all_reduce(np.array(["a"])), "dtype=<U1"),
+        (lambda: comm.all_gather(np.array([None])), "dtype=object"),
+        (lambda: comm.broadcast(array, root=comm.size), f"root={comm.size}.*0 to {comm.size - 1}"),
+        (lambda: comm.reduce(array, root=-1), "root=-1"),
+        (lambda: comm.send(array, comm.rank), "this rank itself"),
+        (lambda: comm.recv(array, comm.size), f"source={comm.size}"),
+        (lambda: comm.reduce_scatter(array, counts=[6] * (comm.size + 1)), "counts="),
+        (lambda: comm.all_to_all(array, counts=[5] + [0] * (comm.size - 1)), "with the sum 6"),
+        (lambda: comm.split(-2), "color=-2"),
+        (lambda: comm.empty(-1), "shape=-1"),
+    ]
+    frozen = np.zeros(6, np.float32)
+    frozen.flags.writeable = False
+    cases.append((lambda: comm.all_reduce(array, out=frozen), "read-only"))
+    for call, pattern in cases:
+        with pytest.raises(ValueError, match=pattern):
+            call()
+    comm.barrier()
+
+
+def in_flight(comm: Communicator) -> None:
+    """Many works at once, with blocking collectives in between, waited for in any order."""
+    for start_all in (0, 1):
+        works = []
+        for step in range(10):
+            array = np.full(1000 + step, comm.rank + step + start_all, np.float32 if step % 3 else np.float16)
+            works.append(comm.all_reduce_async(array, out=array))
+            if step == 4:
+                assert comm.all_reduce(np.array([1]))[0] == comm.size
+        order = [7, 2, 9, 0, 1, 3, 4, 5, 6, 8] if start_all else list(range(10))
+        for step in order:
+            result = works[step].wait()
+            assert np.all(result == sum(range(comm.size)) + comm.size * (step + start_all))
+            assert works[step].done() and works[step].wait() is result
+
+
+def reuse(comm: Communicator, make: Callable[[int], Array], rounds: int = 200) -> None:
+    """The same buffers over and over with changing values and ranks that come late: a race shows as a wrong sum."""
+    buffer = make(20_011)
+    slices = [buffer[:7], buffer[7:9000], buffer[9000:]]
+    random = np.random.default_rng(comm.rank)
+    ranks = sum(range(comm.size))
+    for step in range(rounds):
+        if random.random() < 0.1:
+            time.sleep(random.random() * 2e-3)
+        buffer[...] = comm.rank + step
+        if step % 2:
+            wait_all([comm.all_reduce_async(part, out=part) for part in slices])
+        else:
+            for part in slices:
+                comm.all_reduce(part, out=part)
+        expected = ranks + comm.size * step
+        assert np.all(buffer == expected), (step, buffer[buffer != expected][:5], expected)
+        if step % 5 == 0:
+            block = comm.reduce_scatter(buffer)
+            assert np.all(block == expected * comm.size)
+        if step % 7 == 0:
+            shared = comm.all_reduce_shared(buffer)
+            assert np.all(shared == expected * comm.size) and not shared.flags.writeable
+
+
+ALL: dict[str, Callable[[Communicator], None]] = {
+    "all_reduce": all_reduce,
+    "operations": operations,
+    "shapes": shapes,
+    "reduce_scatter": reduce_scatter,
+    "movement": movement,
+    "uneven": uneven,
+    "messages": messages,
+    "objects": objects,
+    "groups": groups,
+    "refusals": refusals,
+    "in_flight": in_flight,
+    "reuse": lambda comm: reuse(comm, lambda count: np.empty(count, np.float32)),
+}

@@ -1,0 +1,47 @@
+"""Every MPI test has a time limit that prints the stacks of all ranks: a hang is the usual way to fail here."""
+
+import faulthandler
+import os
+import sys
+from collections.abc import Generator, Iterator
+
+import pytest
+
+from dtrain.collectives import Communicator, world
+
+LIMIT = float(os.environ.get("DTRAIN_TEST_TIMEOUT", "100"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """pytest-mpi takes the name of this folder for its mark and skips all; whoever names the folder wants the tests."""
+    if hasattr(config.option, "with_mpi"):
+        config.option.with_mpi = True
+
+
+@pytest.fixture(scope="session")
+def comm() -> Communicator:
+    """All ranks of this mpirun."""
+    return world()
+
+
+@pytest.fixture(autouse=True)
+def time_limit() -> Iterator[None]:
+    """Print the stacks and end this rank, and with it the job, after LIMIT seconds."""
+    faulthandler.dump_traceback_later(LIMIT, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failure on one of several ranks is printed and ends the job: the others wait for it in a collective."""
+    report = yield
+    if report.failed:
+        everyone = world()
+        if everyone.size > 1:
+            capture = item.config.pluginmanager.getplugin("capturemanager")
+            if capture is not None:
+                capture.suspend_global_capture(in_=True)
+            print(f"\n{item.nodeid} on rank {everyone.rank} of {everyone.size}\n{report.longreprtext}", file=sys.stderr)
+            everyone.abort(1)
+    return report
