@@ -1,7 +1,9 @@
 """Models, one row each in MODELS. They contain no parallel code: strategies transform them.
 
-model = build(config.model, data, dtype="float32", seed=0)
-loss = model.loss(batch)             a SUM over model.count(batch) targets
+    model = build(config.model, data, dtype="float32", seed=0)
+    loss = model.loss(batch)
+
+A loss is the SUM over the model.count(batch) targets of the batch.
 """
 
 from collections.abc import Callable
@@ -9,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from dtrain.arrays import named_dtype
 from dtrain.config import ModelConfig
 from dtrain.models.base import Model, Sizes
 from dtrain.models.bert import BERT
@@ -20,7 +23,7 @@ MODELS: dict[str, Callable[[Any, Sizes, Any], Model]] = {"gpt": GPT, "bert": BER
 
 def outline(config: ModelConfig, data: Sizes, dtype: Any = "float32") -> Model:
     """The model with shapes and names but without values or memory for them: to be counted, or cut and then filled."""
-    return MODELS[config.kind](config, data, _dtype(dtype))
+    return MODELS[config.kind](config, data, named_dtype(dtype) if isinstance(dtype, str) else np.dtype(dtype))
 
 
 def build(config: ModelConfig, data: Sizes, dtype: Any = "float32", seed: int = 0) -> Model:
@@ -31,14 +34,6 @@ def build(config: ModelConfig, data: Sizes, dtype: Any = "float32", seed: int = 
     model = outline(config, data, dtype)
     model.materialise(seed)
     return model
-
-
-def _dtype(dtype: Any) -> np.dtype[Any]:
-    if dtype == "bfloat16":  # a name that NumPy does not know
-        import ml_dtypes
-
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(dtype)
 
 
 __all__ = ["MODELS", "Model", "Sizes", "build", "outline"]
