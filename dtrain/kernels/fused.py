@@ -232,8 +232,11 @@ class Fused:
         ids = np.asarray(row_ids, np.int64, order="C")
         if ids.size != rows:
             raise ValueError(f"{ids.size} row ids for {rows} rows")
-        y, factor = empty(x.shape, self.dtype), 1 / (1 - p) if p < 1 else 0.0
-        self.run["dropout"](at(x), at(ids), at(y), rows, columns, key & 0xFFFFFFFF, key >> 32, threshold(p), factor)
+        y, limit = empty(x.shape, self.dtype), threshold(p)
+        if limit > 0xFFFFFFFF:  # no word is that large
+            y[...] = 0
+        else:
+            self.run["dropout"](at(x), at(ids), at(y), rows, columns, key & 0xFFFFFFFF, key >> 32, limit, 1 / (1 - p))
         return y
 
     def embedding(self, weight: Array, ids: Array) -> Array:

@@ -52,9 +52,9 @@ def load(bits: int) -> dict[str, Function]:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     code = object_code(bits, llvm)
-    engine = llvm.create_mcjit_compiler(
-        llvm.parse_assembly(""), llvm.Target.from_default_triple().create_target_machine()
-    )
+    # llvmlite's memory manager puts code and constants side by side: their relative addresses have 32 bits.
+    machine = llvm.Target.from_default_triple().create_target_machine()
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine, use_lmm=True)
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
     _engines.append(engine)

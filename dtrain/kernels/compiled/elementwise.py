@@ -9,9 +9,9 @@ import numpy as np
 from numba import carray
 
 from dtrain.kernels.compiled.mathematics import Mathematics
+from dtrain.kernels.compiled.philox import philox_words
 from dtrain.kernels.compiled.signatures import SIGNATURES
 from dtrain.kernels.constants import GELU_CUBIC, GELU_SLOPE
-from dtrain.kernels.philox import MULTIPLIERS, ROUNDS, WEYL
 
 
 def kernels_for(m: Mathematics) -> dict[str, Any]:
@@ -21,7 +21,6 @@ def kernels_for(m: Mathematics) -> dict[str, Any]:
     minus_slope2, cubic, cubic3 = real(-2 * GELU_SLOPE), real(GELU_CUBIC), real(3 * GELU_CUBIC)
     bell_height = real(1 / math.sqrt(2 * math.pi))
     U, V = np.uint32, np.uint64
-    multiplier0, multiplier1, weyl0, weyl1 = V(MULTIPLIERS[0]), V(MULTIPLIERS[1]), U(WEYL[0]), U(WEYL[1])
 
     def bias_add(xp, bp, yp, rows, columns):
         x, b, y = carray(xp, (rows, columns)), carray(bp, columns), carray(yp, (rows, columns))
@@ -111,38 +110,32 @@ def kernels_for(m: Mathematics) -> dict[str, Any]:
             dup[i] = g[i] * x[i] * gate
 
     def dropout(xp, idsp, yp, rows, columns, key0, key1, threshold, factor):
-        # Four words of Philox4x32-10 per block of four columns; unsigned positions as in `rotary`.
-        x, y, ids = carray(xp, rows * columns), carray(yp, rows * columns), carray(idsp, rows)
-        limit, scale = V(threshold), real(factor)
+        # First the factor of every element (0 where dropped) into y, then the product: in one loop, the loads of x
+        # between the interleaved stores keep LLVM from vector code. Unsigned positions as in `rotary`.
+        x, y, ids = carray(xp, (rows, columns)), carray(yp, (rows, columns)), carray(idsp, rows)
+        factors = carray(yp, rows * columns)
+        limit, keep = U(threshold), real(factor)
         for i in range(rows):
             row0, row1 = U(V(ids[i]) & V(0xFFFFFFFF)), U(V(ids[i]) >> V(32))
+            start = V(i * columns)
             for block in range(columns // 4):
-                c0, c1, c2, c3 = row0, row1, U(block), U(0)
-                k0, k1 = U(key0), U(key1)
-                for _ in range(ROUNDS):
-                    product0, product1 = V(c0) * multiplier0, V(c2) * multiplier1
-                    c0, c1 = U(U(product1 >> V(32)) ^ c1 ^ k0), U(product1)
-                    c2, c3 = U(U(product0 >> V(32)) ^ c3 ^ k1), U(product0)
-                    k0, k1 = U(k0 + weyl0), U(k1 + weyl1)
-                at = V(i * columns) + V(block) * V(4)
-                y[at] = x[at] * scale if V(c0) >= limit else zero
-                y[at + V(1)] = x[at + V(1)] * scale if V(c1) >= limit else zero
-                y[at + V(2)] = x[at + V(2)] * scale if V(c2) >= limit else zero
-                y[at + V(3)] = x[at + V(3)] * scale if V(c3) >= limit else zero
+                word0, word1, word2, word3 = philox_words(row0, row1, U(block), U(key0), U(key1))
+                at = start + V(4) * V(block)
+                factors[at] = keep if word0 >= limit else zero
+                factors[at + V(1)] = keep if word1 >= limit else zero
+                factors[at + V(2)] = keep if word2 >= limit else zero
+                factors[at + V(3)] = keep if word3 >= limit else zero
             rest = columns % 4
             if rest > 0:
-                c0, c1, c2, c3 = row0, row1, U(columns // 4), U(0)
-                k0, k1 = U(key0), U(key1)
-                for _ in range(ROUNDS):
-                    product0, product1 = V(c0) * multiplier0, V(c2) * multiplier1
-                    c0, c1 = U(U(product1 >> V(32)) ^ c1 ^ k0), U(product1)
-                    c2, c3 = U(U(product0 >> V(32)) ^ c3 ^ k1), U(product0)
-                    k0, k1 = U(k0 + weyl0), U(k1 + weyl1)
-                at = V(i * columns + columns - rest)
-                y[at] = x[at] * scale if V(c0) >= limit else zero
+                word0, word1, word2, word3 = philox_words(row0, row1, U(columns // 4), U(key0), U(key1))
+                at = start + V(columns - rest)
+                factors[at] = keep if word0 >= limit else zero
                 if rest > 1:
-                    y[at + V(1)] = x[at + V(1)] * scale if V(c1) >= limit else zero
+                    factors[at + V(1)] = keep if word1 >= limit else zero
                 if rest > 2:
-                    y[at + V(2)] = x[at + V(2)] * scale if V(c2) >= limit else zero
+                    factors[at + V(2)] = keep if word2 >= limit else zero
+            for j in range(columns):
+                kept = y[i, j]
+                y[i, j] = x[i, j] * kept if kept > zero else zero  # not a bare product: a dropped NaN is 0
 
     return {name: value for name, value in locals().items() if name in SIGNATURES}

@@ -31,32 +31,31 @@ def _inline(function: Any) -> Any:
 
 @_inline
 def add_difference(c: Any, a: Any, b: Any) -> Any:
-    """c + (a - b) in this order: a and b may be large and near each other."""
+    """The sum c + (a - b) in this order: a and b may be large and near each other."""
     return (a - b) + c
 
 
 @_inline
 def exp32(x: Any) -> Any:
-    """exp(x) to 1 ulp; 0 below -87 (where NumPy has the last normal and the denormal numbers), inf above 88.72283.
+    """exp(x) to 1 ulp; 0 below -87.68 (NumPy: denormal numbers), inf above 88.38 (NumPy: 88.72).
 
-    2^n * exp(r), n = round(x / ln 2): adding 1.5 * 2^23 rounds to an integer and leaves n in the low bits.
-    Polynomial: Cephes expf (Moshier). NaN goes through the polynomial and stays NaN.
+    2^n * exp(r), n = round(x / ln 2): adding 1.5 * 2^23 rounds to an integer and leaves n in the low bits. The bounds
+    give n = -127 and 128, whose powers come out as exactly 0 and inf. NaN passes the bounds and the polynomial.
+    Polynomial: Cephes expf (Moshier), in Estrin's order, which has a shorter chain of dependent operations.
     """
+    x = F(-88.0) if x < F(-88.0) else x
+    x = F(89.0) if x > F(89.0) else x
     shifted = x * F(1.44269504) + F(12582912.0)
     n = shifted - F(12582912.0)
     r = x - n * F(0.693359375)
     r = r - n * F(-2.12194440e-4)
-    p = F(1.9875691500e-4)
-    p = p * r + F(1.3981999507e-3)
-    p = p * r + F(8.3334519073e-3)
-    p = p * r + F(4.1665795894e-2)
-    p = p * r + F(1.6666665459e-1)
-    p = p * r + F(5.0000001201e-1)
-    p = p * r * r + r + F(1)
-    half_power = np.int32((F(shifted).view(np.int32) + np.int32(126)) << np.int32(23))  # the bits of 2^(n-1)
-    y = p * np.int32(half_power).view(np.float32) * F(2)
-    y = F(0) if x < F(-87.0) else y
-    return F(np.inf) if x > F(88.72283) else y
+    square = r * r
+    p = F(1.9875691500e-4) * r + F(1.3981999507e-3)
+    p = p * square + (F(8.3334519073e-3) * r + F(4.1665795894e-2))
+    p = p * square + (F(1.6666665459e-1) * r + F(5.0000001201e-1))
+    p = p * square + (r + F(1))
+    power = np.int32((F(shifted).view(np.int32) + np.int32(127)) << np.int32(23))  # the bits of 2^n
+    return p * np.int32(power).view(np.float32)
 
 
 @_inline
