@@ -129,7 +129,6 @@ def test_a6_symbolic_expressions_swell_where_the_tape_grows_by_a_constant():
         for _ in range(n - 1):  # l_{n+1} = 4 l_n (1 - l_n)
             expression = ("*", ("*", 4.0, expression), ("-", 1.0, expression))
             value = 4 * value * (1 - value)
-            first = first or value
         if n > 1:
             value.backward()
             assert float(leaf.grad) == pytest.approx(evaluate(derivative(expression), x), rel=1e-12)
