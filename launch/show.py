@@ -26,7 +26,8 @@ def graph(config: Config, output: Path) -> None:
     data = open_data(config.data, sequence, config.seed, vocabulary, config.model.kind == "bert")
     model = models.build(config.model, data, dtype=config.train.dtype, seed=config.seed)
     batch = data.train.batch(np.arange(min(SAMPLES, len(data.train))))
-    picture = graphs.svg(model.loss(batch))
+    with graphs.tracing():  # lines remember their modules, recomputed blocks are seen
+        picture = graphs.svg(model.loss(batch))
     try:
         output.write_text(picture, encoding="utf-8")
     except OSError as error:
