@@ -36,7 +36,7 @@ def test_reuse_in_the_window(comm: Communicator) -> None:
 def test_window_reductions(comm: Communicator, dtype: np.dtype[Any]) -> None:
     """In place on whole arrays and on slices, blocking and started, shared, scattered: always the sum in rank order."""
     native = dtype.newbyteorder("=")
-    for count in lengths(comm.size):
+    for count in lengths(comm.size, dtype):
         arrays = inputs(comm.size, count + 5, native)
         expected = total(arrays)
         buffer = comm.empty(count + 5, native)
