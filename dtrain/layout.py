@@ -26,9 +26,14 @@ class Replicate:
 
 @dataclass(frozen=True)
 class Shard:
-    """Rank i of the axis holds block i of this dim."""
+    """Rank i of the axis holds block i of this dim (from 0)."""
 
     dim: int
+
+    def __post_init__(self) -> None:
+        """Check that there is one way to write a dim."""
+        if self.dim < 0:
+            raise ValueError(f"{self}: dims of a layout count from 0, so that equal layouts look equal")
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ Placement = Replicate | Shard | Partial
 
 
 class Layout:
-    """The placement on each axis of the mesh. Immutable; equal when no rank could tell the difference by it.
+    """The placement on each axis of the mesh. Immutable; equal when every rank holds the same by both.
 
     Two axes may cut the same dim: the one named first cuts the whole, the next one cuts its blocks.
     """
@@ -74,7 +79,7 @@ class Layout:
         for axis in self.axes(Shard):
             placement, size = self._placements[axis], sizes.get(axis, 1)
             assert isinstance(placement, Shard)
-            if not -len(shape) <= placement.dim < len(shape):
+            if placement.dim >= len(shape):
                 raise ValueError(f"{axis}={placement} does not fit a tensor of shape {shape}")
             whole = parts[placement.dim]
             lengths = cut(whole.stop - whole.start, size)
@@ -83,14 +88,22 @@ class Layout:
             parts[placement.dim] = slice(start, start + lengths[coordinate])
         return tuple(parts)
 
+    def _key(self) -> list[tuple[str, Placement]]:
+        """The placements by dim; among those of one dim the order matters, and sorting keeps it."""
+        return sorted(self._placements.items(), key=lambda item: _order(*item))
+
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Layout) and list(self._placements.items()) == list(other._placements.items())
+        return isinstance(other, Layout) and self._key() == other._key()
 
     def __hash__(self) -> int:
-        return hash(tuple(self._placements.items()))
+        return hash(tuple(self._key()))
 
     def __repr__(self) -> str:
         return f"Layout({', '.join(f'{axis}={what}' for axis, what in self._placements.items())})"
+
+
+def _order(axis: str, placement: Placement) -> tuple[int, str]:
+    return (placement.dim, "") if isinstance(placement, Shard) else (-1, axis)
 
 
 REPLICATED = Layout()

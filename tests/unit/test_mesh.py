@@ -145,6 +145,9 @@ def test_parts_of_a_layout_tile_the_tensor():
 def test_layout_is_a_value():
     assert Layout(tp=Shard(0)) == Layout(tp=Shard(0), dp=Replicate()) != Layout(tp=Shard(1))
     assert hash(Layout(tp=Shard(0))) == hash(Layout(tp=Shard(0), dp=Replicate()))
+    assert Layout(tp=Shard(0), dp=Shard(1), pp=Partial()) == Layout(pp=Partial(), dp=Shard(1), tp=Shard(0))
+    assert hash(Layout(tp=Shard(0), dp=Shard(1))) == hash(Layout(dp=Shard(1), tp=Shard(0)))
+    assert Layout(tp=Shard(0), dp=Shard(0)) != Layout(dp=Shard(0), tp=Shard(0))  # cut in another order
     assert Layout(tp=Shard(0)).with_(tp=Replicate()) == REPLICATED
     assert Layout(dp=Partial())["dp"] == Partial("sum") and Layout()["tp"] == Replicate()
     assert Layout(dp=Partial(), tp=Shard(1)).axes(Shard) == ("tp",)
@@ -152,3 +155,5 @@ def test_layout_is_a_value():
     assert REPLICATED.part((3, 4), {"tp": 2}, {"tp": 1}) == (slice(0, 3), slice(0, 4))
     with pytest.raises(ValueError, match=r"tp=Shard\(dim=2\) does not fit a tensor of shape \(3, 4\)"):
         Layout(tp=Shard(2)).part((3, 4), {"tp": 2}, {"tp": 1})
+    with pytest.raises(ValueError, match="dims of a layout count from 0"):
+        Shard(-1)
