@@ -182,21 +182,29 @@ def latest(root: Path | str, warn: Callable[[str], None] | None = None) -> Path 
 def check_names(reader: Reader, expected: Mapping[str, tuple[Sequence[int], Any]]) -> None:
     """UserError unless the checkpoint holds exactly the tensors name -> (global shape, dtype)."""
     held = reader.manifest.tensors
-    missing = [name for name in expected if name not in held]
-    unexpected = [name for name in held if name not in expected]
-    differing = []
-    for name, (shape, kind) in expected.items():
-        wanted = f"{_dtype_name(kind)} {list(shape)}"
-        if name in held and f"{held[name].dtype} {list(held[name].shape)}" != wanted:
-            differing.append(f"{name} is {held[name].dtype} {list(held[name].shape)}, not {wanted}")
-    lists = {"not in it": missing, "only in it": unexpected, "different": differing}
+    wanted = {name: f"{_dtype_name(kind)} {list(shape)}" for name, (shape, kind) in expected.items()}
+    there = {name: f"{entry.dtype} {list(entry.shape)}" for name, entry in held.items()}
+    missing = [name for name in wanted if name not in there]
+    unexpected = [name for name in there if name not in wanted]
+    differing = [name for name in wanted if there.get(name, wanted[name]) != wanted[name]]
+    if not (missing or unexpected or differing):
+        return
+    different = [f"{name} is {there[name]}, not {wanted[name]}" for name in differing]
+    lists = {"not in it": missing, "only in it": unexpected, "different": different}
     problems = [f"{what}: {_few(names)}" for what, names in lists.items() if names]
-    if problems:
-        model = reader.state.get("model", "not said")
-        raise UserError(
-            f"{reader.folder}: a checkpoint of another model. It holds the model {model}. Its tensors are not those of "
-            f"the configured model; {'; '.join(problems)}"
-        )
+    parameters = set(reader.names("parameter"))
+    same_model = parameters.isdisjoint(unexpected + differing) and all(_is_state(n, parameters) for n in missing)
+    word = "optimizer" if same_model else "model"
+    raise UserError(
+        f"{reader.folder}: a checkpoint of another {word}: it holds the {word} {reader.state.get(word, '(not said)')}. "
+        f"Its tensors are not those of the configured {word}; {'; '.join(problems)}"
+    )
+
+
+def _is_state(name: str, parameters: set[str]) -> bool:
+    """Whether the name is one of the parameters' with more after it: head.weight.m."""
+    words = name.split(".")
+    return any(".".join(words[:i]) in parameters for i in range(1, len(words)))
 
 
 def folders(root: Path) -> list[tuple[Path, int]]:

@@ -13,6 +13,7 @@ aligned.
 import json
 import math
 import mmap
+import operator
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -178,11 +179,9 @@ class Mapped:
             for key, row in table.items():
                 if key == "__metadata__":
                     continue
-                name, shape, (start, end) = (
-                    NAMES[row["dtype"]],
-                    tuple(int(n) for n in row["shape"]),
-                    row["data_offsets"],
-                )
+                name = NAMES[row["dtype"]]
+                shape = tuple(map(operator.index, row["shape"]))
+                start, end = map(operator.index, row["data_offsets"])
                 if min((*shape, start), default=0) < 0 or end - start != math.prod(shape) * itemsize(name):
                     raise FormatError(f"{self.path}: the offsets of {key!r} do not fit its shape")
                 if self.header_bytes + end > self.nbytes:

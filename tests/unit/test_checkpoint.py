@@ -221,8 +221,12 @@ def test_killed_between_the_two_renames_of_a_replacement(tmp_path):
     assert latest(tmp_path) == aside and Reader(aside).read("a").tolist() == [0, 0, 0]
     save_one(tmp_path, 6, a=np.ones(3))
     assert latest(tmp_path) == tmp_path / "step_00000006" and aside.exists()  # still the one of step 5
+    assert [found.folder.name for found in scan(tmp_path)] == [aside.name, "step_00000006"]
     save_one(tmp_path, 5, a=np.ones(3))
     assert visible(tmp_path) == ["step_00000005", "step_00000006"]
+    shutil.copytree(tmp_path / "step_00000005", aside)  # killed after them
+    assert [found.step for found in scan(tmp_path)] == [6, 5]
+    shutil.rmtree(aside)
     save_one(tmp_path, 5, a=np.zeros(3)).rename(tmp_path / ".step_00000005.replaced")
     save_one(tmp_path, 7, keep=1, a=np.ones(3))
     assert visible(tmp_path) == ["step_00000007"]

@@ -16,6 +16,7 @@ from dtrain import manifest as manifests
 from dtrain.checkpoint import Piece, Reader, check_names, latest, save, scan
 from dtrain.collectives import run_threads, single
 from dtrain.errors import UserError
+from dtrain.safetensors_file import FormatError, Mapped
 
 SHARD = "model-00000-of-00001.safetensors"
 
@@ -407,6 +408,77 @@ def test_names_of_another_model(tmp_path):
             check_names(reader, expected)
         assert "another model" in str(caught.value) and "'layers': 4" in str(caught.value)
         assert str(reader.folder) in str(caught.value)
+
+
+def test_another_optimizer_is_told_from_another_model(tmp_path):
+    pieces = [Piece("a.w", np.zeros(1), (0,), (1,)), Piece("a.w.m", np.zeros(1), (0,), (1,), "optimizer")]
+    state = {"model": {"kind": "gpt"}, "optimizer": {"kind": "sgd"}}
+    reader = Reader(save(tmp_path, 1, single(), pieces, state))
+    w, other = ((1,), np.float64), ((2,), np.float64)
+    cases = {
+        "optimizer": [{"a.w": w}, {"a.w": w, "a.w.x": w}, {"a.w": w, "a.w.m": other}, {"a.w": w, "a.w.m.row": w}],
+        "model": [{"a.w": other, "a.w.m": w}, {"a.w": w, "a.w.m": w, "a.w2": w}, {"a.w.m": w}, {}],
+    }
+    for word, all_expected in cases.items():
+        for expected in all_expected:
+            with pytest.raises(UserError, match=f"another {word}: it holds the {word} .*{state[word]['kind']}"):
+                check_names(reader, expected)
+
+
+def test_a_header_that_says_the_same_in_other_bytes_is_found(tmp_path):
+    folder = save_one(tmp_path, a=np.arange(5.0))
+    content = (folder / SHARD).read_bytes()
+    assert b": " not in content and content.count(b"} ") == 1  # padding
+    (folder / SHARD).write_bytes(content.replace(b"} ", b"}\n"))
+    with pytest.raises(UserError, match="header does not have the checksum"):
+        Reader(folder).verify()
+
+
+def test_checksums_are_computed_once_per_slice(tmp_path, monkeypatch):
+    reader = Reader(save_one(tmp_path, a=np.arange(5.0), b=np.arange(2)))
+    keys = []
+    crc32 = Mapped.crc32
+    monkeypatch.setattr(Mapped, "crc32", lambda self, key: (keys.append(key), crc32(self, key))[1])
+    for _ in range(2):
+        reader.tensor("a")
+    assert keys == ["a"]
+    reader.verify()
+    assert keys == ["a", "b"]
+
+
+def test_arrays_of_all_widths_are_aligned_in_the_file(tmp_path):
+    arrays = {f"{name}{n}": np.ones(n, name) for name in ("int8", "float64", "int16", "float32") for n in (1, 3, 5)}
+    mapped = Mapped(save_one(tmp_path, **arrays) / SHARD)
+    assert all(mapped.array(name).flags.aligned and (mapped.array(name) == 1).all() for name in arrays)
+    assert all(mapped.entries[name][2] % array.itemsize == 0 for name, array in arrays.items())
+
+
+def shard(size, row, data=b"\0" * 24):
+    text = b'{"a":' + row + b"}"
+    return (len(text) if size is None else size).to_bytes(8, "little") + text + data
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        shard(100, b"1", b""),
+        shard(None, b'{"dtype":"F32","shape":[6],"data_offsets":[0,24]}', b"\0" * 23),
+        shard(None, b'{"dtype":"F32","shape":[5],"data_offsets":[0,24]}'),
+        shard(None, b'{"dtype":"F32","shape":[6],"data_offsets":[-4,20]}'),
+        shard(None, b'{"dtype":"F32","shape":[-1,-6],"data_offsets":[0,24]}'),
+        shard(None, b'{"dtype":"F32","shape":[6.0],"data_offsets":[0,24]}'),
+        shard(None, b'{"dtype":"F32","shape":[6],"data_offsets":[0.0,24.0]}'),
+        shard(None, b'{"dtype":"F32","shape":[6],"data_offsets":[0]}'),
+        shard(None, b'{"dtype":"F31","shape":[6],"data_offsets":[0,24]}'),
+        shard(None, b'{"shape":[6],"data_offsets":[0,24]}'),
+        shard(10, b"1" * 20 + b"   ", b"")[:10],
+        (50).to_bytes(8, "little") + b"{}",
+    ],
+)
+def test_headers_that_lie_are_refused(tmp_path, content):
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(FormatError, match=r"x\.safetensors"):
+        Mapped(tmp_path / "x.safetensors")
 
 
 def test_names_by_kind(tmp_path):
