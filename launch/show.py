@@ -1,4 +1,4 @@
-"""`dtrain show graph`: the graph of one training step of a configuration as a picture."""
+"""`dtrain show graph`: the graph of one forward of a configuration as a picture; the backward walks it the other way."""
 
 from __future__ import annotations
 
@@ -27,9 +27,13 @@ def graph(config: Config, output: Path) -> None:
     model = models.build(config.model, data, dtype=config.train.dtype, seed=config.seed)
     batch = data.train.batch(np.arange(min(SAMPLES, len(data.train))))
     with graphs.tracing():  # lines remember their modules, recomputed blocks are seen
-        picture = graphs.svg(model.loss(batch))
+        loss = model.loss(batch)
+    captured = graphs.capture(loss)
     try:
-        output.write_text(picture, encoding="utf-8")
+        graphs.to_svg(captured, output)
     except OSError as error:
         raise UserError(f"--output: {output}: cannot be written: {error.strerror}") from None
-    print(f"{output}: one step of {config.name} on {len(batch['targets'])} samples")
+    print(
+        f"{output}: the forward of {config.name} on {len(batch['targets'])} samples: {len(captured.lines)} ops, "
+        f"{captured.flops:,} FLOPs, {captured.bytes:,} bytes of outputs, {captured.num_parameters:,} parameters"
+    )
