@@ -1,4 +1,4 @@
-"""`dtrain show graph`: the graph of one forward of a configuration as a picture; the backward walks it the other way."""
+"""`dtrain show graph`: the graph of one forward as a picture; the backward walks it the other way."""
 
 from __future__ import annotations
 
