@@ -220,7 +220,9 @@ class RunFolder:
             cache.write_atomic(self.path / name, text.encode())
         except OSError as error:
             free = shutil.disk_usage(self.path).free
-            raise UserError(f"output: cannot write {self.path / name}: {error.strerror} ({free:,} bytes free)") from None
+            raise UserError(
+                f"output: cannot write {self.path / name}: {error.strerror} ({free:,} bytes free)"
+            ) from None
 
 
 def peak_memory() -> int:
