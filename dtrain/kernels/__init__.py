@@ -19,7 +19,7 @@ import numpy as np
 from dtrain.arrays import Array
 from dtrain.kernels import backends
 from dtrain.kernels.interface import NAMES, Kernels
-from dtrain.kernels.pool import empty
+from dtrain.kernels.memory import empty
 
 __all__ = ["NAMES", "Kernels", "describe", "empty", "of"]
 

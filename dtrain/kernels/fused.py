@@ -16,9 +16,9 @@ from dtrain.arrays import Array
 from dtrain.kernels import fused_attention
 from dtrain.kernels.address import address as at
 from dtrain.kernels.interface import Maybe, check_row
+from dtrain.kernels.memory import empty
 from dtrain.kernels.native import Function
 from dtrain.kernels.philox import threshold
-from dtrain.kernels.pool import empty
 
 
 class Fused:

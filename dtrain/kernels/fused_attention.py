@@ -17,8 +17,8 @@ import numpy as np
 from dtrain.arrays import Array
 from dtrain.kernels.address import address as at
 from dtrain.kernels.interface import Maybe
+from dtrain.kernels.memory import empty
 from dtrain.kernels.native import Function
-from dtrain.kernels.pool import empty
 
 BLOCK_BYTES = 256 * 1024  # of scores: half a second-level cache (measured best on 64 KiB to 2 MiB)
 MIN_ROWS = 64  # below, the matrix products lose their speed
