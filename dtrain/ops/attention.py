@@ -63,7 +63,7 @@ def composed(q: Any, k: Any, v: Any, causal: bool, scale: float) -> tuple[Any, A
         np.tril(np.ones((length, keys), dtype=bool), keys - length) if causal else np.ones((length, keys), dtype=bool)
     )
     # -inf would make NaN out of 0 * inf in products: the masked weights are multiplied by 0 after a finite fill.
-    weights = (scores * mask + (mask - 1.0) * 1e4).softmax() * mask
+    weights = (scores * mask + (mask.astype(int) - 1) * 10_000).softmax() * mask
     return (weights @ _heads_first(v, heads)).permute(0, 2, 1, 3), weights, mask
 
 

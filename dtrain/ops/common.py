@@ -29,8 +29,9 @@ def total(x: Array, dim: Any = None, keepdims: bool = False) -> Array:
     if x.dtype.itemsize == 2:
         wide: Any = np.sum(x, axis=dim, keepdims=keepdims, dtype=np.float32)
         return wide.astype(x.dtype)  # type: ignore[no-any-return]
-    result: Array = np.add.reduce(x, axis=dim, keepdims=keepdims)  # type: ignore[call-overload]
-    return result
+    # the method and not np.add.reduce: CuPy's arrays take part in calls of ufuncs, not in their methods
+    narrow: Any = x.sum(axis=dim, keepdims=keepdims)
+    return narrow  # type: ignore[no-any-return]
 
 
 def stretch(g: Array, shape: Shape) -> Array:
@@ -49,6 +50,12 @@ def unbroadcast(g: Array, shape: Shape) -> Array:
     extra = g.ndim - len(shape)
     dims = tuple([i for i, n in enumerate(g.shape) if i < extra or (shape[i - extra] == 1 and n != 1)])
     return total(g, dims).reshape(shape)
+
+
+def scatter_add(g: Array, positions: Array, shape: Shape) -> Array:
+    """Zeros of a shape, with every element of g added at its flat position; equal positions add up in order."""
+    size = math.prod(shape)
+    return kernels.of(g).embedding_vjp(contiguous(g).reshape(-1, 1), positions.reshape(-1), size).reshape(shape)
 
 
 def matmul(a: Array, b: Array, out: Array | None = None) -> Array:

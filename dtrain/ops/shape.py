@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
 from dtrain.arrays import Array
 from dtrain.op import ITSELF, Op, elementwise
-from dtrain.ops.common import unbroadcast
+from dtrain.ops.common import scatter_add, unbroadcast
 
 FREE = elementwise(0)
 
@@ -44,11 +45,11 @@ def _basic(index: Any) -> bool:
 
 def _index_vjp(node: Any, g: Array) -> tuple[Array]:
     index = node.attributes["index"]
+    if not _basic(index):
+        positions = np.arange(math.prod(node.shapes[0]), like=g).reshape(node.shapes[0])
+        return (scatter_add(g, positions[index], node.shapes[0]),)
     dx = np.zeros_like(g, shape=node.shapes[0])
-    if _basic(index):
-        dx[index] = g
-    else:
-        np.add.at(dx, index, g)
+    dx[index] = g
     return (dx,)
 
 
@@ -76,12 +77,9 @@ STACK = Op("stack", lambda *xs, dim: (np.stack(xs, axis=dim), None), _stack_vjp,
 
 
 def _gather_vjp(node: Any, g: Array) -> tuple[Array]:
-    indices, dim = node.attributes["indices"], node.attributes["dim"] % g.ndim
-    dx = np.zeros_like(g, shape=node.shapes[0])
-    grid = list(np.ogrid[tuple([slice(n) for n in g.shape])])
-    grid[dim] = indices
-    np.add.at(dx, tuple(grid), g)
-    return (dx,)
+    indices, dim = node.attributes["indices"], node.attributes["dim"]
+    positions = np.arange(math.prod(node.shapes[0]), like=g).reshape(node.shapes[0])
+    return (scatter_add(g, np.take_along_axis(positions, indices, axis=dim), node.shapes[0]),)
 
 
 # y[i][j] = x[i][indices[i][j]] for dim=1: picks along one dim

@@ -277,6 +277,7 @@ class TestRow:
         np.testing.assert_allclose(y.data, function(*[Tensor(a) for a in arrays]).data, rtol=2e-4, atol=2e-5)
         y.backward(np.ones_like(y.data))
         assert all(leaf.grad is None or leaf.grad.dtype == np.float32 for leaf in leaves)
+        assert jvp(function, tuple(narrow), tuple(narrow))[1].dtype == np.float32
 
 
 VALUES = {

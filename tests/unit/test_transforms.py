@@ -141,6 +141,27 @@ def test_parameters_keep_their_gradients_and_callbacks_stay_silent():
     np.testing.assert_array_equal(w.buffer, 7)
 
 
+def test_what_writes_in_place_leaves_parameters_and_outer_graphs_alone():
+    """Weight gradients go straight into buffers and onto gradients in a backward, but not here."""
+    w = Tensor(numbers(3, 3), requires_grad=True)
+    w.buffer = np.full((3, 3), 7.0)
+    outside = w * 2
+
+    def f(x):
+        return (F.linear(x, w) * F.embedding(w, np.array([0, 0])) * outside[1]).sum()
+
+    x = numbers(2, 3)
+    for state in (None, np.full((3, 3), 5.0)):
+        w.grad = state
+        grad(f)(x)
+        hvp(lambda t: f(t * t), x, x)
+        assert w.grad is state and (state is None or (state == 5).all())
+        np.testing.assert_array_equal(w.buffer, 7)
+    w.zero_grad()
+    outside.sum().backward()  # its graph was not freed
+    np.testing.assert_array_equal(w.grad, 2)
+
+
 def test_a_checkpoint_inside_is_differentiated():
     x = numbers(3)
     f = lambda t: F.checkpoint(lambda s: F.checkpoint(lambda r: r.exp(), s) * s, t).sum()  # noqa: E731
