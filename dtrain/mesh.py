@@ -80,7 +80,7 @@ class Mesh:
         """The rows as lines of text, with the axes that are longer than 1."""
         columns = ["rank", *[axis for axis in self.axes if self.sizes[axis] > 1 or axis == "dp"], "host"]
         yield "mesh   " + " ".join(f"{axis}={size}" for axis, size in self.sizes.items())
-        yield "       " + "".join(f"{column:<6}" for column in columns)
+        yield "       " + "".join(f"{column:<6}" for column in columns).rstrip()
         for row in self.rows()[:SHOWN_RANKS]:
             yield "       " + "".join(f"{row[column]!s:<6}" for column in columns).rstrip()
         if self.comm.size > SHOWN_RANKS:
