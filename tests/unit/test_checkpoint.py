@@ -135,6 +135,16 @@ def test_pieces_without_a_choice_are_balanced_by_those_with_one(tmp_path):
     assert sorted(file.bytes - file.header_bytes for file in manifest.files.values()) == [910, 910, 1000]
 
 
+def test_a_small_piece_without_a_choice_is_placed_before_large_ones_with_one(tmp_path):
+    def run(comm):
+        own = [whole("own", np.zeros(100, np.uint8))] if comm.rank == 0 else []
+        shared = [whole("large", np.zeros(300, np.uint8)), whole("less", np.zeros(250, np.uint8))]
+        return save(tmp_path, 1, comm, [*own, *shared], {})
+
+    manifest = Reader(run_threads(2, run)[0]).manifest
+    assert [file.bytes - file.header_bytes for file in manifest.files.values()] == [350, 300]
+
+
 def test_ranks_with_nothing_write_nothing(tmp_path):
     def run(comm):
         empty = Piece("a", np.zeros((0, 3)), (4, 0), (4, 3))
