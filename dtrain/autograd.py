@@ -175,13 +175,16 @@ def gradients(
 
     Only nodes that lie between the leaves and the roots are walked (and freed).
     """
+    for tensor, _ in roots:
+        if tensor.node is not None:
+            _check(tensor.node)  # a freed graph has no way to the leaves: that must not look like a zero gradient
     found: dict[Tensor, Array] = {}
     wanted = set(leaves)
     reached: set[Node] = set()
     for node in reversed(_newest_first(roots, {})):
-        if node.saved is not _FREED:
-            node.needs = tuple([source in reached or source in wanted for source in node.inputs])
-        if any(node.needs):
+        needs = tuple([source in reached or source in wanted for source in node.inputs])
+        if any(needs):  # made from the leaves: the others may belong to an outer graph and stay as they are
+            node.needs = needs
             reached.add(node)
 
     def deliver(leaf: Tensor, gradient: Array | None) -> None:

@@ -120,6 +120,8 @@ def test_gradients_returns_them_and_touches_nothing():
     (found,) = gradients([(y, np.ones(()))], [x])
     np.testing.assert_array_equal(found, w.data)
     assert x.grad is None and w.grad is None
+    with pytest.raises(GraphError, match="second time"):
+        gradients([(y, np.ones(()))], [x])
 
 
 def test_arrays_die_as_soon_as_nobody_needs_them():
