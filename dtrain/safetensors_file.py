@@ -58,7 +58,8 @@ def dtype(name: str) -> np.dtype[Any]:
         import ml_dtypes
 
         scalar = ml_dtypes.bfloat16
-    return np.dtype(scalar)
+    found: np.dtype[Any] = np.dtype(scalar)
+    return found
 
 
 def itemsize(name: str) -> int:
