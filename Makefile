@@ -36,8 +36,8 @@ test-unit: .venv/dev-$(MPI)
 
 test-mpi: .venv/dev-$(MPI)
 	@set -e; for ranks in $(MPI_SIZES); do \
-	    echo "mpirun -n $$ranks python -m pytest tests/mpi -q -p no:cacheprovider"; \
-	    $(call limit,600) mpirun -n $$ranks python -m pytest tests/mpi -q -p no:cacheprovider; \
+	    echo "mpirun -n $$ranks python -m pytest --with-mpi tests/mpi -q -p no:cacheprovider"; \
+	    $(call limit,600) mpirun -n $$ranks python -m pytest --with-mpi tests/mpi -q -p no:cacheprovider; \
 	done
 
 test-examples: .venv/dev-$(MPI)

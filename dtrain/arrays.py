@@ -13,4 +13,5 @@ def named_dtype(name: str) -> np.dtype[Any]:
         return np.dtype(name)
     import ml_dtypes  # only where it is used: every rank would pay for the import
 
-    return np.dtype(ml_dtypes.bfloat16)
+    kind: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return kind

@@ -137,9 +137,7 @@ class Trainer:
         due = options.every and (self.step % options.every == 0 or self.step == self.total_steps)
         if not due or dataset is None:
             return None
-        start, count = share(
-            0, min(len(dataset), options.batches * self.config.train.global_batch), *self._data_rank()
-        )
+        start, count = share(0, min(len(dataset), options.batches * self.config.train.global_batch), *self._data_rank())
         loss = targets = 0.0
         with no_grad():
             for batch, _ in self._portions(dataset, start, np.arange(start, start + count), self.config.seed + 1):

@@ -17,7 +17,13 @@ BASE: dict[str, Any] = {
     "data": {"kind": "text", "path": "stdlib"},
     "optimizer": {"kind": "adamw", "learning_rate": 3e-3, "betas": [0.9, 0.95], "weight_decay": 0.1, "clip_norm": 1.0},
     "schedule": {"kind": "cosine", "warmup_steps": 5},
-    "train": {"steps": 20, "global_batch": 24, "micro_batch": 3, "dtype": "float64", "validate": {"every": 10, "batches": 2}},
+    "train": {
+        "steps": 20,
+        "global_batch": 24,
+        "micro_batch": 3,
+        "dtype": "float64",
+        "validate": {"every": 10, "batches": 2},
+    },
     "checkpoint": {"every": 0},
 }
 
