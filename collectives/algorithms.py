@@ -1,8 +1,9 @@
 """Which algorithms exist for each collective, and which one `auto` takes: the first row that is possible and preferred.
 
-A row runs on flat contiguous arrays; source and target are the same memory or disjoint. What `possible` and `preferred` look
-at is the same on all ranks of a correct program (size, nodes, count, dtype, whether the arrays lie in the shared window), so
-all ranks choose alike; on one node a difference is noticed and reported (`CollectiveMismatch`).
+A row runs on flat contiguous arrays; source and target are the same memory or disjoint. What `possible` and
+`preferred` look at is the same on all ranks of a correct program (size, nodes, count, dtype, whether the arrays lie
+in the shared window), so all ranks choose alike; on one node a difference is noticed and reported
+(`CollectiveMismatch`).
 """
 
 from collections.abc import Callable, Sequence
@@ -56,9 +57,11 @@ class Algorithm(NamedTuple):
     preferred: Callable[[Call], bool] = lambda call: True
 
 
-# Arrays from elsewhere: up to here through the staging, above by the MPI library. Measured with MPICH 5.0 and Open MPI 5.0 at
-# 2 to 8 ranks on 2 cores; see `preferred` below for what has no alternative.
-STAGED_BYTES = 1 << 20
+# Arrays from elsewhere: up to here through the staging, above by the MPI library. Measured with MPICH 5.0 and Open
+# MPI 5.0 at 2 and 8 ranks on 2 cores: the staging wins up to 128-512 KiB for what is reduced or gathered, to 1-4 MiB
+# for broadcast.
+STAGED_BYTES = 256 * 1024
+STAGED_BROADCAST_BYTES = 1 << 20
 
 
 def _alone(call: Call) -> bool:
@@ -79,7 +82,7 @@ def _short_gather(call: Call) -> bool:
 
 
 def _short_broadcast(call: Call) -> bool:
-    return call.target.nbytes <= STAGED_BYTES
+    return call.target.nbytes <= STAGED_BROADCAST_BYTES
 
 
 def _reduces(call: Call) -> bool:

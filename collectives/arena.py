@@ -4,12 +4,13 @@
                  part of rank 1  | block | block |   block   |      free      |       every rank maps all parts
                  ...                ^ the same offset in every part
 
-`allocate` is collective with the same arguments on every rank, so a block has one offset on all ranks and a view of it needs
-no exchange of addresses. Pages cost memory when they are touched, not when a segment is made.
+`allocate` is collective with the same arguments on every rank, so a block has one offset on all ranks and a view of
+it needs no exchange of addresses. Pages cost memory when they are touched, not when a segment is made.
 
-When the last array in a block dies, the block is marked on that rank; nothing else happens, so arrays may die at any time.
-When a segment is full, the ranks agree on the blocks that are dead on all of them and use those again. `close` unmaps all
-segments; one with living arrays on any rank stays mapped until the process ends, so that no array ever points to nowhere.
+When the last array in a block dies, the block is marked on that rank; nothing else happens, so arrays may die at any
+time. When a segment is full, the ranks agree on the blocks that are dead on all of them and use those again. `close`
+unmaps all segments; one with living arrays on any rank stays mapped until the process ends, so that no array ever
+points to nowhere.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from dtrain.collectives.dtypes import Array
+from dtrain.collectives.dtypes import Array, address
 from dtrain.collectives.transport import Segment
 
 SEGMENT_BYTES = 64 << 20
 ALIGNMENT = 4096  # a page: no two ranks share a cache line, and a slice of the owner begins on his page
+KNOWN_PARTS = 4096
 
 # (segment number, offset in bytes): where an array begins in the part of its rank.
 Place = tuple[int, int]
@@ -30,15 +32,15 @@ Place = tuple[int, int]
 class Block:
     """The owner of a piece of shared memory, at the root of the `base` chain of every array that lies in it."""
 
-    def __init__(self, arena: "Arena", segment: int, offset: int, nbytes: int, address: int) -> None:
+    def __init__(self, arena: "Arena", segment: int, offset: int, nbytes: int, at: int) -> None:
         self.arena = arena
         self.segment = segment
         self.offset = offset
         self.nbytes = nbytes
-        self.address = address
+        self.address = at
         self._dead = arena.dead
         self._key = (segment, offset)
-        self.__array_interface__ = {"version": 3, "shape": (nbytes,), "typestr": "|u1", "data": (address, False)}
+        self.__array_interface__ = {"version": 3, "shape": (nbytes,), "typestr": "|u1", "data": (at, False)}
 
     def __del__(self) -> None:
         self._dead.add(self._key)  # nothing else: this may run inside any other code
@@ -48,7 +50,7 @@ class Arena:
     """The shared memory of one rank and what its peers have at the same places."""
 
     def __init__(self, rank: int, share: Callable[[int], Segment], agree: Callable[[Array], Array]) -> None:
-        """`share` makes a segment; `agree` gives the element-wise minimum over ranks of a uint8 array. Both collective."""
+        """`share` makes a segment; `agree` the element-wise minimum over ranks of a uint8 array. Both collective."""
         self._rank = rank
         self._share = share
         self._agree = agree
@@ -57,6 +59,7 @@ class Arena:
         self._taken: dict[tuple[int, int], int] = {}  # (segment, offset) -> nbytes, in the order of allocation
         self.dead: set[tuple[int, int]] = set()
         self._views: dict[tuple[int, np.dtype[Any]], list[Array]] = {}
+        self._parts: dict[tuple[Place, int, np.dtype[Any]], list[Array]] = {}  # the same buckets come every step
 
     def allocate(self, shape: Sequence[int], dtype: np.dtype[Any]) -> Array:
         """Collective: a new array of undefined content, at the same place on every rank."""
@@ -75,8 +78,8 @@ class Arena:
         segment, offset = place
         self._taken[place] = size
         part = np.frombuffer(self._segments[segment].parts[self._rank], np.uint8)
-        address = part.__array_interface__["data"][0] + offset
-        return np.asarray(Block(self, segment, offset, size, address))[:nbytes].view(dtype).reshape(shape)
+        block = Block(self, segment, offset, size, address(part) + offset)
+        return np.asarray(block)[:nbytes].view(dtype).reshape(shape)
 
     def place(self, array: Array) -> Place | None:
         """Where a C-contiguous array lies, or None when it is not (cleanly) in this arena."""
@@ -85,11 +88,15 @@ class Arena:
             root = root.base
         if not isinstance(root, Block) or root.arena is not self or not array.flags.c_contiguous:
             return None
-        offset = array.__array_interface__["data"][0] - root.address + root.offset
+        offset = address(array) - root.address + root.offset
         return None if offset % array.itemsize else (root.segment, offset)
 
     def parts(self, place: Place, count: int, dtype: np.dtype[Any]) -> list[Array]:
         """The arrays (count,) of all ranks at one place, in rank order."""
+        key = (place, count, dtype)
+        known = self._parts.get(key)
+        if known is not None:
+            return known
         segment, offset = place
         views = self._views.get((segment, dtype))
         if views is None:
@@ -99,11 +106,15 @@ class Arena:
                 views.append(octets[: len(octets) // dtype.itemsize * dtype.itemsize].view(dtype))
             self._views[segment, dtype] = views
         start = offset // dtype.itemsize
-        return [view[start : start + count] for view in views]
+        if len(self._parts) >= KNOWN_PARTS:
+            self._parts.clear()
+        parts = self._parts[key] = [view[start : start + count] for view in views]
+        return parts
 
     def close(self) -> None:
         """Collective: unmap every segment in which no array is alive on any rank."""
         self._views.clear()
+        self._parts.clear()
         if not self._segments:
             return
         living = {segment for segment, offset in self._taken if (segment, offset) not in self.dead}

@@ -1,14 +1,15 @@
 """The communicator: the ranks that work together, and the collectives between them on plain NumPy arrays.
 
-One rule for all collectives: arrays go in unchanged and a new array comes out, unless `out=` says where the result goes;
-`out=array` works in place. Any dtype of NumPy and ml_dtypes, any length, contiguous or not. Every reduction is a SUM unless
-asked ("max", "min", "prod"). Results have equal bits on all ranks and from run to run.
+One rule for all collectives: arrays go in unchanged and a new array comes out, unless `out=` says where the result
+goes; `out=array` works in place. Any dtype of NumPy and ml_dtypes, any length, contiguous or not. Every reduction is
+a SUM unless asked ("max", "min", "prod"). Results have equal bits on all ranks and from run to run.
 
-This file checks the arguments and brings arrays into flat contiguous form; `algorithms.py` says who computes, the transport
-moves. All methods are collective calls (all ranks, same order, same arguments) unless they say otherwise.
+This file checks the arguments and brings arrays into flat contiguous form; `algorithms.py` says who computes, the
+transport moves. All methods are collective calls (all ranks, same order, same arguments) unless they say otherwise.
 """
 
 import json
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -18,7 +19,7 @@ import numpy as np
 from dtrain.collectives import algorithms, staged, window
 from dtrain.collectives.algorithms import Call
 from dtrain.collectives.arena import Place
-from dtrain.collectives.dtypes import Array, cut, dtype_from_name, dtype_name, operation, starts
+from dtrain.collectives.dtypes import Array, address, cut, dtype_from_name, dtype_name, operation, starts
 from dtrain.collectives.node import Node
 from dtrain.collectives.transport import Transport
 from dtrain.collectives.waiting import Patience, timeout_seconds
@@ -39,7 +40,7 @@ class Communicator:
         self.local_rank = here.index(transport.rank)
         self.local_size = len(here)
         self._timeout = timeout_seconds(timeout)
-        # Several nodes: the MPI library does it all (the hierarchy of windows and network is one more algorithm, to come).
+        # Several nodes: the MPI library does it all. Windows and network together will be one more algorithm.
         self._shares = transport.shares and 1 < self.size == self.local_size
         self._node: Node | None = None
         self._deferred: deque[_Deferred] = deque()
@@ -50,7 +51,7 @@ class Communicator:
 
     @property
     def node(self) -> Node | None:
-        """The shared memory of this communicator, where all its ranks are on one node. The first access is collective."""
+        """The shared memory of this communicator, if all its ranks are on one node. The first access is collective."""
         if self._node is None and self._shares:
             self._node = Node(self.transport, Patience(self.transport.crowded, self._timeout))
         return self._node
@@ -91,10 +92,11 @@ class Communicator:
             self.transport.barrier()
 
     def empty(self, shape: int | Sequence[int], dtype: Any = np.float32) -> Array:
-        """A new array of undefined content, in memory shared by the node where possible: the home of what is reduced often.
+        """A new array of undefined content, in the node's shared memory if possible: the home of what is reduced often.
 
-        Every rank gets its own array; the peers see it, so that reductions of it (or of slices: the same slice on all ranks)
-        need no copy. The array may die at any time, on each rank for itself; its memory is used again when it is dead on all.
+        Every rank gets its own array; the peers see it, so that reductions of it (or of slices: the same slice on all
+        ranks) need no copy. The array may die at any time, on each rank for itself; its memory is used again when it
+        is dead on all.
         """
         form = (shape,) if isinstance(shape, int) else tuple(shape)
         if any(length < 0 for length in form):
@@ -224,8 +226,8 @@ class Communicator:
     ) -> Array:
         """Block i of array (n, ...) goes to rank i; the result is what came, in rank order: (m, ...).
 
-        counts: rows for each rank; by default n // size, and one more for the first n % size ranks (then n must be the same
-        on all ranks). out_counts: rows from each rank; asked of the others when counts is given without it.
+        counts: rows for each rank; by default n // size, and one more for the first n % size ranks (then n must be
+        the same on all ranks). out_counts: rows from each rank; asked of the others when counts is given without it.
         """
         array = _rows(array)
         rows = self._counts("counts", counts, len(array))
@@ -247,7 +249,7 @@ class Communicator:
         return _deliver(target, result)
 
     def broadcast(self, array: Any, root: int = 0, out: Array | None = None, algorithm: str = "auto") -> Array:
-        """The array of rank root on every rank; the others pass one of the same shape and dtype, its content is not read."""
+        """The array of rank root on every rank; the others pass one of its shape and dtype to be ignored."""
         array = np.asarray(array)
         self._check_rank("root", root)
         result = _result(out, array.shape, array.dtype)
@@ -432,7 +434,7 @@ class Communicator:
         source, target = _flat(array), _target(result)
         if self.size > 1 and np.may_share_memory(source, target):
             own = starts(counts)[self.rank]
-            if _address(target) != _address(source) + own * source.itemsize or self._place(source) is None:
+            if address(target) != address(source) + own * source.itemsize or self._place(source) is None:
                 source = source.copy()
         return source, target
 
@@ -464,8 +466,8 @@ class Communicator:
             raise ValueError(f"counts={rows}: this rank brings {len(array)} rows, not {rows[self.rank]}")
         return rows
 
-    # Deferred work: what has no non-blocking form runs at the first wait, in the order of the start. A blocking collective runs
-    # the open ones first, so that all ranks run all collectives in one order wherever they wait.
+    # Deferred work: what has no non-blocking form runs at the first wait, in the order of the start. A blocking
+    # collective runs the open ones first, so that all ranks run all collectives in one order wherever they wait.
 
     def _defer(self, run: Callable[[], Array], result: Array) -> Work:
         deferred = _Deferred(run, self._deferred)
@@ -512,7 +514,7 @@ def _rows(array: Any) -> Array:
 
 def _elements(rows: Sequence[int], shape: tuple[int, ...]) -> list[int]:
     """Rows per rank as elements per rank."""
-    width = int(np.prod(shape[1:], dtype=np.int64))
+    width = math.prod(shape[1:])
     return [count * width for count in rows]
 
 
@@ -550,7 +552,7 @@ def _pair(array: Array, result: Array) -> tuple[Array, Array]:
         return _flat(array), target
     source = _flat(array)
     if np.may_share_memory(source, target):
-        return (target, target) if _address(source) == _address(target) else (source.copy(), target)
+        return (target, target) if address(source) == address(target) else (source.copy(), target)
     return source, target
 
 
@@ -558,10 +560,6 @@ def _apart(array: Array, result: Array) -> tuple[Array, Array]:
     """Source and target in disjoint memory; in place, the source is a copy."""
     source, target = _flat(array), _target(result)
     return (source.copy() if np.may_share_memory(source, target) else source), target
-
-
-def _address(array: Array) -> int:
-    return int(array.__array_interface__["data"][0])
 
 
 def _target(result: Array) -> Array:

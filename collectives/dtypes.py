@@ -3,15 +3,16 @@
     cut(10, 4)      -> 3 3 2 2       the first (count mod size) ranks get one more; the same rule everywhere
     reduce_rows     -> ((x0 + x1) + x2) + ...      rank order, whatever the executor
 
-Invariant: the order of a sum depends on (size, count, algorithm) alone, so results repeat bit for bit. float16, bfloat16 and
-the float8 types of ml_dtypes are added in float32 and rounded once at the end.
+Invariant: the order of a sum depends on (size, count, algorithm) alone, so results repeat bit for bit. float16,
+bfloat16 and the float8 types of ml_dtypes are added in float32 and rounded once at the end.
 """
 
 import ast
+import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -20,7 +21,8 @@ Array = np.ndarray[Any, Any]
 # Every reduction is a sum unless asked; there is no average.
 OPERATIONS: dict[str, np.ufunc] = {"sum": np.add, "prod": np.multiply, "max": np.maximum, "min": np.minimum}
 
-# Elements per pass: a float32 block of it is 128 KiB, so that a block of the sum stays in the L2 cache of any recent core.
+# Elements per pass: a float32 block of it is 128 KiB, so that a block of the sum stays in the L2 cache of any recent
+# core.
 BLOCK_BYTES = 128 * 1024
 
 
@@ -36,7 +38,7 @@ def operation(op: str, dtype: np.dtype[Any]) -> np.ufunc:
 
 @lru_cache(maxsize=64)
 def is_small_float(dtype: np.dtype[Any]) -> bool:
-    """float16, or a float type of ml_dtypes (told by its module: that package is imported only by who makes such arrays)."""
+    """float16, or a float type of ml_dtypes (told by its module: only who makes such arrays imports that package)."""
     return dtype == np.float16 or (dtype.type.__module__ == "ml_dtypes" and "float" in dtype.name)
 
 
@@ -55,11 +57,14 @@ def dtype_name(dtype: np.dtype[Any]) -> str:
 
 def dtype_from_name(name: str) -> np.dtype[Any]:
     """The inverse of `dtype_name`."""
-    if name[0] not in "'[":
+    found: np.dtype[Any]
+    if name[0] in "'[":
+        found = np.lib.format.descr_to_dtype(ast.literal_eval(name))
+    else:
         import ml_dtypes
 
-        return np.dtype(getattr(ml_dtypes, name))
-    return np.lib.format.descr_to_dtype(ast.literal_eval(name))
+        found = np.dtype(getattr(ml_dtypes, name))
+    return found
 
 
 def cut(count: int, size: int) -> list[int]:
@@ -71,6 +76,14 @@ def cut(count: int, size: int) -> list[int]:
 def starts(counts: Sequence[int]) -> list[int]:
     """Where each block begins: [0, counts[0], counts[0] + counts[1], ...] without the total."""
     return list(accumulate(counts, initial=0))[:-1]
+
+
+def address(array: Array) -> int:
+    """Where the first element lies. Four times as fast as NumPy's own ways, for writable arrays that are not empty."""
+    try:
+        return ctypes.addressof(ctypes.c_char.from_buffer(cast(Any, array)))
+    except (TypeError, ValueError):  # read-only, empty, not contiguous, or of a dtype without buffers (bfloat16)
+        return int(array.__array_interface__["data"][0])
 
 
 def reduce_rows(ufunc: np.ufunc, sources: Sequence[Array], target: Array) -> None:

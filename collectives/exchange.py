@@ -7,9 +7,9 @@
     1: b0 b1 b2   ->   1: a1 b1 c1  ->  a1+b1+c1   ->   1: s0 s1 s2
     2: c0 c1 c2        2: a2 b2 c2  ->  a2+b2+c2        2: s0 s1 s2
 
-It needs nothing but moved bytes, so it works for every dtype (float16, bfloat16, max of complex numbers) on every transport.
-Cost for n bytes on p ranks: all_reduce 2(p-1)a + 2n(p-1)/p b + n(p-1)/p c, the volume of a ring; memory n more.
-Invariant: one rank computes each element, the others copy it: equal bits everywhere.
+It needs nothing but moved bytes, so it works for every dtype (float16, bfloat16, max of complex numbers) on every
+transport. Cost for n bytes on p ranks: all_reduce 2(p-1)a + 2n(p-1)/p b + n(p-1)/p c, the volume of a ring; memory n
+more. Invariant: one rank computes each element, the others copy it: equal bits everywhere.
 """
 
 from collections.abc import Sequence

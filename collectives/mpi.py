@@ -1,41 +1,36 @@
 """The transport over MPI. The only file of dtrain that imports mpi4py.
 
-Thread level: mpi4py asks for MPI_THREAD_MULTIPLE unless told otherwise, and MPICH then switches its shared-memory
-collectives off. One thread at a time calls MPI here, so SERIALIZED is asked for - unless the node has more ranks than cores:
-there those collectives spin while the rank they wait for has no core (8 ranks on 2 busy cores, all_reduce of 256 KiB: 1600 ms
-against 17 ms under MULTIPLE). MPI4PY_RC_THREAD_LEVEL overrules it, and so does who initialised MPI before us.
+Thread level: below MPI_THREAD_MULTIPLE, MPICH uses shared-memory collectives of its own. They are the faster ones up
+to 64 KiB, but that is what `staged` does here; beyond they are slower (all_reduce of 4 MiB on 2 ranks: 3.8 ms,
+against 1.5 ms under MULTIPLE), and with more ranks than cores they spin while the rank they wait for has no core (8
+ranks on 2 busy cores, 256 KiB: 1600 ms against 17 ms). So MULTIPLE is asked for. Open MPI shows no difference.
+MPI4PY_RC_THREAD_LEVEL overrules it.
 
-Only buffers travel, never pickles: the upper-case methods of mpi4py. What is moved but not computed with travels as bytes,
-so every dtype of NumPy is welcome. Counts of MPI are C ints: whatever is longer than `Transport.limit` bytes goes in pieces.
+Only buffers travel, never pickles: the upper-case methods of mpi4py. What is moved but not computed with travels as
+bytes, so every dtype of NumPy is welcome. Counts of MPI are C ints: whatever is longer than `Transport.limit` bytes
+goes in pieces.
 """
 
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, cast
 
 import mpi4py
 import numpy as np
 
-from dtrain.collectives.waiting import cores
-
-
-def _thread_level(environment: Mapping[str, str]) -> str:
-    """The level to ask for, from what mpirun says about the ranks of this node (MPICH's or Open MPI's; else unknown)."""
-    ranks = environment.get("MPI_LOCALNRANKS") or environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") or "1"
-    return "multiple" if int(ranks) > len(cores()) else "serialized"
-
-
 if "mpi4py.MPI" not in sys.modules and "MPI4PY_RC_THREAD_LEVEL" not in os.environ:
-    mpi4py.rc.thread_level = _thread_level(os.environ)
-from mpi4py import MPI  # noqa: E402
+    mpi4py.rc.thread_level = "multiple"
+from mpi4py import MPI
 
-from dtrain.collectives.dtypes import Array, starts  # noqa: E402
-from dtrain.collectives.work import Request  # noqa: E402
+from dtrain.collectives.dtypes import Array, starts
+from dtrain.collectives.waiting import cores
+from dtrain.collectives.work import Request
 
-# Native reductions used per kind of dtype. Not here, and therefore done by `exchange`: float16 (MPI has none that is portable),
-# max and min of floats (MPI may drop a NaN, NumPy never does), max and min of complex numbers (MPI has none).
+# Native reductions used per kind of dtype. Not here, and therefore done by `exchange`: float16 (MPI has none that is
+# portable), max and min of floats (MPI may drop a NaN, NumPy never does), max and min of complex numbers (MPI has
+# none).
 _ARITHMETIC = {"sum": MPI.SUM, "prod": MPI.PROD}
 _ORDERED = {**_ARITHMETIC, "max": MPI.MAX, "min": MPI.MIN}
 _LOGICAL = {"sum": MPI.BOR, "max": MPI.BOR, "prod": MPI.BAND, "min": MPI.BAND}
@@ -138,8 +133,8 @@ class Transport:
     def all_to_all(
         self, source: Array, target: Array, send_counts: Sequence[int], receive_counts: Sequence[int]
     ) -> None:
-        # All messages posted at once, as MPI_Alltoallv does; done here because only the two ends of a pair know its length,
-        # and with it whether it must go in pieces.
+        # All messages posted at once, as MPI_Alltoallv does; done here because only the two ends of a pair know its
+        # length, and with it whether it must go in pieces.
         outgoing, incoming = starts(send_counts), starts(receive_counts)
         requests: list[MPI.Request] = []
         for shift in range(1, self.size):
@@ -193,9 +188,8 @@ class Transport:
             status = MPI.Status()
             self._comm.Recv([piece, MPI.BYTE], source, tag, status)
             if status.Get_count(MPI.BYTE) != len(piece):
-                raise ValueError(
-                    f"recv from rank {source}, tag {tag}: {status.Get_count(MPI.BYTE)} bytes came, out= has {len(piece)}"
-                )
+                came = status.Get_count(MPI.BYTE)
+                raise ValueError(f"recv from rank {source}, tag {tag}: {came} bytes came, out= has {len(piece)}")
 
     # Reductions: typed
 
@@ -307,7 +301,7 @@ class Transport:
     # Helpers
 
     def _pieces(self, octets: Array) -> list[Array]:
-        """`octets` in pieces of at most `limit` bytes; one empty piece when there is nothing, so that messages pair up."""
+        """`octets` in pieces of at most `limit` bytes; an empty one when there is nothing, so that messages pair up."""
         return [octets[start : start + self.limit] for start in range(0, max(1, len(octets)), self.limit)]
 
 
@@ -330,7 +324,8 @@ def _same(source: Array, target: Array) -> bool:
 def world_transport() -> Transport:
     """The transport between all ranks of the job; the first call initialises MPI."""
     comm = MPI.COMM_WORLD
-    # Who shares memory with me, what is that machine called, and which of its cores may we use? All in rows of one length.
+    # Who shares memory with me, what is that machine called, and which of its cores may we use? All in rows of one
+    # length.
     shared = comm.Split_type(MPI.COMM_TYPE_SHARED)
     leader = np.array([comm.rank], np.int64)
     shared.Bcast(leader, 0)

@@ -9,10 +9,10 @@ Each rank writes only its own part of the control segment, and everybody reads a
 
 Collectives of a communicator are numbered 1, 2, 3, ... in program order, the same on all ranks. Invariants:
 
-- Flags are monotone. ARRIVED = n says: my data for all collectives up to n may be read. REDUCED = n says: I shall neither
-  read nor write for any collective up to n.
+- Flags are monotone. ARRIVED = n says: my data for all collectives up to n may be read. REDUCED = n says: I shall
+  neither read nor write for any collective up to n.
 - Data is written before its flag (128 bytes apart: flags of different words never share a line).
-- A half of the staging that was used in collective n is written again only when ARRIVED of every peer is above n: who has
+- A half of the staging used in collective n is written again only when ARRIVED of every peer is above n: who has
   come to the next collective has finished reading this one.
 """
 
@@ -179,7 +179,7 @@ class Node:
         return self._mine[REDUCED] >= number and all(words[REDUCED] >= number for _, words in self._peers)
 
     def note(self, name: str, algorithm: str, op: str = "", array: Array | None = None) -> None:
-        """Number and publish a collective that runs elsewhere (in the MPI library), so that reports and checks know of it."""
+        """Number and publish a collective that runs elsewhere (in the MPI library), for the reports and checks."""
         self.arrive(self.begin(name, algorithm, op, array))
 
     # Works not yet finished, in order
@@ -209,7 +209,7 @@ class Node:
     # Staging
 
     def stage(self, number: int, dtype: np.dtype[Any]) -> list[Array]:
-        """The half of the staging for this collective as arrays of all ranks, in rank order; mine may be written now."""
+        """The half of the staging for this collective: the slots of all ranks, of which mine may be written."""
         half = self._half = 1 - self._half
         used = self._used[half]
         for rank, words in self._peers:

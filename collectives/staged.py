@@ -2,9 +2,9 @@
 
     copy my data into my slot  ->  ARRIVED  ->  read the slots of the others  (-> REDUCED -> read the sums)
 
-Small reductions take one synchronisation: every rank adds up all slots itself. Larger ones take two: each rank adds up its
-slice into the slot of rank 0, and everybody copies the sums from there. What is longer than a half goes in chunks; the halves
-alternate, so a chunk is written while slower ranks still read the one before.
+Small reductions take one synchronisation: every rank adds up all slots itself. Larger ones take two: each rank adds
+up its slice, its own data straight from the source, and the others copy the sums from its slot. What is longer than a
+half goes in chunks; the halves alternate, so a chunk is written while slower ranks still read the one before.
 Invariant: rank order in every sum, so the result does not depend on which of the two ways was taken.
 """
 
@@ -40,20 +40,35 @@ def all_reduce(node: Node, source: Array, target: Array, op: str, root: int | No
             piece = slice(begin, begin + count)
             number = node.begin(name, "staged", op, source, extra=-1 if root is None else root)
             slots = node.stage(number, source.dtype)
-            slots[node.rank][:count] = source[piece]
-            node.arrive(number)
-            node.await_arrived(number)
+            mine = slots[node.rank]
             if small:
+                mine[:count] = source
+                node.arrive(number)
+                node.await_arrived(number)
                 if wanted:
                     reduce_into(ufunc, slots, 0, count, [target])
                 continue
-            node.complete(number)  # works started before: REDUCED below speaks for them too
+            # My own slice stays where it is: I add it up, and its room in my slot takes the sums.
             start, stop = owned(count, node.rank, node.size)
-            reduce_into(ufunc, slots, start, stop, [slots[0][start:stop]])
+            mine[:start] = source[begin : begin + start]
+            mine[stop:count] = source[begin + stop : begin + count]
+            own = list(slots)
+            node.arrive(number)
+            node.await_arrived(number)
+            node.complete(number)  # works started before: REDUCED below speaks for them too
+            if start < stop:
+                own[node.rank] = source[piece]
+                sums = [slots[node.rank][start:stop]]
+                if wanted:
+                    sums.append(target[piece][start:stop])
+                reduce_into(ufunc, own, start, stop, sums)
             node.reduced(number)
             if wanted:
                 node.await_reduced(number)
-                target[piece] = slots[0][:count]
+                for rank, slot in enumerate(slots):
+                    first, last = owned(count, rank, node.size)
+                    if rank != node.rank and first < last:
+                        target[begin + first : begin + last] = slot[first:last]
 
 
 def reduce_scatter(node: Node, source: Array, target: Array, counts: Sequence[int], op: str) -> None:

@@ -3,9 +3,9 @@
     def function(comm, x): return comm.all_reduce(x + comm.rank)
     run_threads(4, function, 10.0)        # [46.0, 46.0, 46.0, 46.0]
 
-All collectives rest on one operation, `share`: each rank puts a value on the table, waits, and sees the values of all; a second
-barrier keeps the table until everybody has read it. Invariant: sums run in rank order. A rank that fails breaks the barriers, so
-that nobody waits for it.
+All collectives rest on one operation, `share`: each rank puts a value on the table, waits, and sees the values of
+all; a second barrier keeps the table until everybody has read it. Invariant: sums run in rank order. A rank that
+fails breaks the barriers, so that nobody waits for it.
 """
 
 import queue
@@ -243,8 +243,8 @@ class Transport:
 def run_threads(size: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
     """function(comm, *args) on `size` ranks, each a thread; the results in rank order.
 
-    The first exception of a rank ends the others (their collectives raise RankLost) and is raised here. TimeoutError after
-    `timeout` seconds.
+    The first exception of a rank ends the others (their collectives raise RankLost) and is raised here. TimeoutError
+    after `timeout` seconds.
     """
     room = _Room(size, time.monotonic() + timeout)
     results: list[Any] = [None] * size

@@ -1,4 +1,4 @@
-"""The seam between the communicator and what moves its bytes: MPI (`mpi.py`), threads (`threads.py`), nothing (`Alone`).
+"""The seam between the communicator and what moves its bytes: MPI (`mpi.py`), threads (`threads.py`), or `Alone`.
 
 A transport sees only flat, contiguous arrays of the machine's byte order, never checks them, and knows no algorithm.
 `counts` are elements per rank.

@@ -1,13 +1,13 @@
 """How a rank waits for a number in shared memory to grow: spin, yield, nap, and at last report.
 
     spin     a few hundred looks, only if every rank of the node has a core of its own
-    yield    sched_yield between looks, for the first millisecond: with more ranks than cores, the one waited for can run.
+    yield    sched_yield between looks, for the first millisecond: with more ranks than cores, the late one can run.
              (Spinning without it costs scheduler ticks: 8-24 ms were measured where 41 us are possible.)
     nap      sleeps of 50 to 200 us, so that a long wait costs no power
     report   after the time limit: who is waited for, in what, and what he last said
 
-Numbers are int64, only ever grow, and each has one writer. x86 keeps the order of stores, so "data, then number" needs no
-fence there; elsewhere `fence` is called on both sides.
+Numbers are int64, only ever grow, and each has one writer. x86 keeps the order of stores, so "data, then number"
+needs no fence there; elsewhere `fence` is called on both sides.
 """
 
 import os

@@ -1,16 +1,16 @@
-"""Zero-copy collectives on arrays that lie in the arena: the owner of a slice reads it from all ranks and writes the result.
+"""Zero-copy collectives on arrays in the arena: the owner of a slice reads it from all ranks and writes the result.
 
     all_reduce in place, 3 ranks          reads                 writes
       part of rank 0   | s0 | s1 | s2 |   rank 1 reads s1       the sum into s1
       part of rank 1   | s0 | s1 | s2 |   of all parts, in      of all parts, while the block
       part of rank 2   | s0 | s1 | s2 |   blocks, in order      is in its cache
 
-Two synchronisations, whatever the size: everybody has brought data (ARRIVED), everybody has written his slice (REDUCED).
-Memory traffic for n bytes on p ranks: 2pn in place, (p+1)n for one shared result, pn + n for reduce_scatter; staging through
-private copies costs 5pn, point-to-point algorithms 7 to 11 (p-1)n. Blocks must be done in one go: a second pass over the
-vector to copy the result out loses all of the gain.
-Invariant: each element is the sum in rank order, computed once by its owner: equal bits on all ranks, in all layouts of
-slices and buckets. Idea: direct-load reductions as in XHC, YHCCL (SC 23), DPML (SC 17).
+Two synchronisations, whatever the size: everybody has brought data (ARRIVED), everybody has written his slice
+(REDUCED). Memory traffic for n bytes on p ranks: 2pn in place, (p+1)n for one shared result, pn + n for
+reduce_scatter; staging through private copies costs 5pn, point-to-point algorithms 7 to 11 (p-1)n. Blocks must be
+done in one go: a second pass over the vector to copy the result out loses all of the gain. Invariant: each element is
+the sum in rank order, computed once by its owner: equal bits on all ranks, in all layouts of slices and buckets.
+Idea: direct-load reductions as in XHC, YHCCL (SC 23), DPML (SC 17).
 """
 
 from collections.abc import Callable, Sequence
@@ -55,7 +55,7 @@ def reduce_in_place(ufunc: np.ufunc, parts: Sequence[Array], start: int, stop: i
 
 
 def reduce_into(ufunc: np.ufunc, parts: Sequence[Array], start: int, stop: int, results: Sequence[Array]) -> None:
-    """results[*][0 : stop - start] = the sum of parts[*][start:stop], in rank order; a result may be one of the parts."""
+    """results[*][0 : stop - start] = the sum of parts[*][start:stop], in rank order; a result may be a part."""
     dtype = parts[0].dtype
     wide = accumulator(dtype)
     step = block_elements(dtype, 2 + len(results))

@@ -48,8 +48,8 @@ class Work:
 def wait_all(works: Iterable[Work]) -> list[Array]:
     """The results of several works, in their order.
 
-    Cheap for many: the last one is waited for first, and with it all that were started before it on its communicator; then
-    the others find that they are finished.
+    Cheap for many: the last one is waited for first, and with it all that were started before it on its communicator;
+    then the others find that they are finished.
     """
     works = list(works)
     for work in reversed(works):

@@ -37,11 +37,13 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     """A failure on one of several ranks is printed and ends the job: the others wait for it in a collective."""
     report = yield
     if report.failed:
-        everyone = world()
-        if everyone.size > 1:
+        from dtrain.collectives.mpi import abort, position
+
+        rank, size = position()
+        if size > 1:
             capture = item.config.pluginmanager.getplugin("capturemanager")
             if capture is not None:
                 capture.suspend_global_capture(in_=True)
-            print(f"\n{item.nodeid} on rank {everyone.rank} of {everyone.size}\n{report.longreprtext}", file=sys.stderr)
-            everyone.abort(1)
+            print(f"\n{item.nodeid} on rank {rank} of {size}\n{report.longreprtext}", file=sys.stderr, flush=True)
+            abort(1)
     return report

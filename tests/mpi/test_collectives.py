@@ -98,7 +98,7 @@ def test_window_is_used_and_can_be_asked_for(comm: Communicator) -> None:
     assert comm.node.arena.place(array.copy()) is None
     comm.all_reduce(array, out=array, algorithm="window")
     assert np.all(array == comm.size)
-    with pytest.raises(ValueError, match="algorithm='window'.*possible here: auto, staged"):
+    with pytest.raises(ValueError, match=r"algorithm='window'.*possible here: auto, staged"):
         comm.all_reduce(np.ones(3), algorithm="window")
 
 
@@ -125,6 +125,7 @@ def test_pieces(comm: Communicator, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is longer than one MPI call may be goes in pieces; here with a call of 64 bytes."""
     monkeypatch.setattr(type(comm.transport), "limit", 64, raising=False)
     monkeypatch.setattr("dtrain.collectives.algorithms.STAGED_BYTES", -1)
+    monkeypatch.setattr("dtrain.collectives.algorithms.STAGED_BROADCAST_BYTES", -1)
     for count in (0, 1, 3, 16, 17, 1000):
         for dtype in (np.dtype("float32"), np.dtype("complex128"), np.dtype("float16")):
             arrays = inputs(comm.size, count, dtype)
@@ -159,7 +160,7 @@ def test_memory_is_used_again(comm: Communicator) -> None:
         array = part.empty(4 << 20, np.uint8)
         array[:: 1 << 16] = turn
         kept.append(array)
-        if len(kept) > 3 and random.random() < 0.7 or len(kept) > 6:
+        if len(kept) > 6 or (len(kept) > 3 and random.random() < 0.7):
             del kept[0]
         assert all(np.all(old[:: 1 << 16] == old[0]) for old in kept)
         assert len({int(old[0]) for old in kept}) == len(kept)
