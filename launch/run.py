@@ -43,6 +43,8 @@ def run(config: Config, source: Path) -> None:
     with Progress(config, trainer.total_steps, trainer.step, on=comm.rank == 0) as progress:
         for line in [*header(trainer), *resumed]:
             progress.note(line)
+        if folder.finished:
+            return
         started, first_step = time.perf_counter(), None
         for record in trainer.run():
             first_step = first_step or time.time()
@@ -81,6 +83,8 @@ class RunFolder:
         self.comm = trainer.mesh.comm
         self.checkpoints = path / "checkpoints"
         self.metrics: list[dict[str, Any]] = []
+        self.finished = False
+        """Trained to the last step and told about by an earlier start: nothing is left to do."""
         self._since: list[StepRecord] = []
 
     def open(self, source: Path) -> list[str]:
@@ -91,7 +95,14 @@ class RunFolder:
         if start is not None:
             trainer.load(start)
             told.append(f"resumed from {start}: step {trainer.step} of {trainer.total_steps}")
-        if self.comm.rank == 0:
+            told += self._changes(checkpoint.Reader(start).state)
+            self.finished = self.comm.broadcast_object(self._told_steps()) >= trainer.step >= trainer.total_steps
+        if self.finished:
+            told[0] = (
+                f"finished already: {start}, step {trainer.step} of {trainer.total_steps}. Nothing was trained or "
+                "changed; a larger train.steps goes on from here, another `name` starts anew"
+            )
+        elif self.comm.rank == 0:
             self._write_text("config.yaml", configuration.dump(config))
             self._rewind()
         return told
@@ -105,8 +116,8 @@ class RunFolder:
                 found = checkpoint.latest(self.checkpoints) if resume in ("auto", "never") else Path(resume)
                 if resume == "never" and found is not None:
                     raise UserError(
-                        f"checkpoint.resume: never, but {self.checkpoints} holds a checkpoint ({found.name}) that would be "
-                        "lost. Use another `name`, remove the folder, or set checkpoint.resume=auto"
+                        f"checkpoint.resume: never, but {self.checkpoints} holds a checkpoint ({found.name}) that "
+                        "would be lost. Use another `name`, remove the folder, or set checkpoint.resume=auto"
                     )
                 answer["folder"] = None if found is None else str(found)
             except UserError as error:
@@ -117,6 +128,21 @@ class RunFolder:
         if answer["error"] is not None:
             raise UserError(answer["error"])
         return None if answer["folder"] is None else Path(answer["folder"])
+
+    def _changes(self, state: dict[str, Any]) -> Iterator[str]:
+        """What makes the steps to come others than those of the run that wrote the checkpoint."""
+        seed = self.trainer.config.seed
+        if state["seed"] != seed:
+            yield f"note: seed is {seed} now, was {state['seed']}: the steps to come see the data in another order"
+        if state["data"] != self.trainer.data.fingerprint:
+            yield "note: the data is not what the checkpoint was trained on"
+
+    def _told_steps(self) -> int:
+        """The steps that summary.json tells about; 0 without one."""
+        try:
+            return int(json.loads((self.path / "summary.json").read_text())["steps"])
+        except (OSError, ValueError, KeyError):
+            return 0
 
     def _rewind(self) -> None:
         """Keep the lines of metrics.jsonl that belong to the steps before this start."""
@@ -188,11 +214,8 @@ class RunFolder:
             yield f"loss curve: {picture}"
         if validation:
             verdict = "below" if validation[-1] < trainer.data.entropy else "NOT below"
-            yield (
-                f"validation loss {validation[-1]:.4f}, {verdict} the unigram entropy of the text, {trainer.data.entropy:.4f}"
-                if config.model.kind != "mlp"
-                else f"validation loss {validation[-1]:.4f}, {verdict} the entropy of the classes, {trainer.data.entropy:.4f}"
-            )
+            measure = "entropy of the classes" if config.model.kind == "mlp" else "unigram entropy of the text"
+            yield (f"validation loss {validation[-1]:.4f}, {verdict} the {measure}, {trainer.data.entropy:.4f}")
         yield from self._sample()
         yield f"trained {trainer.step} steps in {seconds:.1f} s; everything is in {self.path}/"
 

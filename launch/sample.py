@@ -19,6 +19,7 @@ from dtrain.autograd import no_grad
 from dtrain.config import Config, GPTConfig
 from dtrain.data import Tokenizer
 from dtrain.errors import UserError
+from dtrain.launch import environment
 from dtrain.models import Model
 
 START = "\n"  # what an empty prompt stands for: a model of text needs something to go on from
@@ -30,6 +31,8 @@ def sample(
     """Print `prompt` and `tokens` tokens more by the newest checkpoint of the run in `run_folder`; UserError."""
     model, tokenizer = load(run_folder)
     text = generate(model, tokenizer, prompt, tokens, temperature, top_k, seed)
+    if environment.job().rank > 0:
+        return  # every rank has the same text, and the same mistakes
     # A terminal of another encoding shows what it can.
     sys.stdout.buffer.write(text.encode(sys.stdout.encoding or "utf-8", errors="replace") + b"\n")
     sys.stdout.flush()
