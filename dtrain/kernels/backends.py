@@ -35,9 +35,9 @@ def for_dtype(dtype: np.dtype[Any]) -> Kernels:
 def for_device_array(array: Any) -> Kernels:
     """The kernels for an array that is not NumPy's."""
     if type(array).__module__.partition(".")[0] == "cupy":
-        from dtrain.kernels import cuda
+        from dtrain.kernels.cuda import for_dtype as for_cuda_dtype  # CuPy is there: the array is its
 
-        return cuda.for_dtype(array.dtype)
+        return for_cuda_dtype(array.dtype)
     raise TypeError(f"no kernels for {type(array).__module__}.{type(array).__name__}: NumPy or CuPy arrays are needed")
 
 

@@ -61,10 +61,11 @@ def test_half_precision_updates_in_place(dtype: Any) -> None:
     k.axpy(master, g, 2.0)
     assert master.dtype == np.float32 and (master == 1).all()
     qkv = np.ones((1, 2, 3, 1, 4), dtype)
-    out, logsumexp = k.attention(*(qkv[:, :, i] for i in range(3)), True, 0.5)
+    q, key, v = (qkv[:, :, i] for i in range(3))
+    out, logsumexp = k.attention(q, key, v, True, 0.5)
     results = np.zeros_like(qkv)
-    given = tuple(results[:, :, i] for i in range(3))
-    got = k.attention_vjp(out, *(qkv[:, :, i] for i in range(3)), out, logsumexp, True, 0.5, *given)
+    dq, dk, dv = given = tuple(results[:, :, i] for i in range(3))
+    got = k.attention_vjp(out, q, key, v, out, logsumexp, True, 0.5, dq, dk, dv)
     assert all(a is b for a, b in zip(got, given, strict=True))
     assert results[0, 0, 2, 0, 0] == 1.5  # both queries give the first value weight: 1 + 1/2
 
