@@ -218,6 +218,14 @@ def test_a_tied_weight_collects_from_lookup_and_product(buffered):
     assert (w.grad is w.buffer) == buffered
 
 
+def test_the_buffer_of_a_table_is_cleared_before_rows_are_added():
+    table = leaf(4, 2)
+    table.buffer = np.full((4, 2), np.nan)
+    F.embedding(table, np.array([3, 3, 0])).sum().backward()
+    assert table.grad is table.buffer
+    np.testing.assert_array_equal(table.grad, [[1, 1], [0, 0], [0, 0], [2, 2]])
+
+
 def test_a_weight_used_twice_by_one_op_is_not_overwritten():
     w = leaf(3, 3)
     w.buffer = np.zeros((3, 3))

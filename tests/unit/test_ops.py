@@ -415,10 +415,15 @@ def test_half_precision_stays_half_and_is_near_float64(dtype):
         np.testing.assert_allclose(ours.grad.astype(np.float64) / scale, theirs.grad / scale, atol=tolerance)
 
 
-def test_a_long_half_precision_sum_does_not_stall():
-    ones = Tensor(np.ones(5000, np.float16), requires_grad=True)
-    assert ones.sum().item() == 5000  # added in float16 it would stop at 2048
-    assert (Tensor(np.ones((1, 5000), np.float16)) @ Tensor(np.ones((5000, 1), np.float16))).item() == 5000
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_a_long_half_precision_sum_does_not_stall(dtype):
+    """Added up in the dtype itself, ones stop at 2048 (float16) or 256 (bfloat16)."""
+    tall, row = Tensor(np.ones((4096, 2), dtype)), Tensor(np.ones(2, dtype), requires_grad=True)
+    np.testing.assert_array_equal(tall.sum(dim=0).data.astype(float), 4096)
+    np.testing.assert_array_equal(tall.mean(dim=0).data.astype(float), 1)
+    np.testing.assert_array_equal((tall.T @ tall).data.astype(float), 4096)
+    (tall * row).backward(np.ones((4096, 2), dtype))
+    np.testing.assert_array_equal(row.grad.astype(float), 4096)
 
 
 MISTAKES = [
