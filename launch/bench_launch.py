@@ -25,6 +25,8 @@ from dtrain.launch import configuration
 
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS", "NUMBA_NUM_THREADS")
 
+PAIRS = 7  # steps of dtrain that are compared with their bare matmuls, one by one
+
 Report = dict[str, Any]
 
 

@@ -28,7 +28,7 @@ from msgspec.structs import replace
 from dtrain.config import CheckpointConfig, Config, GPTConfig, ValidateConfig
 from dtrain.errors import UserError
 from dtrain.launch import configuration, environment
-from dtrain.launch.bench_launch import Report, launch_dtrain, launch_torch, mpirun
+from dtrain.launch.bench_launch import PAIRS, Report, launch_dtrain, launch_torch, mpirun
 
 WARMUP = 3  # untimed steps: caches, pools and the allocator settle
 LIMIT = 300.0  # seconds per launch
@@ -45,7 +45,7 @@ class Measurement:
     """Peak resident, largest rank."""
     parameters: int
     bare_fraction: float | None
-    """Time of the bare matmuls / time of the step; None where it is not measured."""
+    """Time of the bare matmuls / time of the step beside them, the median pair; None where it is not measured."""
 
 
 def bench_step(
@@ -62,7 +62,7 @@ def bench_step(
     """Measure `config` on each number of ranks, tell a table, return (and write to `json_path`) all numbers."""
     if environment.job().size > 1:
         raise UserError("dtrain bench step: starts mpirun itself; call it without mpirun, with --ranks")
-    configs = {size: for_bench(config, size, WARMUP + steps) for size in ranks}
+    configs = {size: for_bench(config, size, WARMUP + steps + PAIRS) for size in ranks}
     launcher = mpirun()
     python = peer_python or sys.executable
     versions: dict[str, str] = {}
@@ -167,13 +167,13 @@ def measured(reports: Sequence[Report], started: float, warmup: int, tokens: int
     """Put the reports of all ranks of one launch together; `tokens` per step."""
     slowest = [max(seconds) for seconds in zip(*(report["step_seconds"] for report in reports), strict=True)]
     step = statistics.median(slowest[warmup:])
-    bare = [report["bare_seconds"] for report in reports if "bare_seconds" in report]
+    pairs = [pair for report in reports for pair in report.get("bare_and_step_seconds", ())]
     return Measurement(
         tokens_per_second=tokens / step,
         first_step_seconds=max(report["first_step_end"] for report in reports) - started,
         memory_bytes=max(report["memory_bytes"] for report in reports),
         parameters=reports[0]["parameters"],
-        bare_fraction=max(bare) / step if bare else None,
+        bare_fraction=statistics.median(bare / whole for bare, whole in pairs) if pairs else None,
     )
 
 

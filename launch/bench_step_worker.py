@@ -1,21 +1,22 @@
-"""One rank of dtrain under `dtrain bench step`: the real trainer for a few steps, then the bare matmuls of a step.
+"""One rank of dtrain under `dtrain bench step`: the real trainer, then bare matmuls and steps in turns.
 
     mpirun -n P python -m dtrain.launch.bench_step_worker FOLDER   reads FOLDER/config.yaml, writes report-R.json there
 
 The report has the same keys as that of launch/peers/torch_gpt.py. A step is the time between two records of the
-trainer: data, forward, backward, communication, clipping, update.
+trainer: data, forward, backward, communication, clipping, update. The bare matmuls take turns with PAIRS more steps, so
+that a busy machine is as busy for both.
 """
 
 import faulthandler
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from dtrain.launch import environment
+from dtrain.launch.bench_launch import PAIRS
 from dtrain.launch.failures import guard
-
-BLOCKS, REPEATS = 5, 2  # the bare matmuls: the median of 5 times 2 steps' worth of them
 
 
 def work(folder: Path) -> None:
@@ -33,37 +34,40 @@ def work(folder: Path) -> None:
     comm = world()
     environment.check_world(comm.size)
     trainer = assemble(config, comm)
-    seconds, first_step_end, loss = [], 0.0, 0.0
+    records = trainer.run()
+    seconds, first_step_end = [], 0.0
     before = time.perf_counter()
-    for record in trainer.run():
+    for _ in range(trainer.total_steps - PAIRS):
+        record = next(records)
         now = time.perf_counter()
         seconds.append(now - before)
         before = now
         first_step_end = first_step_end or time.time()
-        loss = record.loss
     memory = peak_memory()  # before the buffers of the bare matmuls
 
     products = bare_matmuls.of_step(trainer.model, trainer.config, trainer.mesh["dp"].size)
     half = config.train.dtype in ("float16", "bfloat16")
     make = bare_matmuls.runner(products, "float32" if half else config.train.dtype)  # BLAS has no products of halves
     make()
-    blocks = []
-    for _ in range(BLOCKS):
-        comm.barrier()  # all ranks at the same time, as in a step: they share caches and memory
-        before = time.perf_counter()
-        for _ in range(REPEATS):
-            make()
+
+    def timed(what: Callable[[], object]) -> float:
+        """Seconds until the last rank has done it; all begin at the same time, as they share caches and memory."""
         comm.barrier()
-        blocks.append((time.perf_counter() - before) / REPEATS)
+        before = time.perf_counter()
+        what()
+        comm.barrier()
+        return time.perf_counter() - before
+
+    pairs = [(timed(make), timed(lambda: next(records))) for _ in range(PAIRS)]
     report = {
         "rank": comm.rank,
         "first_step_end": first_step_end,
         "step_seconds": seconds,
         "memory_bytes": memory,
         "parameters": trainer.model.num_parameters(),
-        "loss": loss,
+        "loss": record.loss,
         "vocabulary": trainer.data.vocabulary,
-        "bare_seconds": sorted(blocks)[BLOCKS // 2],
+        "bare_and_step_seconds": pairs,
         "bare_flops": sum(product.flops * count for product, count in products.items()),
         "versions": _versions(),
     }
@@ -85,7 +89,7 @@ def _versions() -> dict[str, str]:
         "python": platform.python_version(),
         "numpy": np.__version__,
         "blas": f"{blas.get('name', 'unknown')} {blas.get('version', '')}".strip(),
-        "mpi": mpi.library(),
+        "mpi": " ".join(mpi.library().replace("Version:", "").split()),
         "kernels": kernels.describe(),
     }
 

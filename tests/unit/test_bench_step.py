@@ -43,8 +43,8 @@ def report(seconds, first=103.0, memory=MIB, **more):
 
 def test_a_step_is_as_long_as_on_the_slowest_rank_and_the_median_counts():
     reports = [
-        report([9.0, 1.0, 2.0, 5.0], first=101.5, memory=3 * MIB, bare_seconds=1.0),
-        report([9.0, 4.0, 1.0, 3.0], first=102.5, memory=2 * MIB, bare_seconds=2.0),
+        report([9.0, 1.0, 2.0, 5.0], first=101.5, memory=3 * MIB, bare_and_step_seconds=[(1, 2), (1, 4)]),
+        report([9.0, 4.0, 1.0, 3.0], first=102.5, memory=2 * MIB, bare_and_step_seconds=[(3, 4)]),
     ]
     one = bench_step.measured(reports, started=100.0, warmup=1, tokens=8)  # slowest: 4, 2, 5
     assert one == Measurement(2.0, 2.5, 3 * MIB, 7, 0.5)
