@@ -104,7 +104,7 @@ def test_window_is_used_and_can_be_asked_for(comm: Communicator) -> None:
 
 def test_many_works_in_flight(comm: Communicator) -> None:
     """More works than may be in flight, on slices of one buffer; every second rank comes late."""
-    buffer = comm.empty(200 * 64, ml_dtypes.bfloat16)
+    buffer = comm.empty(600 * 64, ml_dtypes.bfloat16)
     for turn in range(3):
         buffer[...] = comm.rank + turn
         if comm.rank % 2 == turn % 2:
@@ -161,7 +161,7 @@ def test_memory_is_used_again(comm: Communicator) -> None:
         array[:: 1 << 16] = turn
         kept.append(array)
         if len(kept) > 6 or (len(kept) > 3 and random.random() < 0.7):
-            del kept[0]
+            del kept[random.integers(len(kept) - 1)]  # some live long, and differently long on the ranks
         assert all(np.all(old[:: 1 << 16] == old[0]) for old in kept)
         assert len({int(old[0]) for old in kept}) == len(kept)
     if part.node is not None:
