@@ -6,6 +6,7 @@ that holds in this interpreter is tried once, at import.
 """
 
 import ctypes
+import sys
 
 import numpy as np
 
@@ -24,6 +25,8 @@ def _by_attribute(array: Array) -> int:
 
 
 def _layout_holds() -> bool:
+    if sys.implementation.name != "cpython":  # elsewhere id() is no address, and to read there would crash
+        return False
     whole = np.zeros(8, np.float32)
     return all(_by_layout(array) == array.ctypes.data for array in (whole, whole[3:], whole.reshape(2, 4)[1]))
 
