@@ -169,6 +169,13 @@ def test_the_edges_of_a_picture_never_run_through_a_box():
                     assert not (bx < x < bx + w and max(top, by) < min(bottom, by + h) - 0.5)
 
 
+def test_a_late_source_does_not_land_on_an_old_box():
+    w = weight(2)
+    c = w * 1 + w * 2
+    found = boxes(ElementTree.fromstring(graphs.svg((c + w * 3).sum())))  # w * 3 stands in the first row, like w * 2
+    assert len({(x, y) for x, y, *_ in found}) == len(found) == 6
+
+
 def verticals(way):
     """(x, top, bottom) of every straight vertical part."""
     numbers = lambda text: [float(n) for n in re.findall(r"-?\d+(?:\.\d+)?", text)]  # noqa: E731
