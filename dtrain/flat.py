@@ -66,7 +66,8 @@ class FlatGroup:
         for name, parameter in self.parameters.items():
             where = self.slices[name]
             view = self.data[where].reshape(parameter.shape)
-            view[...] = parameter.data
+            if not parameter.is_placeholder:
+                view[...] = parameter.data
             parameter.data = view
             parameter.buffer = self.grad[where].reshape(parameter.shape)
             parameter.grad = None
@@ -95,16 +96,32 @@ class FlatBuffers:
     def __init__(self, parameters: Mapping[str, Parameter], comm: Communicator, pad_to: int = 1) -> None:
         """Move the parameters (with their values) into flat buffers of `comm.empty`: a collective call.
 
-        The length of each buffer is a multiple of `pad_to` elements. Gradients that are present are forgotten.
+        Parameters without values yet are 0 until `initialise`. The length of each buffer is a multiple of `pad_to`
+        elements. Gradients that are present are forgotten.
         """
-        for name, parameter in parameters.items():
-            if parameter.is_placeholder:
-                raise ValueError(f"{name} has no values yet: call materialise(seed) of the model before FlatBuffers")
+        self.fresh = {name for name, parameter in parameters.items() if parameter.is_placeholder}
         by_dtype: dict[Any, dict[str, Parameter]] = {}
         for name, parameter in parameters.items():
             by_dtype.setdefault(parameter.dtype, {})[name] = parameter
         self.parameters = dict(parameters)
         self.groups = [FlatGroup(members, comm, pad_to) for members in by_dtype.values()]
+
+    def initialise(self, seed: int, comm: Communicator) -> None:
+        """Give all ranks of `comm` the same values: initial ones where there are none yet, else those of rank 0.
+
+        Each rank draws a share of the initial values and the sum makes them whole (the others hold zeros, so it is
+        exact): eight ranks do not draw everything eight times. Collective.
+        """
+        for group in self.groups:
+            for name, parameter in group.parameters.items():
+                drawer = group.slices[name].start * comm.size // group.size if name in self.fresh else 0
+                if drawer != comm.rank:
+                    parameter.data[...] = 0
+                elif name in self.fresh:
+                    parameter.data[...] = parameter.initial_values(seed)
+            comm.all_reduce(group.data, out=group.data)
+        self.fresh.clear()
+        self.changed()
 
     def zero_grad(self) -> None:
         """Forget all gradients: the next backward overwrites. The memory keeps its old values until then."""

@@ -1,6 +1,6 @@
 """What a strategy is: one way to use one axis of the mesh, seen by the trainer as four verbs.
 
-    apply(model, mesh)           once: cut parameters, set layouts, attach callbacks
+    apply(model, mesh)           once: cut parameters, set layouts, attach callbacks; values need not exist yet
     no_sync()                    around the backward of every microbatch but the last
     reduce_gradients(model)      each step, after the last backward
     after_update(model)          each step, after the optimizer, e.g. gather what the owner updated

@@ -67,6 +67,7 @@ class Trainer:
         self.config, self.mesh, self.data, self.model, self.strategies = config, mesh, data, model, strategies
         flats = [strategy.flat for strategy in strategies if strategy.flat is not None]
         self.flat = flats[0] if flats else FlatBuffers(model.named_parameters(), single())
+        self.flat.initialise(config.seed, mesh["dp"])
         self.optimizer = optimizers.build(config.optimizer, self.flat)
         self.sampler = Sampler(len(data.train), config.seed)
         self.total_steps = config.train.steps

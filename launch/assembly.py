@@ -33,7 +33,7 @@ def assemble(config: Config, comm: Communicator) -> Trainer:
             mask=config.model.kind == "bert",
         )
     _refuse_different_data(data, comm)
-    model = models.build(config.model, data, dtype=config.train.dtype, seed=config.seed)
+    model = models.outline(config.model, data, dtype=config.train.dtype)
     model.recompute = config.train.recompute
     return Trainer(config, mesh, data, model, strategies(parallel))
 

@@ -48,13 +48,11 @@ class DistributedDataParallel(Strategy):
         self.works: list[Work] = []
 
     def apply(self, model: Module, mesh: Mesh) -> Module:
-        """Move parameters and gradients to flat buffers, give all ranks the parameters of rank 0, watch the gradients."""
+        """Move parameters and gradients to flat buffers, watch the gradients."""
         self.comm = mesh["dp"]
         parameters = model.named_parameters()
         self.flat = FlatBuffers(parameters, self.comm)
         self.buckets = make_buckets(self.flat, self.bucket_bytes)
-        for group in self.flat.groups:
-            self.comm.broadcast(group.data, root=0, out=group.data)
         for bucket in self.buckets:
             for name in bucket.names:
                 parameters[name].on_gradient(self._arrival(bucket, name))

@@ -22,11 +22,9 @@ class NaiveDataParallel(Strategy):
     axis = "dp"
 
     def apply(self, model: Module, mesh: Mesh) -> Module:
-        """Give all ranks the parameters of rank 0."""
+        """Make the flat buffers, in memory of this rank alone."""
         self.comm = mesh["dp"]
         self.flat = FlatBuffers(model.named_parameters(), single())
-        for group in self.flat.groups:
-            self.comm.broadcast(group.data, root=0, out=group.data)
         return model
 
     def reduce_gradients(self, model: Module) -> None:

@@ -83,9 +83,24 @@ def test_one_group_per_dtype():
     ]
 
 
-def test_a_parameter_without_values_is_refused():
-    with pytest.raises(ValueError, match="weight has no values yet: call materialise"):
-        flat_of({"weight": Parameter((2, 2), Constant(0.0))})
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
+def test_initialise_draws_what_has_no_values_and_takes_the_rest_from_rank_0(size, dtype):
+    def on_rank(comm):
+        parameters = {}
+        for name, shape in SHAPES.items():
+            parameters[name] = Parameter(shape, Constant(2.5) if name == "norm" else Normal(1.0), dtype)
+            parameters[name].name = name
+        parameters["bias"].data = np.full(3, 10 + comm.rank, dtype)  # has values, other ones on each rank
+        flat = FlatBuffers(parameters, comm)
+        flat.initialise(7, comm)
+        return {name: parameter.data.copy() for name, parameter in parameters.items()}
+
+    drawn = make(dtype=dtype, seed=7)
+    for values in dtrain.collectives.run_threads(size, on_rank):
+        for name in SHAPES:
+            expected = {"norm": np.full(5, 2.5), "bias": np.full(3, 10)}.get(name, drawn[name].data)
+            np.testing.assert_array_equal(values[name], expected, err_msg=name)
 
 
 def test_gradients_arrive_in_the_buffer_and_stale_ones_do_not_count():
