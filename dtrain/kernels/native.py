@@ -7,12 +7,13 @@
 
 Of many ranks on a machine that start together one compiles, in a process of its own (so Numba's memory is given back).
 The object file is written to a temporary name and renamed: a reader sees all of it or nothing; a damaged one does not
-match its checksum and is compiled again. Cache folder: $DTRAIN_CACHE, else ~/.cache/dtrain or ~/Library/Caches/dtrain.
+match its checksum and is compiled again. Cache folder: `dtrain/cache.py`.
 """
 
 import contextlib
 import ctypes
 import hashlib
+import importlib.util
 import os
 import socket
 import subprocess
@@ -22,10 +23,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dtrain.cache import cache_folder
 from dtrain.kernels.compiled.signatures import SIGNATURES
 
 WAIT = 300.0  # seconds that a rank gives a compilation, its own or another's (8 s alone, 50 s on a crowded core)
 RETRY = 60.0  # seconds after which a failed compilation is tried again
+MADV_DONTNEED = 4  # of madvise(2)
 CHECKSUM = 32  # bytes of SHA-256 in front of the object code
 FOLDER = Path(__file__).parent
 ARGUMENTS = {
@@ -62,7 +65,24 @@ def load(bits: int) -> dict[str, Function]:
     for name, signature in SIGNATURES.items():
         kinds = [ARGUMENTS[kind] for kind in signature.replace(" ", "")]
         functions[name] = ctypes.CFUNCTYPE(None, *kinds)(engine.get_function_address(f"dtrain_{name}"))
+    _let_go_of("libllvmlite")
     return functions
+
+
+def _let_go_of(library: str) -> None:
+    """Give back the pages of a library's code: 30 MB of LLVM that only linking needed. A page used again comes back.
+
+    Code is never written to, so its pages are those of the file. Linux only: elsewhere there is no list of them.
+    """
+    try:
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        madvise = ctypes.CDLL(None).madvise
+    except (OSError, AttributeError):
+        return
+    for line in maps:
+        if library in line and " r-xp " in line:
+            start, _, end = line.split()[0].partition("-")
+            madvise(ctypes.c_void_p(int(start, 16)), ctypes.c_size_t(int(end, 16) - int(start, 16)), MADV_DONTNEED)
 
 
 _engines: list[Any] = []  # they own the code that the functions point into: kept for the life of the process
@@ -84,29 +104,18 @@ def object_code(bits: int, llvm: Any) -> bytes:
     raise Unavailable(f"another process did not finish {path} within {WAIT:.0f} s")
 
 
-def cache_folder() -> Path:
-    """$DTRAIN_CACHE, or the platform's folder for caches of the user."""
-    chosen = os.environ.get("DTRAIN_CACHE")
-    if chosen:
-        return Path(chosen)
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "dtrain"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dtrain"
-
-
 def _key(llvm: Any) -> str:
     """What the object code depends on."""
-    from importlib import metadata
-
+    numba = importlib.util.find_spec("numba")  # found, not imported: that would cost more than all of the rest
+    if numba is None or numba.origin is None:
+        raise Unavailable("numba is not installed")
     digest = hashlib.sha256()
     for source in (*sorted((FOLDER / "compiled").glob("*.py")), FOLDER / "philox.py", FOLDER / "constants.py"):
         digest.update(source.read_bytes())
-    try:
-        versions = [metadata.version(package) for package in ("numba", "llvmlite")]
-    except metadata.PackageNotFoundError as error:
-        raise Unavailable(f"{error.name} is not installed") from error
+    digest.update(Path(numba.origin).with_name("_version.py").read_bytes())
+    version = ".".join(map(str, llvm.llvm_version_info))
     machine = (llvm.get_default_triple(), llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten())
-    digest.update("|".join([*versions, *machine]).encode())
+    digest.update("|".join([version, *machine]).encode())
     return digest.hexdigest()[:16]
 
 

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,7 +84,11 @@ def test_a_damaged_file_is_compiled_again(cache: Path, llvm: Any, monkeypatch: p
 def test_the_key_is_of_source_versions_and_machine(cache: Path, llvm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = {native._key(llvm)}
     assert native._key(llvm) in keys
-    monkeypatch.setattr("importlib.metadata.version", lambda package: "0.0")
+    cache.mkdir(exist_ok=True)
+    (cache / "_version.py").write_text("another Numba")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: SimpleNamespace(origin=str(cache / "__init__.py")))
+    keys.add(native._key(llvm))
+    monkeypatch.setattr(llvm, "llvm_version_info", (0, 0, 0))
     keys.add(native._key(llvm))
     monkeypatch.setattr(llvm, "get_host_cpu_name", lambda: "abacus")
     keys.add(native._key(llvm))
@@ -92,7 +97,7 @@ def test_the_key_is_of_source_versions_and_machine(cache: Path, llvm: Any, monke
         cache.mkdir(exist_ok=True)
         (cache / name).write_text("")
     keys.add(native._key(llvm))
-    assert len(keys) == 4
+    assert len(keys) == 5
 
 
 def test_the_lock_of_a_dead_process_is_removed(cache: Path, llvm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,14 +159,8 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, llvm: Any, monkeypatch:
 @pytest.mark.parametrize("missing", ["llvmlite", "numba"])
 def test_without_the_compiler_the_reference_runs_with_one_warning(cache: Path, missing: str) -> None:
     code = f"""
-import sys, warnings, importlib.metadata
+import sys, warnings
 import numpy as np
-found = importlib.metadata.version
-def version(package):
-    if package == {missing!r}:
-        raise importlib.metadata.PackageNotFoundError(package)
-    return found(package)
-importlib.metadata.version = version
 sys.modules[{missing!r}] = None
 from dtrain import kernels
 with warnings.catch_warnings(record=True) as told:
@@ -184,3 +183,25 @@ assert kernels.describe().startswith(("fused", "reference (plain NumPy): DTRAIN_
 assert "numba" not in sys.modules and "scipy" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=600)
+
+
+def test_the_pages_of_llvm_are_given_back_after_linking(llvm: Any) -> None:
+    code = """
+import numpy as np
+from pathlib import Path
+from dtrain import kernels
+before = kernels.of(np.ones(2, "f")).softmax(np.ones((2, 2), "f"))
+resident = 0
+for line in Path("/proc/self/smaps").read_text().splitlines():
+    words = line.split()
+    if not words[0].endswith(":"):
+        counted = "libllvmlite" in line and words[1] == "r-xp"
+    elif words[0] == "Rss:" and counted:
+        resident += int(words[1])
+assert resident < 4000, f"{resident} KiB of LLVM's code are still resident"
+kernels.of(np.ones(2)).softmax(np.ones((2, 2)))  # links once more: the pages come back by themselves
+"""
+    if not Path("/proc/self/smaps").exists():
+        pytest.skip("no /proc/self/smaps on this system")
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert run.returncode == 0, run.stderr
