@@ -89,6 +89,7 @@ def test_another_number_of_ranks_goes_on_to_rounding(comm: Communicator, folder:
     part = comm.split(color=comm.rank % 2, key=comm.rank)  # then halves of the ranks
     assert part is not None
     if 24 % part.size == 0:
+        sections["train"] = {**sections["train"], "micro_batch": 24 // part.size}
         half = training.trainer(part, **sections)
         half.load(saved)
         np.testing.assert_allclose(training.losses(list(half.run())), expected, rtol=1e-10)
