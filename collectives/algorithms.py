@@ -42,11 +42,16 @@ class Call:
         """Whether this rank is the root."""
         return self.transport.rank == self.root
 
-    def noted(self, name: str, algorithm: str) -> "Call":
-        """Itself, after telling the peers what is about to run outside of the shared window."""
+    def met(self, name: str, algorithm: str, alike: bool = True) -> "Transport":
+        """The transport, once all ranks of the node have come to this collective with the same arguments.
+
+        Inside the MPI library nobody computes the slices that a peer may wait for, so all go in together; and ranks
+        that do different things are told here instead of hanging there. alike: all arrays have one length and dtype.
+        """
         if self.node is not None:
-            self.node.note(name, algorithm, self.op, self.source)
-        return self
+            number = self.node.note(name, algorithm, self.op, self.source if alike else None)
+            self.node.await_arrived(number)
+        return self.transport
 
 
 class Algorithm(NamedTuple):
@@ -113,30 +118,27 @@ def _window_reduce_scatter(call: Call) -> None:
 
 
 def _native_all_reduce(call: Call) -> None:
-    call.noted("all_reduce", "native").transport.all_reduce(call.source, call.target, call.op)
+    call.met("all_reduce", "native").all_reduce(call.source, call.target, call.op)
 
 
 def _native_reduce_scatter(call: Call) -> None:
-    call.noted("reduce_scatter", "native").transport.reduce_scatter(call.source, call.target, call.counts, call.op)
+    call.met("reduce_scatter", "native").reduce_scatter(call.source, call.target, call.counts, call.op)
 
 
 def _native_all_gather(call: Call) -> None:
-    # The lengths may differ, so only the name goes into the note.
-    if call.node is not None:
-        call.node.note("all_gather", "native")
-    call.transport.all_gather(call.source, call.target, call.counts)
+    call.met("all_gather", "native", alike=False).all_gather(call.source, call.target, call.counts)
 
 
 def _native_gather(call: Call) -> None:
-    if call.node is not None:
-        call.node.note("gather", "native")
-    call.transport.gather(call.source, call.target if call.at_root else None, call.counts, call.root)
+    call.met("gather", "native", alike=False).gather(
+        call.source, call.target if call.at_root else None, call.counts, call.root
+    )
 
 
 def _native_scatter(call: Call) -> None:
-    if call.node is not None:
-        call.node.note("scatter", "native")
-    call.transport.scatter(call.source if call.at_root else None, call.target, call.counts, call.root)
+    call.met("scatter", "native", alike=False).scatter(
+        call.source if call.at_root else None, call.target, call.counts, call.root
+    )
 
 
 def _staged_gather(call: Call) -> None:
@@ -148,31 +150,29 @@ def _staged_all_to_all(call: Call) -> None:
 
 
 def _native_all_to_all(call: Call) -> None:
-    if call.node is not None:
-        call.node.note("all_to_all", "native")
-    call.transport.all_to_all(call.source, call.target, call.counts, call.out_counts)
+    call.met("all_to_all", "native", alike=False).all_to_all(call.source, call.target, call.counts, call.out_counts)
 
 
 def _native_reduce(call: Call) -> None:
-    transport = call.noted("reduce", "native").transport
+    transport = call.met("reduce", "native")
     transport.reduce(call.source, call.target if call.at_root else None, call.op, call.root)
 
 
 def _exchange_reduce(call: Call) -> None:
-    transport = call.noted("reduce", "exchange").transport
+    transport = call.met("reduce", "exchange")
     exchange.reduce(transport, call.source, call.target if call.at_root else None, call.op, call.root)
 
 
 def _native_broadcast(call: Call) -> None:
-    call.noted("broadcast", "native").transport.broadcast(call.target, call.root)
+    call.met("broadcast", "native").broadcast(call.target, call.root)
 
 
 def _exchange_all_reduce(call: Call) -> None:
-    exchange.all_reduce(call.noted("all_reduce", "exchange").transport, call.source, call.target, call.op)
+    exchange.all_reduce(call.met("all_reduce", "exchange"), call.source, call.target, call.op)
 
 
 def _exchange_reduce_scatter(call: Call) -> None:
-    transport = call.noted("reduce_scatter", "exchange").transport
+    transport = call.met("reduce_scatter", "exchange")
     exchange.reduce_scatter(transport, call.source, call.target, call.counts, call.op)
 
 

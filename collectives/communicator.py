@@ -21,6 +21,7 @@ from dtrain.collectives.algorithms import Call
 from dtrain.collectives.arena import Place
 from dtrain.collectives.dtypes import Array, address, cut, dtype_from_name, dtype_name, operation, starts
 from dtrain.collectives.node import Node
+from dtrain.collectives.progress import Progress
 from dtrain.collectives.transport import Transport
 from dtrain.collectives.waiting import Patience, timeout_seconds
 from dtrain.collectives.work import Request, Work
@@ -29,8 +30,11 @@ from dtrain.collectives.work import Request, Work
 class Communicator:
     """`size` ranks, of which this process is number `rank`."""
 
-    def __init__(self, transport: Transport, timeout: float | None = None) -> None:
-        """`timeout`: seconds after which a wait in shared memory ends with a report; see `timeout_seconds`."""
+    def __init__(self, transport: Transport, timeout: float | None = None, progress: Progress | None = None) -> None:
+        """`timeout`: seconds after which a wait in shared memory ends with a report; see `timeout_seconds`.
+
+        `progress`: of the communicator from which this one was split.
+        """
         self.transport = transport
         self.rank = transport.rank
         self.size = transport.size
@@ -43,6 +47,7 @@ class Communicator:
         # Several nodes: the MPI library does it all. Windows and network together will be one more algorithm.
         self._shares = transport.shares and 1 < self.size == self.local_size
         self._node: Node | None = None
+        self._progress = progress or Progress()
         self._deferred: deque[_Deferred] = deque()
         self._shared_results: dict[tuple[Place | None, int, np.dtype[Any]], tuple[Array, Array]] = {}
 
@@ -53,7 +58,7 @@ class Communicator:
     def node(self) -> Node | None:
         """The shared memory of this communicator, if all its ranks are on one node. The first access is collective."""
         if self._node is None and self._shares:
-            self._node = Node(self.transport, Patience(self.transport.crowded, self._timeout))
+            self._node = Node(self.transport, Patience(self.transport.crowded, self._timeout), self._progress)
         return self._node
 
     # Groups
@@ -64,7 +69,7 @@ class Communicator:
             raise ValueError(f"color={color}: allowed: None or a number from 0")
         self._settle()
         part = self.transport.split(color, self.rank if key is None else key)
-        return None if part is None else Communicator(part, self._timeout)
+        return None if part is None else Communicator(part, self._timeout, self._progress)
 
     def close(self) -> None:
         """Give all memory and handles back; the communicator is not used afterwards.
@@ -311,11 +316,17 @@ class Communicator:
     def send(self, array: Any, destination: int, tag: int = 0) -> None:
         """Send array to rank destination; returns when array may be changed again."""
         self._check_pair("destination", destination, tag)
-        self.transport.send(_flat(np.asarray(array)), destination, tag)
+        array = np.asarray(array)
+        if self._progress.busy():
+            self.send_async(array, destination, tag).wait()
+        else:
+            self.transport.send(_flat(array), destination, tag)
 
     def recv(self, out: Array, source: int, tag: int = 0) -> Array:
         """Receive into out, which has the shape and dtype of what rank source sends."""
         self._check_pair("source", source, tag)
+        if self._progress.busy():
+            return self.recv_async(out, source, tag).wait()
         target = _target(_result(out, out.shape, out.dtype))
         self.transport.recv(target, source, tag)
         return _deliver(target, out)
@@ -343,7 +354,7 @@ class Communicator:
         if self.size == 1 or not len(source) or not self.transport.reduces(op, source):
             return self._defer(lambda: self.all_reduce(array, op, result), result)
         self._note("all_reduce", op, source)
-        return Work(self.transport.start_all_reduce(source, target, op), lambda: _deliver(target, result))
+        return self._started(self.transport.start_all_reduce(source, target, op), target, result)
 
     def reduce_scatter_async(
         self, array: Any, op: str = "sum", out: Array | None = None, counts: Sequence[int] | None = None
@@ -364,7 +375,7 @@ class Communicator:
             return self._defer(lambda: self.reduce_scatter(array, op, result, counts=rows), result)
         self._note("reduce_scatter", op, source)
         request = self.transport.start_reduce_scatter(source, target, elements, op)
-        return Work(request, lambda: _deliver(target, result))
+        return self._started(request, target, result)
 
     def all_gather_async(self, array: Any, out: Array | None = None, counts: Sequence[int] | None = None) -> Work:
         """`all_gather`, started."""
@@ -376,7 +387,7 @@ class Communicator:
             return self._defer(lambda: self.all_gather(array, result, rows), result)
         self._note("all_gather")
         request = self.transport.start_all_gather(source, target, _elements(rows, array.shape))
-        return Work(request, lambda: _deliver(target, result))
+        return self._started(request, target, result)
 
     def broadcast_async(self, array: Any, root: int = 0, out: Array | None = None) -> Work:
         """`broadcast`, started."""
@@ -389,19 +400,19 @@ class Communicator:
         if self.size == 1 or not len(target):
             return Work(None, lambda: _deliver(target, result))
         self._note("broadcast", "", target)
-        return Work(self.transport.start_broadcast(target, root), lambda: _deliver(target, result))
+        return self._started(self.transport.start_broadcast(target, root), target, result)
 
     def send_async(self, array: Any, destination: int, tag: int = 0) -> Work:
         """`send`, started: array is left alone until `wait`."""
         self._check_pair("destination", destination, tag)
         array = np.asarray(array)
-        return Work(self.transport.start_send(_flat(array), destination, tag), lambda: array)
+        return self._started(self.transport.start_send(_flat(array), destination, tag), array, array)
 
     def recv_async(self, out: Array, source: int, tag: int = 0) -> Work:
         """`recv`, started: out is left alone until `wait`."""
         self._check_pair("source", source, tag)
         target = _target(_result(out, out.shape, out.dtype))
-        return Work(self.transport.start_recv(target, source, tag), lambda: _deliver(target, out))
+        return self._started(self.transport.start_recv(target, source, tag), target, out)
 
     # Small Python values: dict, list, str, int, float, bool, None; they travel as JSON
 
@@ -424,6 +435,11 @@ class Communicator:
 
     def _place(self, source: Array) -> Place | None:
         return None if self._node is None else self._node.arena.place(source)
+
+    def _started(self, request: Request, target: Array, result: Array) -> Work:
+        """The work of a request of the transport; it is helped along in every wait."""
+        self._progress.watch(request)
+        return Work(_Watched(request, self._progress), lambda: _deliver(target, result))
 
     def _note(self, name: str, op: str = "", array: Array | None = None) -> None:
         if self.node is not None:
@@ -477,6 +493,20 @@ class Communicator:
     def _settle(self) -> None:
         if self._deferred:
             self._deferred[-1].wait()
+
+
+class _Watched(Request):
+    """A request of the transport that is waited for while everything else goes on."""
+
+    def __init__(self, request: Request, progress: Progress) -> None:
+        self._request = request
+        self._progress = progress
+
+    def test(self) -> bool:
+        return self._request.test()
+
+    def wait(self) -> None:
+        self._progress.wait(self._request)
 
 
 class _Deferred(Request):

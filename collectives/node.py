@@ -24,6 +24,7 @@ import numpy as np
 
 from dtrain.collectives.arena import Arena, Place
 from dtrain.collectives.dtypes import Array
+from dtrain.collectives.progress import Progress
 from dtrain.collectives.transport import Transport
 from dtrain.collectives.waiting import ORDERED_STORES, CollectiveMismatch, CollectiveTimeout, Patience
 
@@ -53,31 +54,37 @@ _NO_PLACE: Place = (-1, 0)
 _record = struct.Struct("=8q")
 
 
+# Some of the other ranks, with their words.
+Peers = list[tuple[int, memoryview]]
+
+
 class Pending(Protocol):
     """A work whose part of this rank is still to be computed."""
 
     number: int
+    sources: Peers  # whose data it needs
 
     def compute(self) -> None:
-        """Compute this rank's part; all peers have arrived."""
+        """Compute this rank's part; the sources have arrived."""
 
 
 class Node:
     """What one rank shares with the other ranks of its node."""
 
-    def __init__(self, transport: Transport, patience: Patience) -> None:
-        """Collective."""
+    def __init__(self, transport: Transport, patience: Patience, together: Progress) -> None:
+        """Collective. `together` is helped along in every wait."""
         segment = transport.share(STAGE_OFFSET + 2 * STAGE_BYTES)
         self.rank = transport.rank
         self.size = transport.size
         self._segment = segment
         self._patience = patience
+        self._together = together
         self._fence = None if ORDERED_STORES else segment.fence
         self._words = [part[:STAGE_OFFSET].cast("q") for part in segment.parts]
         self._mine = self._words[self.rank]
         self._octets = segment.parts[self.rank]
         self._octets[:STAGE_OFFSET] = bytes(STAGE_OFFSET)
-        self._peers = [(rank, words) for rank, words in enumerate(self._words) if rank != self.rank]
+        self.peers: Peers = [(rank, words) for rank, words in enumerate(self._words) if rank != self.rank]
         self._halves: dict[tuple[int, np.dtype[Any]], list[Array]] = {}
         self._half = 0
         self._used = [-1, -1]  # the collective in which each half was used last
@@ -92,12 +99,14 @@ class Node:
 
         self.arena = Arena(self.rank, transport.share, agree)
         transport.barrier()  # everybody's flags are zero before anybody's is one
+        together.queues.append(self)
 
     def close(self) -> None:
         """Collective: unmap everything."""
+        self._together.queues.remove(self)
         self.arena.close()
         self._halves.clear()
-        self._peers.clear()
+        self.peers.clear()
         for words in self._words:
             words.release()
         self._mine.release()
@@ -114,8 +123,12 @@ class Node:
         array: Array | None = None,
         place: Place = _NO_PLACE,
         extra: int = 0,
+        aside: Place = _NO_PLACE,
     ) -> int:
-        """The number of a new collective, after writing its record."""
+        """The number of a new collective, after writing its record.
+
+        Everything must be equal on all ranks, except `aside`: a place of this rank alone that the peers look up.
+        """
         if len(self._pending) >= IN_FLIGHT:
             self.complete(self._pending[0].number)
         self._number = number = self._number + 1
@@ -124,7 +137,9 @@ class Node:
         where = place[0] << 48 | place[1]
         signature = hash((code, kind, count, where, extra))
         offset = 8 * RECORDS + 8 * RECORD_WORDS * (number % RING)
-        _record.pack_into(self._octets, offset, number, signature, code, kind, count, where, extra, 0)
+        _record.pack_into(
+            self._octets, offset, number, signature, code, kind, count, where, extra, aside[0] << 48 | aside[1]
+        )
         return number
 
     def arrive(self, number: int) -> None:
@@ -133,11 +148,11 @@ class Node:
             self._fence()
         self._mine[ARRIVED] = number
 
-    def await_arrived(self, number: int) -> None:
-        """Return when all peers have brought their data; CollectiveMismatch when one brought something else."""
+    def await_arrived(self, number: int, peers: Peers | None = None) -> None:
+        """Return when the peers (default: all) have brought their data; CollectiveMismatch if one brought other."""
         slot = RECORDS + RECORD_WORDS * (number % RING) + 1
         signature = self._mine[slot]
-        for rank, words in self._peers:
+        for rank, words in self.peers if peers is None else peers:
             if words[ARRIVED] < number:
                 self._wait(rank, words, ARRIVED, number)
             if words[slot] != signature:
@@ -145,20 +160,18 @@ class Node:
         if self._fence is not None:
             self._fence()
 
-    def await_rank(self, rank: int, number: int) -> None:
-        """`await_arrived` of one peer only."""
-        words = self._words[rank]
-        if words[ARRIVED] < number:
-            self._wait(rank, words, ARRIVED, number)
-        slot = RECORDS + RECORD_WORDS * (number % RING) + 1
-        if words[slot] != self._mine[slot]:
-            raise self._mismatch(rank, number)
-        if self._fence is not None:
-            self._fence()
+    def only(self, rank: int) -> Peers:
+        """One rank, as peers; nobody if it is this rank itself."""
+        return [] if rank == self.rank else [(rank, self._words[rank])]
 
-    def have_arrived(self, number: int) -> bool:
+    def have_arrived(self, number: int, peers: Peers | None = None) -> bool:
         """Whether `await_arrived` would return at once."""
-        return all(words[ARRIVED] >= number for _, words in self._peers)
+        return all(words[ARRIVED] >= number for _, words in (self.peers if peers is None else peers))
+
+    def aside(self, rank: int, number: int) -> Place | None:
+        """The place that a rank which has arrived wrote aside; None when it gave none."""
+        where = self._words[rank][RECORDS + RECORD_WORDS * (number % RING) + 7]
+        return None if where < 0 else (where >> 48, where & (1 << 48) - 1)
 
     def reduced(self, number: int) -> None:
         """Publish: I neither read nor write any more for collectives up to this one."""
@@ -166,21 +179,25 @@ class Node:
             self._fence()
         self._mine[REDUCED] = number
 
-    def await_reduced(self, number: int) -> None:
-        """Return when no peer reads or writes any more for collectives up to this one."""
-        for rank, words in self._peers:
+    def await_reduced(self, number: int, peers: Peers | None = None) -> None:
+        """Return when the peers (default: all) neither read nor write any more for collectives up to this one."""
+        for rank, words in self.peers if peers is None else peers:
             if words[REDUCED] < number:
                 self._wait(rank, words, REDUCED, number)
         if self._fence is not None:
             self._fence()
 
-    def have_reduced(self, number: int) -> bool:
-        """Whether `await_reduced` would return at once."""
-        return self._mine[REDUCED] >= number and all(words[REDUCED] >= number for _, words in self._peers)
+    def have_reduced(self, number: int, peers: Peers | None = None) -> bool:
+        """Whether `await_reduced` would return at once, with this rank's own part."""
+        if self._mine[REDUCED] < number:
+            return False
+        return all(words[REDUCED] >= number for _, words in (self.peers if peers is None else peers))
 
-    def note(self, name: str, algorithm: str, op: str = "", array: Array | None = None) -> None:
+    def note(self, name: str, algorithm: str, op: str = "", array: Array | None = None) -> int:
         """Number and publish a collective that runs elsewhere (in the MPI library), for the reports and checks."""
-        self.arrive(self.begin(name, algorithm, op, array))
+        number = self.begin(name, algorithm, op, array)
+        self.arrive(number)
+        return number
 
     # Works not yet finished, in order
 
@@ -189,9 +206,13 @@ class Node:
         self._pending.append(work)
         self.arrive(work.number)
 
+    def has_pending(self) -> bool:
+        """Is a part of this rank still to be computed?"""
+        return bool(self._pending)
+
     def progress(self) -> None:
-        """Compute the parts of works for which everybody has arrived. Never waits."""
-        while self._pending and self.have_arrived(self._pending[0].number):
+        """Compute the parts of works whose sources have arrived. Never waits."""
+        while self._pending and self.have_arrived(self._pending[0].number, self._pending[0].sources):
             self._compute()
 
     def complete(self, number: int) -> None:
@@ -201,7 +222,9 @@ class Node:
 
     def _compute(self) -> None:
         work = self._pending[0]
-        self.await_arrived(work.number)
+        self.await_arrived(work.number, work.sources)
+        if not self._pending or self._pending[0] is not work:
+            return  # done by `progress` within the wait
         work.compute()
         self._pending.popleft()
         self.reduced(work.number)
@@ -212,7 +235,7 @@ class Node:
         """The half of the staging for this collective: the slots of all ranks, of which mine may be written."""
         half = self._half = 1 - self._half
         used = self._used[half]
-        for rank, words in self._peers:
+        for rank, words in self.peers:
             if words[ARRIVED] <= used:
                 self._wait(rank, words, ARRIVED, used + 1)
         self._used[half] = number
@@ -227,12 +250,11 @@ class Node:
     # Waiting and its report
 
     def _wait(self, rank: int, words: memoryview, index: int, goal: int) -> None:
-        self._patience.wait(
-            words, index, goal, lambda: None, lambda waited: self._late(index, goal, waited), self._fence
-        )
+        check = self._together.poll if self._together.busy() else None
+        self._patience.wait(words, index, goal, check, lambda waited: self._late(index, goal, waited), self._fence)
 
     def _late(self, index: int, goal: int, waited: float) -> CollectiveTimeout:
-        late = [(rank, words) for rank, words in self._peers if words[index] < goal]
+        late = [(rank, words) for rank, words in self.peers if words[index] < goal]
         lines = [
             f"rank {self.rank} of {self.size} waited {waited:.0f} s for "
             f"{', '.join(f'rank {rank}' for rank, _ in late)} in {self._describe(self._mine, goal)}"

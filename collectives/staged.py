@@ -123,7 +123,7 @@ def broadcast(node: Node, buffer: Array, root: int) -> None:
             node.arrive(number)
         else:
             node.arrive(number)
-            node.await_rank(root, number)
+            node.await_arrived(number, node.only(root))
             piece[...] = slots[root][: piece.size]
 
 

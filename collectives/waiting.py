@@ -23,7 +23,7 @@ DEFAULT_TIMEOUT = 300.0
 ORDERED_STORES = platform.machine().lower() in ("x86_64", "amd64", "i386", "i686")
 
 # Hands the core to another process that is ready; on systems without it, a sleep of nothing does the same.
-_yield: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
+hand_over: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
 
 
 class CollectiveTimeout(RuntimeError):
@@ -66,13 +66,14 @@ class Patience:
         words: memoryview,
         index: int,
         goal: int,
-        check: Callable[[], None],
+        check: Callable[[], None] | None,
         report: Callable[[float], Exception],
         fence: Callable[[], None] | None,
     ) -> None:
         """Return when words[index] >= goal.
 
-        `check` is called now and then and may raise; `report(seconds)` makes the exception after the time limit.
+        `check` is called between the looks once spinning has not helped, and may raise; `report(seconds)` makes the
+        exception after the time limit.
         """
         for _ in range(self.spins):
             if words[index] >= goal:
@@ -82,13 +83,13 @@ class Patience:
         while words[index] < goal:
             if fence is not None:
                 fence()
+            if check is not None:
+                check()
             waited = time.monotonic() - began
             if waited < YIELD_SECONDS:
-                _yield()
+                hand_over()
                 continue
             if waited > self.timeout:
                 raise report(waited)
-            if naps % 16 == 0:
-                check()
             time.sleep(NAPS[naps > 100])
             naps += 1

@@ -20,7 +20,7 @@ import numpy as np
 
 from dtrain.collectives.arena import Place
 from dtrain.collectives.dtypes import OPERATIONS, Array, accumulator
-from dtrain.collectives.node import Node
+from dtrain.collectives.node import Node, Peers
 
 LINE = 64  # elements; slices begin on multiples of it, so no two owners write one cache line
 
@@ -81,30 +81,43 @@ def reduce_into(ufunc: np.ufunc, parts: Sequence[Array], start: int, stop: int, 
 
 
 class WindowWork:
-    """A reduction in the window under way: `compute` does this rank's slice, once, when everybody has arrived."""
+    """A collective in the window under way: `compute` does this rank's part, once, when the sources have arrived.
 
-    def __init__(self, node: Node, number: int, compute: Callable[[], None]) -> None:
+    `sources` are the peers whose data this rank reads, `users` those that read or write its own: all by default.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        number: int,
+        compute: Callable[[], None],
+        sources: Peers | None = None,
+        users: Peers | None = None,
+    ) -> None:
         self.number = number
+        self.sources = node.peers if sources is None else sources
+        self._users = node.peers if users is None else users
         self._node = node
         self._compute = compute
+        node.enqueue(self)
 
     def compute(self) -> None:
-        """This rank's slice."""
+        """This rank's part."""
         with np.errstate(
             all="ignore"
         ):  # a sum beyond the largest number is infinity, as in MPI; never an exception here
             self._compute()
 
     def test(self) -> bool:
-        """Has everybody finished? Computes this rank's slices of the works that are ready; never waits."""
+        """Has everybody finished? Computes this rank's parts of the works that are ready; never waits."""
         self._node.progress()
-        return self._node.have_reduced(self.number)
+        return self._node.have_reduced(self.number, self._users)
 
     def wait(self) -> None:
         """Return when everybody has finished with my array."""
         self._node.complete(self.number)
         self._node.progress()
-        self._node.await_reduced(self.number)
+        self._node.await_reduced(self.number, self._users)
 
 
 def start_all_reduce(node: Node, source: Array, place: Place, op: str) -> WindowWork:
@@ -112,9 +125,7 @@ def start_all_reduce(node: Node, source: Array, place: Place, op: str) -> Window
     parts = node.arena.parts(place, source.size, source.dtype)
     start, stop = owned(source.size, node.rank, node.size)
     number = node.begin("all_reduce", "window", op, source, place)
-    work = WindowWork(node, number, lambda: reduce_in_place(OPERATIONS[op], parts, start, stop))
-    node.enqueue(work)
-    return work
+    return WindowWork(node, number, lambda: reduce_in_place(OPERATIONS[op], parts, start, stop))
 
 
 def start_all_reduce_shared(node: Node, source: Array, place: Place, op: str, result: Array) -> WindowWork:
@@ -123,9 +134,7 @@ def start_all_reduce_shared(node: Node, source: Array, place: Place, op: str, re
     start, stop = owned(source.size, node.rank, node.size)
     number = node.begin("all_reduce_shared", "window", op, source, place)
     into = result[start:stop]
-    work = WindowWork(node, number, lambda: reduce_into(OPERATIONS[op], parts, start, stop, [into]))
-    node.enqueue(work)
-    return work
+    return WindowWork(node, number, lambda: reduce_into(OPERATIONS[op], parts, start, stop, [into]))
 
 
 def start_reduce_scatter(
@@ -136,6 +145,4 @@ def start_reduce_scatter(
     start = sum(counts[: node.rank])
     stop = start + counts[node.rank]
     number = node.begin("reduce_scatter", "window", op, source, place, hash(tuple(counts)))
-    work = WindowWork(node, number, lambda: reduce_into(OPERATIONS[op], parts, start, stop, [target]))
-    node.enqueue(work)
-    return work
+    return WindowWork(node, number, lambda: reduce_into(OPERATIONS[op], parts, start, stop, [target]))
