@@ -1,0 +1,147 @@
+"""A schedule seen from above: per step one table of all messages of all ranks, as arrays.
+
+    step 0      rank  peer  reduce  chunks            (one table of sends, one of receives)
+                 0     1      -     [0]
+                 1     2      -     [1]
+
+The prover, the simulator and the drawing work on these; a regular algorithm is called once for all ranks, the others
+rank by rank.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+from typing import Any
+
+import numpy as np
+
+from dtrain.collectives.dtypes import Array
+from dtrain.collectives.schedules.schedule import Fold, Receive, Schedule, Send, Step
+
+
+@dataclass(frozen=True, slots=True)
+class Messages:
+    """The sends or the receives of a step: row m is of `rank[m]` with `peer[m]`, chunks[start[m]:start[m + 1]]."""
+
+    rank: Array
+    peer: Array
+    reduce: Array
+    start: Array
+    chunks: Array
+
+    def __len__(self) -> int:
+        return len(self.rank)
+
+    @property
+    def counts(self) -> Array:
+        """Chunks per message."""
+        return np.diff(self.start)
+
+    def each(self, values: Array) -> Array:
+        """One value per message, repeated for each of its chunks."""
+        return values if len(self.chunks) == len(self.rank) else np.repeat(values, self.counts)
+
+    def chunks_of(self, message: int) -> Array:
+        """The chunks of one message."""
+        return self.chunks[self.start[message] : self.start[message + 1]]
+
+
+@dataclass(frozen=True, slots=True)
+class Folds:
+    """The local folds of a step, grouped by their number of chunks: rank, into (F,), chunks (F, number)."""
+
+    rank: Array
+    into: Array
+    chunks: Array
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One step of all ranks."""
+
+    sends: Messages
+    receives: Messages
+    folds: tuple[Folds, ...] = ()
+
+
+def rounds(schedule: Schedule) -> Iterator[Round]:
+    """The steps of all ranks, one table each."""
+    if schedule.algorithm.regular:
+        everyone = np.arange(schedule.size)
+        for step in schedule.generate(everyone):
+            yield Round(
+                _stack(step.sends, schedule.size), _stack(step.receives, schedule.size), _stack_folds(step, everyone)
+            )
+        return
+    idle = Step()
+    for steps in zip_longest(*(schedule.generate(rank) for rank in range(schedule.size)), fillvalue=idle):
+        yield table(steps)
+
+
+def table(steps: Sequence[Step]) -> Round:
+    """The table of one step, from the steps of rank 0, 1, ..."""
+    sends = [(rank, s) for rank, step in enumerate(steps) for s in step.sends if s.when]
+    receives = [(rank, r) for rank, step in enumerate(steps) for r in step.receives if r.when]
+    folds = [(rank, f) for rank, step in enumerate(steps) for f in step.folds]
+    return Round(_flatten(sends), _flatten(receives), tuple(_single(rank, fold) for rank, fold in folds))
+
+
+def _flatten(messages: Sequence[tuple[int, Any]]) -> Messages:
+    lengths = [len(message.chunks) for _, message in messages]
+    return Messages(
+        np.array([rank for rank, _ in messages], np.int64),
+        np.array([message.peer for _, message in messages], np.int64),
+        np.array([getattr(message, "reduce", False) for _, message in messages], bool),
+        np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64),
+        np.fromiter(chain.from_iterable(message.chunks for _, message in messages), np.int64, sum(lengths)),
+    )
+
+
+def _single(rank: int, fold: Fold) -> Folds:
+    return Folds(np.array([rank]), np.array([fold.into]), np.array([fold.chunks], np.int64))
+
+
+def _stack(messages: Sequence[Send] | Sequence[Receive], size: int) -> Messages:
+    """From messages whose fields are arrays over the ranks (or numbers, equal for all)."""
+    parts = [_over_ranks(message, size) for message in messages]
+    if len(parts) == 1:
+        return parts[0]
+    if not parts:
+        none = np.zeros(0, np.int64)
+        return Messages(none, none, none.astype(bool), np.zeros(1, np.int64), none)
+    counts = np.concatenate([part.counts for part in parts])
+    return Messages(
+        np.concatenate([part.rank for part in parts]),
+        np.concatenate([part.peer for part in parts]),
+        np.concatenate([part.reduce for part in parts]),
+        np.concatenate([[0], np.cumsum(counts)]),
+        np.concatenate([part.chunks for part in parts]),
+    )
+
+
+def _over_ranks(message: Any, size: int) -> Messages:
+    rank, peer = np.arange(size), _row(message.peer, size)
+    chunks = _columns(message.chunks, size)
+    if message.when is not True:
+        chosen = np.flatnonzero(np.broadcast_to(message.when, (size,)))
+        rank, peer, chunks = rank[chosen], peer[chosen], chunks[chosen]
+    reduce = np.full(len(rank), getattr(message, "reduce", False))
+    width = chunks.shape[1]
+    return Messages(rank, peer, reduce, np.arange(len(rank) + 1) * width, chunks.reshape(-1))
+
+
+def _stack_folds(step: Step, everyone: Array) -> tuple[Folds, ...]:
+    size = len(everyone)
+    return tuple(Folds(everyone, _row(fold.into, size), _columns(fold.chunks, size)) for fold in step.folds)
+
+
+def _row(value: Any, size: int) -> Array:
+    return np.broadcast_to(np.asarray(value, np.int64), (size,))
+
+
+def _columns(values: Sequence[Any], size: int) -> Array:
+    """Shape (size, len(values))."""
+    found = np.empty((size, len(values)), np.int64)
+    for column, value in enumerate(values):
+        found[:, column] = value
+    return found
