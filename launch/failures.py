@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
@@ -49,6 +49,29 @@ def guard() -> Iterator[None]:
         sys.exit(128 + signal.SIGPIPE)
     except BaseException as error:
         _end_fault(error)
+
+
+def on_rank_0(command: Callable[[], None]) -> None:
+    """Run a command that needs one process and no MPI on rank 0; the other ranks of a job leave at once.
+
+    What goes wrong in it ends this process alone: the others are gone, and MPI would wait for them to start.
+    """
+    rank, size = _position()
+    if rank > 0:
+        return
+    try:
+        command()
+    except SystemExit as leaving:
+        if size == 1:
+            raise
+        sys.stdout.flush()
+        os._exit(leaving.code if isinstance(leaving.code, int) else 0)
+    except Exception as error:
+        if size == 1 or isinstance(error, BrokenPipeError):
+            raise
+        mistake = isinstance(error, UserError)
+        _tell(f"dtrain: error: {error}\n" if mistake else "".join(traceback.format_exception(error)))
+        os._exit(2 if mistake else 1)
 
 
 def _handle_signals() -> None:

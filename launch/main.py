@@ -1,14 +1,14 @@
 """The commands of `dtrain`: their arguments and help. What they do stands in other files, imported when called."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from dtrain import __version__
 from dtrain.errors import UserError
-from dtrain.launch import environment
+from dtrain.launch import bench_commands, environment, failures
 
 _CONFIG = """CONFIG is a YAML file; each key.path=value changes one key of it (the value is YAML), for example
 train.steps=20 or 'optimizer={kind: sgd, learning_rate: 0.1}'. `dtrain show config CONFIG` prints all keys."""
@@ -107,7 +107,7 @@ def show_graph(config: Path, overrides: tuple[str, ...], output: Path) -> None:
     loaded = configuration.load(config, overrides)
     from dtrain.launch.show import graph
 
-    graph(loaded, output)
+    failures.on_rank_0(lambda: graph(loaded, output))
 
 
 @cli.group()
@@ -123,6 +123,10 @@ def _counts(context: click.Context, parameter: click.Parameter, value: str) -> t
     if not counts or min(counts) < 1:
         raise click.BadParameter(f"{value}: must be whole numbers of 1 or more, such as 1,2,8")
     return counts
+
+
+for _command in bench_commands.COMMANDS:
+    bench.add_command(_command)
 
 
 @bench.command(
@@ -175,7 +179,7 @@ def checkpoint_ls(run_folder: Path) -> None:
     """List the checkpoints of a run: step, size, age, complete or why not."""
     from dtrain.launch.checkpoints import table
 
-    _on_rank_0(lambda: table(run_folder))
+    failures.on_rank_0(lambda: click.echo(table(run_folder)))
 
 
 @checkpoint.command("verify")
@@ -184,7 +188,7 @@ def checkpoint_verify(folder: Path) -> None:
     """Read everything and compare all checksums."""
     from dtrain.launch.checkpoints import verify
 
-    _on_rank_0(lambda: verify(folder))
+    failures.on_rank_0(lambda: click.echo(verify(folder)))
 
 
 @checkpoint.command("diff")
@@ -197,9 +201,12 @@ def checkpoint_diff(a: Path, b: Path) -> None:
     """
     from dtrain.launch.checkpoints import diff
 
-    equal, text = diff(a, b)
-    _on_rank_0(lambda: text)
-    sys.exit(0 if equal else 1)
+    def command() -> None:
+        equal, text = diff(a, b)
+        click.echo(text)
+        sys.exit(0 if equal else 1)
+
+    failures.on_rank_0(command)
 
 
 @checkpoint.command("export")
@@ -209,13 +216,7 @@ def checkpoint_export(folder: Path, out: Path) -> None:
     """Write the parameters, whole, to OUT/model.safetensors, and what they are to OUT/config.json."""
     from dtrain.launch.checkpoints import export
 
-    _on_rank_0(lambda: export(folder, out))
-
-
-def _on_rank_0(command: Callable[[], str]) -> None:
-    """Print what the command has to say; the other ranks of a job have nothing to do."""
-    if environment.job().rank == 0:
-        click.echo(command())
+    failures.on_rank_0(lambda: click.echo(export(folder, out)))
 
 
 @cli.command()

@@ -10,6 +10,7 @@ ranks see alike, or by rank 0 for all.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -147,8 +148,13 @@ class RunFolder:
     def _rewind(self) -> None:
         """Keep the lines of metrics.jsonl that belong to the steps before this start."""
         path = self.path / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() and self.trainer.step else []
-        self.metrics = [row for row in map(json.loads, lines) if row["step"] <= self.trainer.step]
+        self.metrics = []
+        if path.exists() and self.trainer.step:
+            for line in path.read_text().splitlines():
+                with contextlib.suppress(ValueError):  # the last line of a run that was killed while writing it
+                    row = json.loads(line)
+                    if row["step"] <= self.trainer.step:
+                        self.metrics.append(row)
         self._write_text("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.metrics))
 
     def record(self, record: StepRecord) -> None:
@@ -173,8 +179,7 @@ class RunFolder:
         self._since.clear()
         self.metrics.append(row)
         if self.comm.rank == 0:
-            with (self.path / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            self._append(json.dumps(row) + "\n")
 
     def save(self) -> None:
         """Write a checkpoint. Collective."""
@@ -238,14 +243,23 @@ class RunFolder:
         yield "a sample of its text:"
         yield from ("  | " + line for line in text.splitlines())
 
+    def _append(self, line: str) -> None:
+        path = self.path / "metrics.jsonl"
+        try:
+            with path.open("a") as file:
+                file.write(line)
+        except OSError as error:
+            raise self._unwritable(path, error) from None
+
     def _write_text(self, name: str, text: str) -> None:
         try:
             cache.write_atomic(self.path / name, text.encode())
         except OSError as error:
-            free = shutil.disk_usage(self.path).free
-            raise UserError(
-                f"output: cannot write {self.path / name}: {error.strerror} ({free:,} bytes free)"
-            ) from None
+            raise self._unwritable(self.path / name, error) from None
+
+    def _unwritable(self, path: Path, error: OSError) -> UserError:
+        free = shutil.disk_usage(self.path).free
+        return UserError(f"output: cannot write {path}: {error.strerror} ({free:,} bytes free)")
 
 
 def peak_memory() -> int:

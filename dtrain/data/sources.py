@@ -56,8 +56,10 @@ def _below(root: str, skip: set[str]) -> list[str]:
     return sorted(found)
 
 
-def _unreadable(error: OSError) -> None:
-    raise UserError(f"data.path: cannot read {error.filename}: {error.strerror}; check its permissions") from error
+def _unreadable(error: OSError, name: str | None = None) -> None:
+    """Raise UserError; an error of reading, not opening, does not know the name."""
+    name = name or error.filename
+    raise UserError(f"data.path: cannot read {name}: {error.strerror}; check its permissions") from error
 
 
 def name_of_entry(files: list[str], *options: object) -> str:
@@ -67,7 +69,7 @@ def name_of_entry(files: list[str], *options: object) -> str:
         try:
             found = os.stat(name)
         except OSError as error:
-            _unreadable(error)
+            _unreadable(error, name)
         else:
             state.update(f"{name}\0{found.st_size}\0{found.st_mtime_ns}\0".encode(errors="surrogateescape"))
     return state.hexdigest()
@@ -87,7 +89,7 @@ def read_bytes(name: str, piece: int = 1 << 20) -> Iterator[bytes]:
             while content := file.read(piece):
                 yield content
     except OSError as error:
-        _unreadable(error)
+        _unreadable(error, name)
 
 
 def read_text(name: str, piece: int = 1 << 16) -> Iterator[str]:
@@ -97,7 +99,7 @@ def read_text(name: str, piece: int = 1 << 16) -> Iterator[str]:
             while content := file.read(piece):
                 yield content
     except OSError as error:
-        _unreadable(error)
+        _unreadable(error, name)
 
 
 def is_text(name: str) -> bool:
