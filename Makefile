@@ -1,5 +1,5 @@
 # make run      a trained GPT in two minutes: environment, installation, mpirun -n 8
-# make test     unit tests in one process, then the MPI tests on 2, 3, 4 and 8 ranks, then the examples
+# make test     unit tests in one process, the MPI tests on 2, 3, 4 and 8 ranks, then the program as users start it
 # make check    ruff, mypy, import-linter
 # make bench    the training step, beside PyTorch's where that is installed
 # make clean    remove the environment; runs/ stays
@@ -24,12 +24,12 @@ endif
 LIMIT := $(shell command -v timeout >/dev/null 2>&1 && echo timeout -k 10)
 limit = $(if $(LIMIT),$(LIMIT) $(1))
 
-.PHONY: run test test-unit test-mpi test-examples check format bench clean
+.PHONY: run test test-unit test-mpi test-system check format bench clean
 
 run: .venv/run-$(MPI)
 	mpirun -n 8 dtrain run $(CONFIG)
 
-test: test-unit test-mpi test-examples
+test: test-unit test-mpi test-system
 
 test-unit: .venv/dev-$(MPI)
 	$(call limit,900) python -m pytest tests/unit -q
@@ -40,8 +40,8 @@ test-mpi: .venv/dev-$(MPI)
 	    $(call limit,600) mpirun -n $$ranks python -m pytest --with-mpi tests/mpi -q -p no:cacheprovider; \
 	done
 
-test-examples: .venv/dev-$(MPI)
-	@set -e; for folder in tests/examples tests/hosts; do \
+test-system: .venv/dev-$(MPI)
+	@set -e; for folder in tests/system tests/hosts; do \
 	    if ls $$folder/test_*.py >/dev/null 2>&1; then \
 	        echo "python -m pytest $$folder -q"; $(call limit,900) python -m pytest $$folder -q; \
 	    fi; \

@@ -1,0 +1,80 @@
+"""What stands in configs/, examples/ and the README works as it stands there, with less of everything."""
+
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.system.program import MPIRUN, ROOT, Process, dtrain, metrics, on, well
+
+pytestmark = [pytest.mark.timeout(300)]
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+TRANSFORMER = ["model.layers=1", "model.dim=32", "model.heads=4", "model.sequence=16", "sample.tokens=5"]
+LESS = ["train.steps=2", "log.every=1"]
+
+
+def less(config: Path) -> list[str]:
+    """Overrides that make a job small."""
+    return LESS + ([] if "mlp" in config.name else TRANSFORMER)
+
+
+def first_line(config: Path) -> list[str]:
+    """The command that a configuration begins with."""
+    return shlex.split(config.read_text().splitlines()[0].removeprefix("#").partition("(")[0])
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
+def test_configs(config, tmp_path):
+    if "digits" in config.name:
+        pytest.importorskip("sklearn")
+    command = first_line(config)
+    assert str(config.relative_to(ROOT)) in command
+    assert "dtrain" in command
+
+    written = tmp_path / "resolved.yaml"
+    written.write_text(well("show", "config", config).out)
+    assert well("show", "config", written).out == written.read_text()
+
+    ranks = int(command[2]) if command[0] == "mpirun" and MPIRUN else 0
+    ranks = ranks if config.name == "gpt_ddp.yaml" else min(ranks, 2)
+    well("run", config, *less(config), f"output={tmp_path}", "name=less", ranks=ranks)
+    assert len(metrics(tmp_path / "less")) == 2
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
+def test_examples(example):
+    command = example.read_text().splitlines()
+    assert any(f"examples/{example.name}" in line for line in command[:5]), "its docstring tells how to run it"
+    ended = Process(on(0, sys.executable, "-W", "error", example)).finish()
+    assert (ended.code, ended.err) == (0, "")
+    assert ended.out
+
+
+def commands() -> list[str]:
+    """Commands of the README: the indented lines that start our program."""
+    lines = [line.strip().partition("  #")[0].strip() for line in (ROOT / "README.md").read_text().splitlines()]
+    return [line for line in lines if line.startswith(("mpirun", "dtrain"))]
+
+
+def test_the_readme_has_commands():
+    assert len(commands()) >= 4 and any(" run " in command for command in commands())
+
+
+@pytest.mark.parametrize("command", commands())
+def test_readme(command, tmp_path):
+    words = shlex.split(command)
+    ranks = 0
+    if words[0] == "mpirun":
+        assert words[1] == "-n"
+        ranks, words = min(int(words[2]), 2) if MPIRUN else 0, words[3:]
+    assert words[0] == "dtrain"
+    if "run" in words:
+        config = ROOT / words[words.index("run") + 1]
+        if "digits" in config.name:
+            pytest.importorskip("sklearn")
+        words += [*less(config), f"output={tmp_path}"]
+    ended = dtrain(*words[1:], ranks=ranks)
+    assert ended.code in ((0, 1) if "doctor" in words else (0,)), ended.out + ended.err
