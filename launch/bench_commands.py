@@ -1,0 +1,124 @@
+"""The commands `dtrain bench all_reduce|...|p2p|all`: their options and help. `bench_report` does the work."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dtrain.launch.bench_table import COLLECTIVES, IN_PLACE, OUT_OF_PLACE, parse_sizes
+
+_DTYPES = (
+    "float32", "float64", "float16", "bfloat16", "int8", "uint8", "int32", "uint32", "int64", "uint64",
+)  # fmt: skip
+_COLUMNS = """Columns as in nccl-tests: size in bytes (of the whole array; for collectives in blocks, of all blocks
+together), elements, dtype, operation, algorithm; then, out of place and in place, the time (median over iterations of
+the maximum over ranks, its 10th and 90th percentile), algbw = size / time, busbw (what a link carries, whatever the
+number of ranks), bound (the least time that memory allows / time), native (time of the MPI library's own / time),
+#wrong (elements, of all checks). Exit code 1 when anything is wrong. docs/benchmarks.md explains them."""
+
+
+def _command(name: str, summary: str) -> click.Command:
+    """`dtrain bench NAME`."""
+
+    def callback(**given: Any) -> None:
+        _run(name, **given)
+
+    options = [
+        click.Option(
+            ["--sizes"],
+            default="1K:16M",
+            show_default=True,
+            help="From:to, or a list by commas; bytes, with K, M, G (powers of 1024).",
+        ),
+        click.Option(["--factor"], default=4.0, show_default=True, help="From one size to the next."),
+        click.Option(
+            ["--algorithms"],
+            help="Names by commas, or all. Default: auto,native and shared (one result for all ranks of the node). "
+            "bare is the MPI library's call without dtrain's checks.",
+        ),
+        click.Option(["--dtype"], default="float32", show_default=True, type=click.Choice(_DTYPES)),
+        click.Option(["--op"], default="sum", show_default=True, type=click.Choice(("sum", "prod", "max", "min"))),
+        click.Option(
+            ["--iterations"],
+            type=click.IntRange(1),
+            help="Timed calls of each algorithm and size, in 5 blocks; default: 10 to 500, about 0.15 s.",
+        ),
+        click.Option(
+            ["--warmup"], default=1, show_default=True, type=click.IntRange(1), help="Untimed calls before each block."
+        ),
+        click.Option(["--in-place", "placing"], flag_value="in", help="Only with the result in the input's place."),
+        click.Option(["--out-of-place", "placing"], flag_value="out", help="Only with the result elsewhere."),
+        click.Option(["--both", "placing"], flag_value="both", default="both", help="Both; the default."),
+        click.Option(
+            ["--private"], is_flag=True, help="Arrays in ordinary memory; default: in the node's shared window."
+        ),
+        click.Option(["--cold"], is_flag=True, help="Take turns among arrays of more than twice the last-level cache."),
+        click.Option(["--json", "json_path"], type=click.Path(path_type=Path), help="Write everything to this file."),
+        click.Option(["--csv", "csv_path"], type=click.Path(path_type=Path), help="Write the rows to this file."),
+        click.Option(
+            ["--plot", "plot_path"],
+            type=click.Path(path_type=Path),
+            help="Draw time and bus bandwidth over size, and the limit of the memory, as SVG.",
+        ),
+        click.Option(
+            ["--compare", "compare_path"],
+            type=click.Path(path_type=Path),
+            help="Print the ratio to a run that --json wrote, row by row.",
+        ),
+    ]
+    dropped = {"barrier": {"sizes", "factor", "dtype", "op", "placing", "private", "cold", "plot_path"}}
+    dropped["p2p"] = {"algorithms", "op", "placing", "cold"}
+    kept = [option for option in options if option.name not in dropped.get(name, set()) | _without_op(name)]
+    return click.Command(
+        name, callback=callback, params=list(kept), help=f"Measure {summary}; under mpirun.\n\n{_COLUMNS}",
+        short_help=summary[0].upper() + summary[1:] + ".",
+    )  # fmt: skip
+
+
+def _without_op(name: str) -> set[str]:
+    return {"op"} if name in COLLECTIVES and not COLLECTIVES[name].reduces else set()
+
+
+def _run(
+    name: str,
+    algorithms: str | None = None,
+    sizes: str = "8",
+    factor: float = 2.0,
+    dtype: str = "float32",
+    op: str = "sum",
+    iterations: int | None = None,
+    warmup: int = 1,
+    placing: str = "both",
+    private: bool = False,
+    cold: bool = False,
+    json_path: Path | None = None,
+    csv_path: Path | None = None,
+    plot_path: Path | None = None,
+    compare_path: Path | None = None,
+) -> None:
+    parsed = parse_sizes(sizes, factor)
+    from dtrain.launch.bench_collectives import Options  # NumPy and MPI only after the options are known to be right
+    from dtrain.launch.bench_report import bench
+
+    options = Options(
+        collectives=tuple(COLLECTIVES) if name == "all" else () if name == "p2p" else (name,),
+        sizes=parsed,
+        algorithms=() if algorithms is None else tuple(part.strip() for part in algorithms.split(",")),
+        dtype=dtype,
+        op=op,
+        placings={"in": (IN_PLACE,), "out": (OUT_OF_PLACE,), "both": (OUT_OF_PLACE, IN_PLACE)}[placing],
+        iterations=iterations,
+        warmup=warmup,
+        private=private,
+        cold=cold,
+    )
+    result = bench(options, name in ("all", "p2p"), json_path, csv_path, plot_path, compare_path)
+    if result["wrong"]:
+        raise SystemExit(1)
+
+
+COMMANDS = [
+    *(_command(name, formula.summary) for name, formula in COLLECTIVES.items()),
+    _command("p2p", "messages between two ranks, latency and bandwidth of each class of links"),
+    _command("all", "all collectives, and messages between two ranks"),
+]

@@ -1,0 +1,166 @@
+"""The command behind `dtrain bench all_reduce|...|all|p2p`: measures on all ranks, prints and writes on rank 0.
+
+header and warnings  ->  rows as they come  ->  footer  ->  comparison with an older run  ->  JSON, CSV, SVG
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dtrain import __version__
+from dtrain.cache import write_atomic
+from dtrain.collectives import Communicator
+from dtrain.errors import UserError
+from dtrain.launch import bench_p2p, bench_step, bench_table, environment
+from dtrain.launch.bench_collectives import BLOCKS, Options, Outcome, Tell, check, measure
+
+
+def header(comm: Communicator) -> dict[str, Any]:
+    """Where and with what is measured."""
+    versions = {"dtrain": __version__, "numpy": np.__version__, "mpi": comm.transport.name}
+    if comm.transport.name == "mpi":
+        from dtrain.collectives import mpi
+
+        versions["mpi"] = " ".join(mpi.library().split())
+    return {
+        **bench_step.machine(versions),
+        "ranks": comm.size,
+        "nodes": len(set(comm.transport.nodes)),
+        "crowded": comm.transport.crowded,
+        "ptrace_scope": _ptrace_scope(),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
+def _ptrace_scope() -> int | None:
+    try:
+        return int(Path("/proc/sys/kernel/yama/ptrace_scope").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def warnings(header: dict[str, Any]) -> Iterator[str]:
+    """What makes numbers of this machine hard to compare."""
+    if header["crowded"]:
+        yield f"{header['ranks']} ranks on {header['cores']} cores: they take turns, times hold for this machine only"
+    if header["ptrace_scope"]:
+        yield (
+            f"kernel.yama.ptrace_scope is {header['ptrace_scope']}: the MPI library may have to copy large messages "
+            "twice (no CMA); sysctl kernel.yama.ptrace_scope=0 allows it"
+        )
+    if "MPICH" in header["mpi"] and header["mpi"].endswith("multiple"):
+        yield (
+            "MPICH's own shared-memory collectives need a lower thread level: measure native also with "
+            "MPI4PY_RC_THREAD_LEVEL=serialized"
+        )
+
+
+def bench(
+    options: Options,
+    p2p: bool = False,
+    json_path: Path | None = None,
+    csv_path: Path | None = None,
+    plot_path: Path | None = None,
+    compare_path: Path | None = None,
+    tell: Tell = print,
+) -> dict[str, Any]:
+    """Measure on all ranks of the job, print and write on rank 0; return everything. Collective."""
+    from dtrain.collectives import world
+
+    comm = world()
+    environment.check_world(comm.size)
+    old = _prepared(comm, (json_path, csv_path, plot_path), compare_path)
+    told = tell if comm.rank == 0 else (lambda text: None)
+    found = header(comm)
+    check(comm, options)
+    for text in _header_lines(found, options):
+        told(text)
+    outcome = measure(comm, options, told) if options.collectives else Outcome([], {}, [])
+    links = bench_p2p.measure(comm, options, told) if p2p else []
+    rows = outcome.rows + [row for link in links for row in link.rows]
+    for text in bench_table.footer(rows):
+        told(text)
+    memory = "private" if options.private or comm.node is None else "window"
+    result = {
+        "config": {
+            "collectives": [*options.collectives, *(["p2p"] if p2p else [])],
+            "ranks": comm.size,
+            "memory": memory,
+            "cold": options.cold,
+            "warmup": options.warmup,
+            "blocks": BLOCKS,
+        },
+        "header": found,
+        "warnings": list(warnings(found)),
+        "notes": outcome.notes,
+        "memory_bandwidth": [{"size": size, "bytes_per_second": b} for size, b in outcome.bandwidths.items()],
+        "links": [link.fit() for link in links],
+        "rows": rows,
+        "wrong": sum(row.wrong for row in rows),
+    }
+    if comm.rank == 0:
+        if old is not None:
+            for text in bench_table.compare(old, result):
+                told(text)
+        _write(result, json_path, csv_path, plot_path)
+    comm.barrier()  # nobody ends the job before everything is written
+    return result
+
+
+def _prepared(comm: Communicator, paths: Sequence[Path | None], compare_path: Path | None) -> dict[str, Any] | None:
+    """The older result, on rank 0; UserError on all ranks where a file cannot be read or written there."""
+    old, problem = None, ""
+    if comm.rank == 0:
+        try:
+            old = None if compare_path is None else bench_table.read(compare_path)
+            for path in paths:
+                if path is not None and not os.access(path.parent, os.W_OK):
+                    raise UserError(f"{path}: cannot be written: no such folder, or not yours")
+        except UserError as error:
+            problem = str(error)
+    problem = comm.broadcast_object(problem)
+    if problem:
+        raise UserError(problem)
+    return old
+
+
+def _header_lines(header: dict[str, Any], options: Options) -> Iterator[str]:
+    yield (
+        f"# dtrain {header['dtrain']}, {header['mpi']}, NumPy {header['numpy']}; {_plural(header['ranks'], 'rank')} on "
+        f"{_plural(header['nodes'], 'node')}, {header['cores']} cores, {header['processor']}"
+    )
+    where = "private memory" if options.private else "shared windows"
+    heat = "cold (more than twice the last-level cache in turn)" if options.cold else "hot"
+    yield (
+        f"# arrays in {where}, {heat}; time: median over iterations of the maximum over ranks; bound: least time that "
+        "memory allows / time; native: time of native / time"
+    )
+    for text in warnings(header):
+        yield f"# WARNING: {text}"
+
+
+def _plural(count: int, word: str) -> str:
+    return f"{count} {word}{'s' * (count != 1)}"
+
+
+def _write(result: dict[str, Any], json_path: Path | None, csv_path: Path | None, plot_path: Path | None) -> None:
+    texts: list[tuple[Path, str]] = []
+    if json_path is not None:
+        texts.append((json_path, bench_table.as_json(result)))
+    if csv_path is not None:
+        texts.append((csv_path, bench_table.as_csv(result["rows"])))
+    if plot_path is not None:
+        from dtrain.launch import bench_plot
+
+        texts.append((plot_path, bench_plot.svg(result)))
+    for path, text in texts:
+        try:
+            write_atomic(path, text.encode())
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written: {error.strerror}") from None
