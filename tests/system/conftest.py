@@ -31,6 +31,5 @@ def warm(cache: None, text: Path, tmp_path_factory: pytest.TempPathFactory) -> N
         Process(program.on(0, "dtrain", "run", config, f"name={dtype}", f"train.dtype={dtype}"))
         for dtype in ("float32", "float64")
     ]
-    for job in jobs:
-        ended = job.finish(400)
+    for ended in [job.finish(400) for job in jobs]:
         assert ended.code == 0, ended.out + ended.err
