@@ -3,6 +3,7 @@
     runs/<name>/config.yaml       resolved                    metrics.jsonl    a line per logged step
                 checkpoints/      step_00000100, …            summary.json     what came out
                 loss.svg          the loss curve              sample.txt       generated text
+                tokenizer.json    from text to ids and back
 
 Rank 0 tells and writes; every rank writes its part of a checkpoint. All decisions (resume, stop) are made from what all
 ranks see alike, or by rank 0 for all.
@@ -105,6 +106,8 @@ class RunFolder:
             )
         elif self.comm.rank == 0:
             self._write_text("config.yaml", configuration.dump(config))
+            if trainer.data.tokenizer is not None:
+                trainer.data.tokenizer.save(self.path / "tokenizer.json")  # the text may be gone when it is needed
             self._rewind()
         return told
 
@@ -184,7 +187,7 @@ class RunFolder:
     def save(self) -> None:
         """Write a checkpoint. Collective."""
         config = self.trainer.config
-        model = {**msgspec.to_builtins(config.model), "vocabulary": self.trainer.data.vocabulary}
+        model = {**msgspec.to_builtins(config.model), "data_vocabulary": self.trainer.data.vocabulary}
         extra = {"model": model, "layout": self.trainer.mesh.sizes}
         self.trainer.save(self.checkpoints, config.checkpoint.keep, extra)
 

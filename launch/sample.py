@@ -9,6 +9,7 @@ The draw of place i depends on (seed, i) alone, so the same checkpoint, prompt a
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +81,7 @@ def choose(logits: Array, temperature: float, top_k: int | None, generator: np.r
 def load(run_folder: Path) -> tuple[Model, Tokenizer]:
     """Return model and tokenizer of a run, with the parameters of its newest complete checkpoint; UserError."""
     from dtrain import checkpoint, models
-    from dtrain.data import open_data
+    from dtrain.data import load_tokenizer
 
     config = _config(run_folder)
     folder = checkpoint.latest(run_folder / "checkpoints")
@@ -89,13 +90,12 @@ def load(run_folder: Path) -> tuple[Model, Tokenizer]:
             f"{run_folder / 'checkpoints'}: no complete checkpoint; the run wrote none so far, or its checkpoint.every "
             f"is 0 (here: {config.checkpoint.every}): train again with checkpoint.every=100"
         )
-    assert isinstance(config.model, GPTConfig)
-    data = open_data(config.data, sequence=config.model.sequence, seed=config.seed, vocabulary=config.model.vocabulary)
-    if data.tokenizer is None:
+    if not (run_folder / "tokenizer.json").is_file():
         raise UserError(
             f"{run_folder}: trained on data.kind: {config.data.kind}, whose tokens have no text; allowed: text"
         )
-    model = models.build(config.model, data, dtype=config.train.dtype, seed=config.seed)
+    tokenizer = load_tokenizer(run_folder / "tokenizer.json")
+    model = models.build(config.model, _Sizes(tokenizer.vocabulary), dtype=config.train.dtype, seed=config.seed)
     reader = checkpoint.Reader(folder)
     parameters = model.named_parameters()
     written = set(reader.names())
@@ -106,10 +106,18 @@ def load(run_folder: Path) -> tuple[Model, Tokenizer]:
         if values.shape != parameter.shape:
             raise UserError(
                 f"{folder}: {name} has shape {values.shape}, but the model of {run_folder / 'config.yaml'} needs "
-                f"{parameter.shape}; has the data changed (data.path: {config.data.path})?"
+                f"{parameter.shape}"
             )
         parameter.data = values.astype(parameter.dtype, copy=False)
-    return model, data.tokenizer
+    return model, tokenizer
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What a model must know of its data."""
+
+    vocabulary: int
+    features: int = 0
 
 
 def _config(run_folder: Path) -> Config:

@@ -1,9 +1,11 @@
 """Text from a trained model: the draw against NumPy's softmax, the window, and a run folder made by hand."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from dtrain import cache, checkpoint, models, random
+from dtrain import checkpoint, models, random
 from dtrain.collectives import single
 from dtrain.config import AdamWConfig, Config, GPTConfig, ImagesConfig, MLPConfig, TextConfig, TrainConfig
 from dtrain.data.tokenizer import ByteTokenizer
@@ -114,18 +116,13 @@ def make_run(tmp_path, config, step=1, seed=7):
     folder = tmp_path / "runs" / config.name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(configuration.dump(config))
+    ByteTokenizer().save(folder / "tokenizer.json")
     model = models.build(config.model, Sizes(), seed=seed)
     pieces = [
         checkpoint.Piece(name, p.data, (0,) * p.data.ndim, p.data.shape) for name, p in model.named_parameters().items()
     ]
     checkpoint.save(folder / "checkpoints", step, single(), pieces, {"step": step}, keep=0)
     return folder, model
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """For the text alone: compiled kernels stay where they are."""
-    monkeypatch.setattr(cache, "cache_folder", lambda: tmp_path / "cache")
 
 
 def test_the_newest_checkpoint_speaks(tmp_path, capfdbinary):
@@ -173,3 +170,18 @@ def test_a_checkpoint_of_another_model(tmp_path):
         (folder / "config.yaml").write_text(configuration.dump(make_config(tmp_path, model=model)))
         with pytest.raises(UserError, match=message):
             load(folder)
+
+
+def test_tokens_without_a_text_cannot_speak(tmp_path):
+    folder, _ = make_run(tmp_path, make_config(tmp_path))
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"whose tokens have no text"):
+        load(folder)
+
+
+def test_the_data_may_be_gone(tmp_path):
+    config = make_config(tmp_path)
+    folder, _ = make_run(tmp_path, config)
+    Path(config.data.path).unlink(missing_ok=True)
+    _, tokenizer = load(folder)
+    assert tokenizer.decode(tokenizer.encode("text")) == "text"
