@@ -1,9 +1,9 @@
 """Collective algorithms as data: described once, then proven, simulated, drawn and run.
 
-    from dtrain.collectives.schedules import schedule
-    from dtrain.collectives.schedules.prover import prove
+from dtrain.collectives.schedules import schedule
+from dtrain.collectives.schedules.prover import prove
 
-    prove(schedule("all_reduce", "ring", size=6)).steps     # 10
+prove(schedule("all_reduce", "ring", size=6)).steps     # 10
 """
 
 from dtrain.collectives.schedules.catalogue import ALGORITHMS, schedule

@@ -79,7 +79,7 @@ def skips(size: int) -> list[int]:
 def circulant_reduce_scatter(rank: int, size: int) -> Iterator[Step]:
     """Sums for the far half of the circle go to the rank half way, and so on. ⌈lg p⌉α + n(p-1)/p·(β+γ), any p.
 
-        5 ranks:   blocks r+3, r+4 to rank r+3    block r+2 to rank r+2    block r+1 to rank r+1
+    5 ranks:   blocks r+3, r+4 to rank r+3    block r+2 to rank r+2    block r+1 to rank r+1
     """
     spans = skips(size)
     for span, skip in zip(spans, spans[1:], strict=False):

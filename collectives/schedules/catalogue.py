@@ -86,8 +86,10 @@ ALGORITHMS: dict[str, dict[str, Algorithm]] = {
     },
     "broadcast": {
         "binomial": Algorithm(tree.broadcast, tree.broadcast_cost, regular=True),
-        "scatter_all_gather": Algorithm(pipeline.scatter_all_gather, pipeline.scatter_all_gather_cost, _size),
-        "scatter_ring": Algorithm(pipeline.scatter_ring, pipeline.scatter_ring_cost, _size),
+        "scatter_all_gather": Algorithm(
+            pipeline.scatter_all_gather, pipeline.scatter_all_gather_cost, _size, regular=True
+        ),
+        "scatter_ring": Algorithm(pipeline.scatter_ring, pipeline.scatter_ring_cost, _size, regular=True),
         "chain": Algorithm(
             pipeline.chain_broadcast,
             pipeline.chain_broadcast_cost,
@@ -111,11 +113,11 @@ ALGORITHMS: dict[str, dict[str, Algorithm]] = {
         ),
     },
     "gather": {
-        "binomial": Algorithm(tree.gather, tree.gather_cost),
+        "binomial": Algorithm(tree.gather, tree.gather_cost, regular=True),
         "direct": Algorithm(direct.gather, direct.one_step_cost),
     },
     "scatter": {
-        "binomial": Algorithm(tree.scatter, tree.gather_cost),
+        "binomial": Algorithm(tree.scatter, tree.gather_cost, regular=True),
         "direct": Algorithm(direct.scatter, direct.one_step_cost),
     },
     "scan": {
@@ -123,9 +125,7 @@ ALGORITHMS: dict[str, dict[str, Algorithm]] = {
         "chain": Algorithm(pipeline.chain_scan, pipeline.chain_scan_cost, regular=True, ordered=True),
     },
     "exscan": {
-        "doubling": Algorithm(
-            doubling.exscan, doubling.exscan_cost, copies=lambda size: 2, regular=True, ordered=True
-        ),
+        "doubling": Algorithm(doubling.exscan, doubling.exscan_cost, copies=lambda size: 2, regular=True, ordered=True),
     },
     "barrier": {
         "dissemination": Algorithm(doubling.dissemination, doubling.dissemination_cost, regular=True),

@@ -20,89 +20,90 @@ Values = tuple[Array, ...]
 
 
 class Contents(Protocol):
-    """The memory of all ranks."""
+    """The memory of all ranks; place q of rank r is cell r * places + q."""
 
     ordered: bool  # so far, every sum kept the order of the ranks
 
-    def give(self, rank: int, places: Array) -> None:
-        """Before: the rank has its own contribution in these places."""
+    def give(self, rank: int, cells: Array) -> None:
+        """Before: the rank has its own contribution in these cells."""
 
-    def read(self, rank: Array, place: Array) -> Values: ...
-    def write(self, rank: Array, place: Array, values: Values) -> None: ...
+    def read(self, cells: Array) -> Values: ...
+    def write(self, cells: Array, values: Values) -> None: ...
     def absent(self, values: Values) -> Array:
         """Where there was nothing."""
 
-    def take(self, values: Values, index: Array) -> Values: ...
-    def choose(self, first: Array, a: Values, b: Values) -> Values:
-        """`a` where `first`, else `b`."""
-
-    def put(self, values: Values, index: Array, new: Values) -> Values: ...
     def overlap(self, left: Values, right: Values) -> Array:
         """Where both have a contribution in common."""
 
     def common(self, left: Values, right: Values, entry: int) -> list[int]: ...
     def add(self, left: Values, right: Values) -> Values: ...
-    def wrong(self, rank: int, places: Array, contributors: range) -> Array:
-        """Which of the places do not hold what they should in the end."""
+    def wrong(self, cells: Array, contributors: range) -> Array:
+        """Which of the cells do not hold what they should in the end."""
 
-    def describe(self, rank: int, place: int) -> str: ...
-    def equal_bits(self) -> bool:
-        """Whether all who want a chunk hold the same bits of it."""
-
-
-class _Arrays:
-    """Values are tuples of arrays, handled alike."""
-
-    def take(self, values: Values, index: Array) -> Values:
-        return tuple(array[index] for array in values)
-
-    def choose(self, first: Array, a: Values, b: Values) -> Values:
-        if not first.any():
-            return b
-        return tuple(
-            np.where(first.reshape(-1, *[1] * (x.ndim - 1)), x, y) for x, y in zip(a, b, strict=True)
-        )
-
-    def put(self, values: Values, index: Array, new: Values) -> Values:
-        for array, part in zip(values, new, strict=True):
-            array[index] = part
-        return values
+    def describe(self, cell: int) -> str: ...
+    def forms(self, cells: Array) -> Array:
+        """Fingerprints: equal where the bits of the content are."""
 
 
-class Summed(_Arrays):
+def take(values: Values, index: Array) -> Values:
+    """Some of the values."""
+    return tuple(array[index] for array in values)
+
+
+def choose(first: Array, a: Values, b: Values) -> Values:
+    """`a` where `first`, else `b`."""
+    if not first.any():
+        return b
+    return tuple(np.where(first.reshape(-1, *[1] * (x.ndim - 1)), x, y) for x, y in zip(a, b, strict=True))
+
+
+def put(values: Values, index: Array, new: Values) -> None:
+    """Replace some of the values."""
+    for array, part in zip(values, new, strict=True):
+        array[index] = part
+
+
+class Summed:
     """Sets of contributions."""
 
     def __init__(self, schedule: Schedule) -> None:
-        self.schedule = schedule
-        size, places = schedule.size, schedule.places
-        self.bits = np.zeros((size, places, (size + 63) // 64), np.uint64)
-        self.low = np.zeros((size, places), np.int16)
-        self.high = np.full((size, places), -1, np.int16)  # -1: nothing here
-        self.form = np.zeros((size, places), np.uint64)
+        cells = schedule.size * schedule.places
+        self.bits = np.zeros((cells, (schedule.size + 63) // 64), np.uint64)
+        self.low = np.zeros(cells, np.int16)
+        self.high = np.full(cells, -1, np.int16)  # -1: nothing here
+        self.form = np.zeros(cells, np.uint64)
         self.ordered = True
 
-    def give(self, rank: int, places: Array) -> None:
-        self.bits[rank, places, rank // 64] = np.uint64(1 << rank % 64)
-        self.low[rank, places] = self.high[rank, places] = rank
-        self.form[rank, places] = _mix(np.array([rank + 1], np.uint64))
+    def give(self, rank: int, cells: Array) -> None:
+        """See `Contents`."""
+        self.bits[cells, rank // 64] = np.uint64(1 << rank % 64)
+        self.low[cells] = self.high[cells] = rank
+        self.form[cells] = _mix(np.array([rank + 1], np.uint64))
 
-    def read(self, rank: Array, place: Array) -> Values:
-        return self.bits[rank, place], self.low[rank, place], self.high[rank, place], self.form[rank, place]
+    def read(self, cells: Array) -> Values:
+        """See `Contents`."""
+        return self.bits[cells], self.low[cells], self.high[cells], self.form[cells]
 
-    def write(self, rank: Array, place: Array, values: Values) -> None:
-        self.bits[rank, place], self.low[rank, place], self.high[rank, place], self.form[rank, place] = values
+    def write(self, cells: Array, values: Values) -> None:
+        """See `Contents`."""
+        self.bits[cells], self.low[cells], self.high[cells], self.form[cells] = values
 
     def absent(self, values: Values) -> Array:
+        """See `Contents`."""
         return np.asarray(values[2] < 0)
 
     def overlap(self, left: Values, right: Values) -> Array:
-        return np.asarray((left[0] & right[0]).any(axis=1))
+        """See `Contents`."""
+        both = left[0] & right[0]
+        return np.asarray(both[:, 0] != 0 if both.shape[1] == 1 else both.any(axis=1))
 
     def common(self, left: Values, right: Values, entry: int) -> list[int]:
+        """The contributions that both have."""
         return _members(left[0][entry] & right[0][entry])
 
     def add(self, left: Values, right: Values) -> Values:
-        self.ordered &= bool((left[2] < right[1]).all())
+        """See `Contents`."""
+        self.ordered = self.ordered and bool((left[2] < right[1]).all())
         a, b = left[3], right[3]
         return (
             left[0] | right[0],
@@ -111,69 +112,69 @@ class Summed(_Arrays):
             _mix(_mix(a + b) ^ (a * b)),
         )
 
-    def wrong(self, rank: int, places: Array, contributors: range) -> Array:
-        expected = np.zeros(self.bits.shape[2] * 64, np.uint8)
+    def wrong(self, cells: Array, contributors: range) -> Array:
+        """See `Contents`."""
+        expected = np.zeros(self.bits.shape[1] * 64, np.uint8)
         expected[contributors.start : contributors.stop] = 1
         words = np.packbits(expected, bitorder="little").view("<u8").astype(np.uint64)
-        return np.asarray((self.bits[rank, places] != words).any(axis=1))
+        return np.asarray((self.bits[cells] != words).any(axis=1))
 
-    def describe(self, rank: int, place: int) -> str:
-        members = _members(self.bits[rank, place])
+    def describe(self, cell: int) -> str:
+        """See `Contents`."""
+        members = _members(self.bits[cell])
         return f"that of {ranks_text(members)}" if members else "nothing"
 
-    def equal_bits(self) -> bool:
-        spec = self.schedule.specification
-        if spec.collective in ("scan", "exscan", "barrier"):
-            return True  # every rank wants something else
-        first = np.zeros(self.schedule.places, np.uint64)
-        known = np.zeros(self.schedule.places, bool)
-        for rank in range(spec.size):
-            chunks = np.asarray(spec.wanted(rank), np.int64)
-            fresh = chunks[~known[chunks]]
-            first[fresh] = self.form[rank, fresh]
-            known[fresh] = True
-            if (self.form[rank, chunks] != first[chunks]).any():
-                return False
-        return True
+    def forms(self, cells: Array) -> Array:
+        """See `Contents`."""
+        return np.asarray(self.form[cells])
 
 
-class Moved(_Arrays):
+class Moved:
     """Which chunks are where, eight per byte."""
 
     def __init__(self, schedule: Schedule) -> None:
-        self.schedule = schedule
-        self.bits = np.zeros((schedule.size, (schedule.places + 7) // 8), np.uint8)
+        self.bits = np.zeros((schedule.size * schedule.places + 7) // 8, np.uint8)
         self.ordered = True
 
-    def give(self, rank: int, places: Array) -> None:
-        self.write(np.full(len(places), rank), places, (np.ones(len(places), bool),))
+    def give(self, rank: int, cells: Array) -> None:
+        """See `Contents`."""
+        self.write(cells, ())
 
-    def read(self, rank: Array, place: Array) -> Values:
-        return ((self.bits[rank, place >> 3] >> (place & 7) & 1).astype(bool),)
+    def read(self, cells: Array) -> Values:
+        """See `Contents`."""
+        return ((self.bits[cells >> 3] >> (cells & 7) & 1).astype(bool),)
 
-    def write(self, rank: Array, place: Array, values: Values) -> None:
-        np.bitwise_or.at(self.bits, (rank, place >> 3), np.left_shift(1, place & 7).astype(np.uint8))
+    def write(self, cells: Array, values: Values) -> None:
+        """See `Contents`; what is written was read somewhere, so it is there."""
+        np.bitwise_or.at(self.bits, cells >> 3, np.left_shift(1, cells & 7).astype(np.uint8))
 
     def absent(self, values: Values) -> Array:
+        """See `Contents`."""
         return np.asarray(~values[0])
 
     def overlap(self, left: Values, right: Values) -> Array:
+        """There is one right content, so adding is always wrong."""
         return np.asarray(left[0] & right[0])
 
     def common(self, left: Values, right: Values, entry: int) -> list[int]:
+        """Nothing is contributed."""
         return []
 
     def add(self, left: Values, right: Values) -> Values:
-        return left
+        """See `overlap`."""
+        raise AssertionError("chunks that are only moved are never added")
 
-    def wrong(self, rank: int, places: Array, contributors: range) -> Array:
-        return self.absent(self.read(np.full(len(places), rank), places))
+    def wrong(self, cells: Array, contributors: range) -> Array:
+        """See `Contents`."""
+        return self.absent(self.read(cells))
 
-    def describe(self, rank: int, place: int) -> str:
+    def describe(self, cell: int) -> str:
+        """See `Contents`."""
         return "nothing"
 
-    def equal_bits(self) -> bool:
-        return True
+    def forms(self, cells: Array) -> Array:
+        """See `Contents`."""
+        return np.zeros(len(cells), np.uint64)
 
 
 def _members(words: Array) -> list[int]:

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from dtrain.collectives.dtypes import Array
-from dtrain.collectives.schedules.contents import Contents, Moved, Summed, Values
+from dtrain.collectives.schedules.contents import Contents, Moved, Summed, Values, choose, put, take
 from dtrain.collectives.schedules.deadlock import waiting_cycle
 from dtrain.collectives.schedules.refusal import ScheduleError, ranks_text
-from dtrain.collectives.schedules.rounds import Messages, Round, rounds
+from dtrain.collectives.schedules.rounds import Folds, Messages, Round, rounds
 from dtrain.collectives.schedules.schedule import Schedule, chunk_list
 
 
@@ -52,193 +52,197 @@ class _Prover:
         self.step = 0
         self.contents: Contents = (Summed if self.spec.reduces else Moved)(schedule)
         for rank in range(self.size):
-            self.contents.give(rank, np.asarray(self.spec.given(rank), np.int64))
+            self.contents.give(rank, self.cells(rank, self.spec.given(rank)))
         self.sent, self.received, self.added = (np.zeros(self.size, np.int64) for _ in range(3))
         self.messages = 0
+
+    def cells(self, rank: int, chunks: range) -> Array:
+        """The numbers of these places of a rank; see `Contents`."""
+        return rank * self.places + np.arange(chunks.start, chunks.stop, chunks.step)
 
     def run(self) -> Proof:
         steps = 0
         for self.step, round_ in enumerate(rounds(self.schedule)):
-            steps += len(round_.receives) + len(round_.sends) > 0
-            self.check(round_.sends, "sends")
-            self.check(round_.receives, "receives")
-            self.exchange(round_)
+            if len(round_.sends) or len(round_.receives):
+                steps += 1
+                self.exchange(round_)
             for folds in round_.folds:
-                self.fold(folds.rank, folds.into, folds.chunks)
+                self.fold(folds)
         self.step += 1
-        self.finish()
-        return Proof(
-            steps,
-            self.messages,
-            *(count * self.spec.weight for count in (self.sent, self.received, self.added)),
-            equal_bits=self.contents.equal_bits(),
-            ordered=self.contents.ordered,
-        )
-
-    def check(self, messages: Messages, verb: str) -> None:
-        """Peers and chunks exist."""
-        wrong = (messages.peer < 0) | (messages.peer >= self.size) | (messages.peer == messages.rank)
-        if wrong.any():
-            m = int(wrong.argmax())
-            peer = int(messages.peer[m])
-            what = "itself" if peer == messages.rank[m] else f"rank {peer}, which does not exist"
-            self.refuse(int(messages.rank[m]), f"{verb} {'to' if verb == 'sends' else 'from'} {what}", messages, m)
-        wrong = (messages.chunks < 0) | (messages.chunks >= self.places)
-        if wrong.any():
-            chunk = int(messages.chunks[wrong.argmax()])
-            rank = int(messages.each(messages.rank)[wrong.argmax()])
-            raise self.error(rank, chunk, f"{verb} it, but there are only chunks 0 to {self.places - 1}")
+        equal_bits = self.finish()
+        shares = (count * self.spec.weight for count in (self.sent, self.received, self.added))
+        return Proof(steps, self.messages, *shares, equal_bits=equal_bits, ordered=self.contents.ordered)
 
     def exchange(self, round_: Round) -> None:
         """Match, read what is sent, then write what arrives."""
         sends, receives = round_.sends, round_.receives
-        by_pair, arrivals = (
-            np.argsort(low * self.size + high, kind="stable")
-            for low, high in ((sends.rank, sends.peer), (receives.peer, receives.rank))
-        )
-        if not self.matched(sends, by_pair, receives, arrivals):
+        by_pair = np.argsort(sends.rank * self.size + sends.peer, kind="stable")
+        arrivals = np.argsort(receives.peer * self.size + receives.rank, kind="stable")
+        sent_entries, entries = sends.entries(by_pair), receives.entries(arrivals)
+        if not self.matched(sends, by_pair, sent_entries, receives, arrivals, entries):
             self.explain(round_)
-        if not len(receives):
-            return
+        for messages, verb in ((sends, "sends"), (receives, "receives")):
+            if len(messages.chunks) and messages.chunks.view(np.uint64).max() >= self.places:
+                self.refuse_chunks(messages, verb)
         self.messages += len(sends)
-        source = sends.each(sends.rank)
-        read = self.contents.read(source, sends.chunks)
-        if (absent := self.contents.absent(read)).any():
-            e = int(absent.argmax())
-            owner = f"sends it to rank {sends.each(sends.peer)[e]}, but does not have it"
-            raise self.error(int(source[e]), int(sends.chunks[e]), owner)
         np.add.at(self.sent, sends.rank, sends.counts)
         np.add.at(self.received, receives.rank, receives.counts)
-        # The values, from the order of the sends to that of the receives.
-        sent_entries, entries = _entries(sends, by_pair), _entries(receives, arrivals)
-        values = self.contents.take(read, sent_entries)
-        target, place = receives.each(receives.rank)[entries], receives.chunks[entries]
-        origin, reduce = receives.each(receives.peer)[entries], receives.each(receives.reduce)[entries]
-        self.check_hazards(sends, target, place, reduce)
-        plain = ~reduce
-        if plain.all():
-            self.contents.write(target, place, values)
-            return
-        self.contents.write(target[plain], place[plain], self.contents.take(values, plain))
-        self.reduce(target[reduce], place[reduce], origin[reduce], self.contents.take(values, reduce))
 
-    def matched(self, sends: Messages, by_pair: Array, receives: Messages, arrivals: Array) -> bool:
-        """Whether the sends are the receives."""
+        read = sends.each(sends.rank) * self.places + sends.chunks
+        values = self.contents.read(read)
+        if (absent := self.contents.absent(values)).any():
+            e = int(absent.argmax())
+            peer = sends.each(sends.peer)[e]
+            raise self.error(*divmod(int(read[e]), self.places), f"is sent to rank {peer}, but is not there")
+        values = take(values, sent_entries)  # from the order of the sends to that of the receives
+        landing = (receives.each(receives.rank) * self.places + receives.chunks)[entries]
+        reduce, origin = receives.each(receives.reduce)[entries], receives.each(receives.peer)[entries]
+        in_order = np.sort(landing)
+        alone = not (in_order[1:] == in_order[:-1]).any()
+        if not reduce.any():
+            self.check_hazards(read, landing, landing, alone)
+            self.contents.write(landing, values)
+        elif reduce.all():
+            self.reduce(landing, origin, values, alone)
+        else:
+            self.check_hazards(read, landing[~reduce], landing, alone)
+            self.contents.write(landing[~reduce], take(values, ~reduce))
+            self.reduce(landing[reduce], origin[reduce], take(values, reduce), alone)
+
+    def matched(
+        self, sends: Messages, by_pair: Array, sent: Array, receives: Messages, arrivals: Array, received: Array
+    ) -> bool:
+        """Whether the sends are the receives; their ranks and peers exist then, as no rank beyond has any steps."""
         return (
             len(sends) == len(receives)
-            and np.array_equal(sends.rank[by_pair], receives.peer[arrivals])
-            and np.array_equal(sends.peer[by_pair], receives.rank[arrivals])
-            and np.array_equal(sends.counts[by_pair], receives.counts[arrivals])
-            and np.array_equal(
-                sends.chunks[_entries(sends, by_pair)] % self.parts,
-                receives.chunks[_entries(receives, arrivals)] % self.parts,
-            )
+            and bool((sends.rank[by_pair] == receives.peer[arrivals]).all())
+            and bool((sends.peer[by_pair] == receives.rank[arrivals]).all())
+            and not (sends.rank == sends.peer).any()
+            and (sends.single and receives.single or np.array_equal(sends.counts[by_pair], receives.counts[arrivals]))
+            and bool((sends.chunks[sent] % self.parts == receives.chunks[received] % self.parts).all())
         )
 
-    def check_hazards(self, sends: Messages, target: Array, place: Array, reduce: Array) -> None:
+    def check_hazards(self, read: Array, plain: Array, landing: Array, alone: bool) -> None:
         """What arrives without being added lands in place: nobody may send from there, or write there, meanwhile."""
-        landing = target * self.places + place
-        plain = landing[~reduce]
-        if not len(plain):
-            return
-        read = sends.each(sends.rank) * self.places + sends.chunks
-        overwritten = np.isin(plain, read)
-        if overwritten.any():
-            rank, chunk = divmod(int(plain[overwritten.argmax()]), self.places)
-            raise self.error(rank, chunk, "is overwritten by what arrives, in the step in which it is sent")
-        unique, counts = np.unique(landing, return_counts=True)
-        twice = np.isin(unique[counts > 1], plain)
-        if twice.any():
-            rank, chunk = divmod(int(unique[counts > 1][twice.argmax()]), self.places)
-            raise self.error(rank, chunk, "is written twice in one step")
+        in_order = np.sort(plain)
+        at = np.minimum(np.searchsorted(in_order, read), len(plain) - 1)
+        if (overwritten := in_order[at] == read).any():
+            text = "is overwritten by what arrives, in the step in which it is sent"
+            raise self.error(*divmod(int(read[overwritten.argmax()]), self.places), text)
+        if not alone:
+            cells, counts = np.unique(landing, return_counts=True)
+            twice = np.intersect1d(cells[counts > 1], plain)
+            if len(twice):
+                raise self.error(*divmod(int(twice[0]), self.places), "is written twice in one step")
 
-    def reduce(self, target: Array, place: Array, origin: Array, values: Values) -> None:
+    def reduce(self, landing: Array, origin: Array, values: Values, alone: bool) -> None:
         """Fold the arrivals and what the target has, from the left in the order of the ranks."""
         if not self.spec.reduces:
             text = f"what rank {origin[0]} sends is added to it, but {self.spec.collective} only moves chunks"
-            raise self.error(int(target[0]), int(place[0]), text)
+            raise self.error(*divmod(int(landing[0]), self.places), text)
+        target = landing // self.places
         np.add.at(self.added, target, 1)
-        own = self.contents.read(target, place)
+        own = self.contents.read(landing)
         if (absent := self.contents.absent(own)).any():
             e = int(absent.argmax())
-            raise self.error(
-                int(target[e]), int(place[e]), f"what rank {origin[e]} sends is added to it, but it is empty"
-            )
-        key = target * self.places + place
-        if len(np.unique(key)) == len(key):  # one arrival for each place
+            text = f"what rank {origin[e]} sends is added to it, but it is empty"
+            raise self.error(*divmod(int(landing[e]), self.places), text)
+        if alone:  # one arrival for each cell
             before = origin < target
-            left, right = self.contents.choose(before, values, own), self.contents.choose(before, own, values)
-            self.contents.write(target, place, self.add(target, place, left, right))
+            self.contents.write(landing, self.add(landing, choose(before, values, own), choose(before, own, values)))
             return
-        order = np.lexsort((origin, key))
-        first = np.flatnonzero(np.diff(key[order], prepend=-1))
+        order = np.lexsort((origin, landing))
+        first = np.flatnonzero(np.diff(landing[order], prepend=-1))
         lengths = np.diff(first, append=len(order))
-        rank, chunk = target[order][first], place[order][first]
-        mine, has_mine = self.contents.take(own, order[first]), np.zeros(len(first), bool)
+        cells, rank = landing[order][first], target[order][first]
+        mine, has_mine = take(own, order[first]), np.zeros(len(first), bool)
         position, total = np.zeros(len(first), np.int64), mine
         for turn in range(int(lengths.max()) + 1):
-            # Each place that still misses something adds its next arrival, or its own content when that is due.
+            # Each cell that still misses something adds its next arrival, or its own content when that is due.
             arrival = order[np.minimum(first + position, len(order) - 1)]
             due = ~has_mine & ((position == lengths) | (origin[arrival] > rank))
-            value = self.contents.choose(due, mine, self.contents.take(values, arrival))
+            value = choose(due, mine, take(values, arrival))
             position, has_mine = position + ~due, has_mine | due
             if turn == 0:
                 total = value
                 continue
             left_over = np.flatnonzero(turn <= lengths)
-            part = self.contents.take(total, left_over), self.contents.take(value, left_over)
-            total = self.contents.put(total, left_over, self.add(rank[left_over], chunk[left_over], *part))
-        self.contents.write(rank, chunk, total)
+            put(total, left_over, self.add(cells[left_over], take(total, left_over), take(value, left_over)))
+        self.contents.write(cells, total)
 
-    def add(self, rank: Array, chunk: Array, left: Values, right: Values) -> Values:
+    def add(self, cells: Array, left: Values, right: Values) -> Values:
         """The sum of two contents; refused where they have a contribution in common."""
-        twice = self.contents.overlap(left, right)
-        if not self.spec.promise.idempotent and twice.any():
+        if not self.spec.promise.idempotent and (twice := self.contents.overlap(left, right)).any():
             e = int(twice.argmax())
             common = self.contents.common(left, right, e)
-            text = f"adds the contribution of {ranks_text(common)} a second time"
-            raise self.error(int(rank[e]), int(chunk[e]), text)
+            text = f"the contribution of {ranks_text(common)} is added a second time"
+            raise self.error(*divmod(int(cells[e]), self.places), text)
         return self.contents.add(left, right)
 
-    def fold(self, rank: Array, into: Array, chunks: Array) -> None:
+    def fold(self, folds: Folds) -> None:
         """Local folds."""
-        total: Values | None = None
-        for column in chunks.T:
-            if (other := (column - into) % self.parts != 0).any():
+        into = folds.rank * self.places + folds.into
+        total: Values = ()
+        for number, column in enumerate(folds.chunks.T):
+            if (other := (column - folds.into) % self.parts != 0).any():
                 e = int(other.argmax())
-                raise self.error(int(rank[e]), int(column[e]), f"is folded into place {into[e]}, another chunk's")
-            value = self.contents.read(rank, column)
+                raise self.error(
+                    int(folds.rank[e]), int(column[e]), f"is folded into place {folds.into[e]}, not its own"
+                )
+            value = self.contents.read(folds.rank * self.places + column)
             if (absent := self.contents.absent(value)).any():
                 e = int(absent.argmax())
-                raise self.error(int(rank[e]), int(column[e]), f"is folded into chunk {into[e]}, but it is empty")
-            total = value if total is None else self.add(rank, into, total, value)
-        assert total is not None
-        self.added[rank] += chunks.shape[1] - 1
-        self.contents.write(rank, into, total)
+                text = f"is folded into place {folds.into[e]}, but is not there"
+                raise self.error(int(folds.rank[e]), int(column[e]), text)
+            total = self.add(into, total, value) if number else value
+        self.added[folds.rank] += folds.chunks.shape[1] - 1
+        self.contents.write(into, total)
 
-    def finish(self) -> None:
-        """The post-condition."""
+    def finish(self) -> bool:
+        """The post-condition; True where all who want a chunk have the same bits of it."""
+        first = np.zeros(self.places, np.uint64)
+        known, equal = np.zeros(self.places, bool), True
         for rank in range(self.size):
-            chunks = np.asarray(self.spec.wanted(rank), np.int64)
-            contributors = self.spec.contributors(rank)
-            wrong = self.contents.wrong(rank, chunks, contributors)
-            if wrong.any():
-                chunk = int(chunks[wrong.argmax()])
-                found = self.contents.describe(rank, chunk)
+            wanted, contributors = self.spec.wanted(rank), self.spec.contributors(rank)
+            cells = self.cells(rank, wanted)
+            if (wrong := self.contents.wrong(cells, contributors)).any():
+                cell = int(cells[wrong.argmax()])
                 expected = f"the sum of {ranks_text(contributors)}" if self.spec.reduces else "the chunk"
-                raise self.error(rank, chunk, f"after the last step: expected {expected}, found {found}")
+                text = f"after the last step: expected {expected}, found {self.contents.describe(cell)}"
+                raise self.error(*divmod(cell, self.places), text)
+            if contributors == range(self.size) and not self.spec.promise.idempotent:  # not in a scan or a barrier
+                chunks, forms = cells - rank * self.places, self.contents.forms(cells)
+                fresh = ~known[chunks]
+                first[chunks[fresh]] = forms[fresh]
+                known[chunks] = True
+                equal = equal and bool((first[chunks] == forms).all())
+        return equal
 
     # Refusals
 
     def error(self, rank: int, chunk: int | None, text: str) -> ScheduleError:
         return ScheduleError(self.schedule, rank, self.step, chunk, text)
 
-    def refuse(self, rank: int, text: str, messages: Messages, m: int) -> None:
-        chunks = messages.chunks_of(m)
-        raise self.error(rank, int(chunks[0]) if len(chunks) else None, text)
+    def refuse_chunks(self, messages: Messages, verb: str) -> None:
+        """Chunks that do not exist."""
+        e = int(((messages.chunks < 0) | (messages.chunks >= self.places)).argmax())
+        text = f"{verb} it, but there are only chunks 0 to {self.places - 1}"
+        raise self.error(int(messages.each(messages.rank)[e]), int(messages.chunks[e]), text)
+
+    def check_peers(self, messages: Messages, verb: str) -> None:
+        """Peers that do not exist, or are the rank itself."""
+        wrong = (messages.peer < 0) | (messages.peer >= self.size) | (messages.peer == messages.rank)
+        if wrong.any():
+            m = int(wrong.argmax())
+            peer, chunks = int(messages.peer[m]), messages.chunks_of(m)
+            who = "itself" if peer == messages.rank[m] else f"rank {peer}, which does not exist"
+            first = int(chunks[0]) if len(chunks) else None
+            raise self.error(int(messages.rank[m]), first, f"{verb} {who}")
 
     def explain(self, round_: Round) -> None:
         """Say which message of this step has no partner, and whether the ranks would wait for one another for ever."""
+        self.check_peers(round_.sends, "sends to")
+        self.check_peers(round_.receives, "receives from")
         cycle = waiting_cycle(self.schedule)
         if cycle is not None:
             raise ScheduleError(self.schedule, *cycle)
@@ -267,15 +271,6 @@ class _Prover:
                         f"expects chunks {chunk_list(theirs)} from rank {source}, which sends {chunk_list(mine)}",
                     )
         raise AssertionError("messages that do not match, and no reason found")
-
-
-def _entries(messages: Messages, order: Array) -> Array:
-    """The indices of the chunks of the messages in this order."""
-    if len(messages.chunks) == len(messages):
-        return order
-    counts = messages.counts[order]
-    begin = np.cumsum(counts) - counts
-    return np.arange(int(counts.sum())) + np.repeat(messages.start[order] - begin, counts)
 
 
 def _by_pair(messages: Messages, outgoing: bool) -> dict[tuple[int, int], list[list[int]]]:

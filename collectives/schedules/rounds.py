@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from dtrain.collectives.dtypes import Array
-from dtrain.collectives.schedules.schedule import Fold, Receive, Schedule, Send, Step
+from dtrain.collectives.schedules.schedule import NONE, Fold, Receive, Schedule, Send, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,7 @@ class Messages:
     reduce: Array
     start: Array
     chunks: Array
+    single: bool  # one chunk in each message
 
     def __len__(self) -> int:
         return len(self.rank)
@@ -39,7 +40,15 @@ class Messages:
 
     def each(self, values: Array) -> Array:
         """One value per message, repeated for each of its chunks."""
-        return values if len(self.chunks) == len(self.rank) else np.repeat(values, self.counts)
+        return values if self.single else np.repeat(values, self.counts)
+
+    def entries(self, order: Array) -> Array:
+        """The indices into `chunks` of the messages in this order."""
+        if self.single:
+            return order
+        counts = self.counts[order]
+        begin = np.cumsum(counts) - counts
+        return np.arange(int(counts.sum())) + np.repeat(self.start[order] - begin, counts)
 
     def chunks_of(self, message: int) -> Array:
         """The chunks of one message."""
@@ -80,21 +89,30 @@ def rounds(schedule: Schedule) -> Iterator[Round]:
 
 def table(steps: Sequence[Step]) -> Round:
     """The table of one step, from the steps of rank 0, 1, ..."""
-    sends = [(rank, s) for rank, step in enumerate(steps) for s in step.sends if s.when]
-    receives = [(rank, r) for rank, step in enumerate(steps) for r in step.receives if r.when]
+    sends = [(rank, s, _numbers(s)) for rank, step in enumerate(steps) for s in step.sends if s.when]
+    receives = [(rank, r, _numbers(r)) for rank, step in enumerate(steps) for r in step.receives if r.when]
     folds = [(rank, f) for rank, step in enumerate(steps) for f in step.folds]
     return Round(_flatten(sends), _flatten(receives), tuple(_single(rank, fold) for rank, fold in folds))
 
 
-def _flatten(messages: Sequence[tuple[int, Any]]) -> Messages:
-    lengths = [len(message.chunks) for _, message in messages]
+def _numbers(message: Send | Receive) -> Sequence[int]:
+    return [chunk for chunk in message.chunks if chunk != NONE] if NONE in message.chunks else message.chunks
+
+
+def _flatten(messages: Sequence[tuple[int, Any, Sequence[int]]]) -> Messages:
+    lengths = [len(chunks) for _, _, chunks in messages]
     return Messages(
-        np.array([rank for rank, _ in messages], np.int64),
-        np.array([message.peer for _, message in messages], np.int64),
-        np.array([getattr(message, "reduce", False) for _, message in messages], bool),
-        np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64),
-        np.fromiter(chain.from_iterable(message.chunks for _, message in messages), np.int64, sum(lengths)),
+        np.array([rank for rank, _, _ in messages], np.int64),
+        np.array([message.peer for _, message, _ in messages], np.int64),
+        np.array([getattr(message, "reduce", False) for _, message, _ in messages], bool),
+        _offsets(lengths),
+        np.fromiter(chain.from_iterable(chunks for _, _, chunks in messages), np.int64, sum(lengths)),
+        single=all(length == 1 for length in lengths),
     )
+
+
+def _offsets(counts: Any) -> Array:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
 
 
 def _single(rank: int, fold: Fold) -> Folds:
@@ -108,14 +126,15 @@ def _stack(messages: Sequence[Send] | Sequence[Receive], size: int) -> Messages:
         return parts[0]
     if not parts:
         none = np.zeros(0, np.int64)
-        return Messages(none, none, none.astype(bool), np.zeros(1, np.int64), none)
+        return Messages(none, none, none.astype(bool), np.zeros(1, np.int64), none, True)
     counts = np.concatenate([part.counts for part in parts])
     return Messages(
         np.concatenate([part.rank for part in parts]),
         np.concatenate([part.peer for part in parts]),
         np.concatenate([part.reduce for part in parts]),
-        np.concatenate([[0], np.cumsum(counts)]),
+        _offsets(counts),
         np.concatenate([part.chunks for part in parts]),
+        single=all(part.single for part in parts),
     )
 
 
@@ -127,7 +146,10 @@ def _over_ranks(message: Any, size: int) -> Messages:
         rank, peer, chunks = rank[chosen], peer[chosen], chunks[chosen]
     reduce = np.full(len(rank), getattr(message, "reduce", False))
     width = chunks.shape[1]
-    return Messages(rank, peer, reduce, np.arange(len(rank) + 1) * width, chunks.reshape(-1))
+    if width > 1 and (chunks == NONE).any():
+        there = chunks != NONE
+        return Messages(rank, peer, reduce, _offsets(there.sum(axis=1)), chunks[there], False)
+    return Messages(rank, peer, reduce, np.arange(len(rank) + 1) * width, chunks.reshape(-1), width == 1)
 
 
 def _stack_folds(step: Step, everyone: Array) -> tuple[Folds, ...]:

@@ -32,9 +32,15 @@ from typing import Any, NamedTuple
 from dtrain.collectives.schedules.specification import Specification, specification
 
 
+NONE = -1
+
+
 @dataclass(frozen=True, slots=True)
 class Send:
-    """One message to `peer`: the content of `chunks`, in this order. Not sent unless `when`."""
+    """One message to `peer`: the content of `chunks`, in this order. Not sent unless `when`.
+
+    A chunk NONE (-1) in the list is left out: so that lists of different lengths can be written for all ranks at once.
+    """
 
     peer: int
     chunks: Sequence[int]
@@ -184,7 +190,9 @@ def bind(
         promise = specification(collective, 1, 1).promise
         row = custom(algorithm, parts=1 if promise.blocks or promise.pairs else size)
     if size < 1 or not row.sizes(size):
-        raise ValueError(f"{title}: size={size}: not possible between so many ranks; {(row.sizes.__doc__ or '').strip()}")
+        raise ValueError(
+            f"{title}: size={size}: not possible between so many ranks; {(row.sizes.__doc__ or '').strip()}"
+        )
     if not 0 <= root < size:
         raise ValueError(f"{title}: root={root}: allowed: 0 to {size - 1}")
     unknown = set(parameters) - set(row.parameters)
@@ -219,7 +227,11 @@ def chunk_list(chunks: Iterable[int]) -> str:
 
 def _plain(step: Step) -> Step:
     return Step(
-        tuple(Send(int(s.peer), tuple(map(int, s.chunks))) for s in step.sends if s.when),
-        tuple(Receive(int(r.peer), tuple(map(int, r.chunks)), r.reduce) for r in step.receives if r.when),
-        tuple(Fold(int(f.into), tuple(map(int, f.chunks))) for f in step.folds),
+        tuple(Send(int(s.peer), _numbers(s.chunks)) for s in step.sends if s.when),
+        tuple(Receive(int(r.peer), _numbers(r.chunks), r.reduce) for r in step.receives if r.when),
+        tuple(Fold(int(f.into), _numbers(f.chunks)) for f in step.folds),
     )
+
+
+def _numbers(chunks: Sequence[int]) -> tuple[int, ...]:
+    return tuple(int(chunk) for chunk in chunks if chunk != NONE)

@@ -150,7 +150,9 @@ class Specification:
 
     def _check(self, counts: Array, shape: tuple[int, ...]) -> None:
         if counts.shape != shape or counts.min(initial=0) < 0:
-            raise ValueError(f"{self.collective}: counts of shape {counts.shape}; allowed: numbers from 0, shape {shape}")
+            raise ValueError(
+                f"{self.collective}: counts of shape {counts.shape}; allowed: numbers from 0, shape {shape}"
+            )
 
 
 def specification(collective: str, size: int, parts: int, root: int = 0) -> Specification:

@@ -16,7 +16,7 @@ bandwidth broadcast, reduction and scan", Parallel Computing 35, 2009.
 from collections.abc import Iterator
 
 from dtrain.collectives.schedules.doubling import ceil_log, distances, floor_log
-from dtrain.collectives.schedules.schedule import Cost, Receive, Send, Step
+from dtrain.collectives.schedules.schedule import NONE, Cost, Receive, Send, Step
 
 
 def broadcast(rank: int, size: int, root: int = 0) -> Iterator[Step]:
@@ -72,7 +72,7 @@ def gather(rank: int, size: int, root: int) -> Iterator[Step]:
                 Receive(
                     (rank + distance) % size,
                     _subtree(v + distance, distance, size, root),
-                    when=v % (2 * distance) == 0 and v + distance < size,
+                    when=(v % (2 * distance) == 0) & (v + distance < size),
                 )
             ],
         )
@@ -93,8 +93,8 @@ def gather_cost(size: int) -> Cost:
 
 
 def _subtree(v: int, distance: int, size: int, root: int) -> list[int]:
-    """The blocks of the `distance` ranks from v on, as far as there are any."""
-    return [(i + root) % size for i in range(v, min(v + distance, size))]
+    """The blocks of the `distance` ranks from v on, as far as there are any; NONE in place of the others."""
+    return [(i + root) % size * (i < size) + NONE * (i >= size) for i in (v + k for k in range(distance))]
 
 
 # The double binary tree
