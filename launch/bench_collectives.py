@@ -125,6 +125,7 @@ def _measure_size(
     slots = memory.slots(count)
     contestants = []
     for algorithm in _chosen(comm, options, collective):
+        reasons = []
         for placing in _placings(options, collective):
             places = [Place(comm, count, op, placing, *slot) for slot in slots]
             runs = [bench_cases.call(collective, algorithm, place) for place in places]
@@ -132,8 +133,9 @@ def _measure_size(
             reason = _impossible(contestant)
             if not reason:
                 contestants.append(contestant)
-            elif (note := f"{collective}, {placing}: {reason}") not in outcome.notes:
-                outcome.notes.append(note)
+            reasons.append(reason)
+        if all(reasons) and (note := f"{collective}, {algorithm}: {reasons[0]}") not in outcome.notes:
+            outcome.notes.append(note)
     triads = [source for source, _ in slots] if _has_bound(comm, size) else []
     pattern = Pattern(memory.dtype, op, comm.size)
     bandwidths = _run_blocks(comm, options, collective, contestants, pattern, triads)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from html import escape
-from itertools import pairwise
 from typing import Any
 
 from dtrain.launch.bench_table import BOTH_WAYS, IN_PLACE, Row
@@ -101,12 +100,13 @@ def _panel(
     points = [point for line, _, _ in lines for point in line]
     sizes = sorted({size for size, _ in points})
     values = [value for _, value in points]
+    measured = [value for line, colour, _ in lines if colour != REFERENCE for _, value in line]
     if logarithmic:
         low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
         marks = [(float(power), _decimal(power)) for power in range(low, max(high, low + 1) + 1)]
         scale: Callable[[float], float] = math.log10
     else:
-        round_ones = ticks(0.0, max(values) or 1.0, 5)
+        round_ones = ticks(0.0, 1.3 * max(measured) or 1.0, 5)
         marks = [(tick, f"{tick:g}") for tick in round_ones]
         scale = float
     first, last = marks[0][0], marks[-1][0]
@@ -133,15 +133,16 @@ def _panel(
     middle = f"translate({left - 50} {top + HEIGHT / 2}) rotate(-90)"
     parts.append(f'<text transform="{middle}" text-anchor="middle">{escape(unit)}</text>')
     parts.append(f'<text x="{left + PANEL / 2}" y="{bottom + 37}" text-anchor="middle">size, bytes</text>')
+    # A frame of its own cuts off what lies beyond the axes: the limit, where caches are much faster than the calls.
+    parts.append(
+        f'<svg x="{left}" y="{top}" width="{PANEL + 4}" height="{HEIGHT}" viewBox="{left} {top} {PANEL + 4} {HEIGHT}">'
+    )
     for line, colour, dashes in lines:
         drawn = [(x(size), y(scale(value))) for size, value in line]
         parts += [f'<circle cx="{px:.1f}" cy="{py:.1f}" r="2.5" fill="{colour}"/>' for px, py in drawn]
-        for (ax, ay), (bx, by) in pairwise(drawn):
-            parts.append(
-                f'<path d="M{ax:.1f} {ay:.1f}L{bx:.1f} {by:.1f}" stroke="{colour}" stroke-width="2" '
-                f'stroke-dasharray="{dashes}"/>'
-            )
-    return parts
+        path = "L".join(f"{px:.1f} {py:.1f}" for px, py in drawn)
+        parts.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{dashes}"/>')
+    return [*parts, "</svg>"]
 
 
 def _decimal(power: int) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -79,21 +80,20 @@ def bench(
     told = tell if comm.rank == 0 else (lambda text: None)
     found = header(comm)
     check(comm, options)
-    for text in _header_lines(found, options):
+    memory = "private" if options.private or comm.node is None else "window"
+    for text in _header_lines(found, memory, options.cold):
         told(text)
     outcome = measure(comm, options, told) if options.collectives else Outcome([], {}, [])
     links = bench_p2p.measure(comm, options, told) if p2p else []
     rows = outcome.rows + [row for link in links for row in link.rows]
     for text in bench_table.footer(rows):
         told(text)
-    memory = "private" if options.private or comm.node is None else "window"
     result = {
         "config": {
-            "collectives": [*options.collectives, *(["p2p"] if p2p else [])],
+            **asdict(options),
+            "p2p": p2p,
             "ranks": comm.size,
             "memory": memory,
-            "cold": options.cold,
-            "warmup": options.warmup,
             "blocks": BLOCKS,
         },
         "header": found,
@@ -130,13 +130,13 @@ def _prepared(comm: Communicator, paths: Sequence[Path | None], compare_path: Pa
     return old
 
 
-def _header_lines(header: dict[str, Any], options: Options) -> Iterator[str]:
+def _header_lines(header: dict[str, Any], memory: str, cold: bool) -> Iterator[str]:
     yield (
         f"# dtrain {header['dtrain']}, {header['mpi']}, NumPy {header['numpy']}; {_plural(header['ranks'], 'rank')} on "
         f"{_plural(header['nodes'], 'node')}, {header['cores']} cores, {header['processor']}"
     )
-    where = "private memory" if options.private else "shared windows"
-    heat = "cold (more than twice the last-level cache in turn)" if options.cold else "hot"
+    where = "private memory" if memory == "private" else "shared windows"
+    heat = "cold (more than twice the last-level cache in turn)" if cold else "hot"
     yield (
         f"# arrays in {where}, {heat}; time: median over iterations of the maximum over ranks; bound: least time that "
         "memory allows / time; native: time of native / time"
