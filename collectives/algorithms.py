@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from dtrain.collectives import exchange, staged, window
+from dtrain.collectives import exchange, staged, window, window_moves
 from dtrain.collectives.arena import Place
 from dtrain.collectives.dtypes import Array
 
@@ -33,9 +33,15 @@ class Call:
     counts: Sequence[int] = ()  # elements per rank
     out_counts: Sequence[int] = ()  # all_to_all: elements from each rank
     root: int = 0
-    place: Place | None = None  # of the source in the arena
+    place: Place | None = None  # of the source (broadcast: of the target) in the arena, which all ranks have there
+    target_place: Place | None = None  # on the root of reduce and gather
     in_place: bool = False  # target is source
-    even: bool = False  # all_to_all: every block of every rank has counts[0] elements
+    alike: bool = False  # all_to_all: all ranks have the same counts
+
+    @property
+    def apart(self) -> Array:
+        """The source, in memory of its own: MPI takes no message from where it delivers one."""
+        return self.source.copy() if np.may_share_memory(self.source, self.target) else self.source
 
     @property
     def at_root(self) -> bool:
@@ -68,6 +74,9 @@ class Algorithm(NamedTuple):
 STAGED_BYTES = 256 * 1024
 STAGED_BROADCAST_BYTES = 1 << 20
 
+# Arrays in the window: above this length straight from there.
+WINDOW_BYTES = 4096
+
 
 def _alone(call: Call) -> bool:
     return call.transport.size == 1
@@ -75,6 +84,29 @@ def _alone(call: Call) -> bool:
 
 def _on_node(call: Call) -> bool:
     return call.node is not None
+
+
+def _in_window(call: Call) -> bool:
+    return call.place is not None
+
+
+def _even_on_node(call: Call) -> bool:
+    """All blocks of all ranks are equally long."""
+    return call.node is not None and call.alike and call.counts[0] == call.counts[-1]
+
+
+def _long(call: Call) -> bool:
+    """Worth a second synchronisation: the staging needs only one, and for what is this short, less time."""
+    return max(call.source.nbytes, call.target.nbytes) > WINDOW_BYTES
+
+
+def _long_gather(call: Call) -> bool:
+    return sum(call.counts) * call.source.itemsize > WINDOW_BYTES
+
+
+def _long_all_to_all(call: Call) -> bool:
+    """What is cut unevenly has no other way through shared memory, and its length is known to one rank alone."""
+    return not _even_on_node(call) or _long_gather(call)
 
 
 def _short(call: Call) -> bool:
@@ -117,6 +149,39 @@ def _window_reduce_scatter(call: Call) -> None:
     window.start_reduce_scatter(_node(call), call.source, call.place, call.target, call.counts, call.op).wait()
 
 
+def _window_reduce(call: Call) -> None:
+    assert call.place is not None
+    target = call.target if call.at_root else None
+    window.start_reduce(_node(call), call.source, call.place, target, call.target_place, call.op, call.root).wait()
+
+
+def _window_all_gather(call: Call) -> None:
+    assert call.place is not None
+    window_moves.start_all_gather(_node(call), call.source, call.place, call.target, call.counts).wait()
+
+
+def _window_all_to_all(call: Call) -> None:
+    assert call.place is not None
+    window_moves.start_all_to_all(
+        _node(call), call.source, call.place, call.target, call.counts, call.out_counts, call.alike
+    ).wait()
+
+
+def _window_broadcast(call: Call) -> None:
+    assert call.place is not None
+    window_moves.start_broadcast(_node(call), call.target, call.place, call.root).wait()
+
+
+def _window_gather(call: Call) -> None:
+    place, target = (call.target_place, call.target) if call.at_root else (call.place, None)
+    window_moves.start_gather(_node(call), call.source, place, target, call.counts, call.root).wait()
+
+
+def _window_scatter(call: Call) -> None:
+    source = call.source if call.at_root else None
+    window_moves.start_scatter(_node(call), source, call.place, call.target, call.counts, call.root).wait()
+
+
 def _native_all_reduce(call: Call) -> None:
     call.met("all_reduce", "native").all_reduce(call.source, call.target, call.op)
 
@@ -126,7 +191,7 @@ def _native_reduce_scatter(call: Call) -> None:
 
 
 def _native_all_gather(call: Call) -> None:
-    call.met("all_gather", "native", alike=False).all_gather(call.source, call.target, call.counts)
+    call.met("all_gather", "native", alike=False).all_gather(call.apart, call.target, call.counts)
 
 
 def _native_gather(call: Call) -> None:
@@ -137,7 +202,7 @@ def _native_gather(call: Call) -> None:
 
 def _native_scatter(call: Call) -> None:
     call.met("scatter", "native", alike=False).scatter(
-        call.source if call.at_root else None, call.target, call.counts, call.root
+        call.apart if call.at_root else None, call.target, call.counts, call.root
     )
 
 
@@ -150,7 +215,7 @@ def _staged_all_to_all(call: Call) -> None:
 
 
 def _native_all_to_all(call: Call) -> None:
-    call.met("all_to_all", "native", alike=False).all_to_all(call.source, call.target, call.counts, call.out_counts)
+    call.met("all_to_all", "native", alike=False).all_to_all(call.apart, call.target, call.counts, call.out_counts)
 
 
 def _native_reduce(call: Call) -> None:
@@ -196,18 +261,21 @@ REDUCE_SCATTER: dict[str, Algorithm] = {
 
 ALL_GATHER: dict[str, Algorithm] = {
     "copy": Algorithm(_copy, _alone),
+    "window": Algorithm(_window_all_gather, _in_window, _long_gather),
     "staged": Algorithm(lambda c: staged.all_gather(_node(c), c.source, c.target, c.counts), _on_node, _short_gather),
     "native": Algorithm(_native_all_gather, _several),
 }
 
 BROADCAST: dict[str, Algorithm] = {
     "copy": Algorithm(lambda call: None, _alone),
+    "window": Algorithm(_window_broadcast, _in_window, _long),
     "staged": Algorithm(lambda c: staged.broadcast(_node(c), c.target, c.root), _on_node, _short_broadcast),
     "native": Algorithm(_native_broadcast, _several),
 }
 
 REDUCE: dict[str, Algorithm] = {
     "copy": Algorithm(_copy, _alone),
+    "window": Algorithm(_window_reduce, _in_window, _long),
     "staged": Algorithm(lambda c: staged.all_reduce(_node(c), c.source, c.target, c.op, c.root), _on_node, _short),
     "native": Algorithm(_native_reduce, _reduces),
     "exchange": Algorithm(_exchange_reduce, _several),
@@ -215,18 +283,21 @@ REDUCE: dict[str, Algorithm] = {
 
 ALL_TO_ALL: dict[str, Algorithm] = {
     "copy": Algorithm(_copy, _alone),
-    "staged": Algorithm(_staged_all_to_all, lambda c: c.node is not None and c.even, _short_gather),
+    "window": Algorithm(_window_all_to_all, _in_window, _long_all_to_all),
+    "staged": Algorithm(_staged_all_to_all, _even_on_node, _short_gather),
     "native": Algorithm(_native_all_to_all, _several),
 }
 
 GATHER: dict[str, Algorithm] = {
     "copy": Algorithm(_copy, _alone),
+    "window": Algorithm(_window_gather, _in_window, _long_gather),
     "staged": Algorithm(_staged_gather, _on_node, _short_gather),
     "native": Algorithm(_native_gather, _several),
 }
 
 SCATTER: dict[str, Algorithm] = {
     "copy": Algorithm(_copy, _alone),
+    "window": Algorithm(_window_scatter, _in_window),
     "native": Algorithm(_native_scatter, _several),
 }
 

@@ -82,14 +82,13 @@ class Arena:
         return np.asarray(block)[:nbytes].view(dtype).reshape(shape)
 
     def place(self, array: Array) -> Place | None:
-        """Where a C-contiguous array lies, or None when it is not (cleanly) in this arena."""
+        """Where a C-contiguous array lies, or None when it is not in this arena."""
         root: object = array.base
         if isinstance(root, np.ndarray):
             root = root.base
         if not isinstance(root, Block) or root.arena is not self or not array.flags.c_contiguous:
             return None
-        offset = address(array) - root.address + root.offset
-        return None if offset % array.itemsize else (root.segment, offset)
+        return root.segment, address(array) - root.address + root.offset
 
     def parts(self, place: Place, count: int, dtype: np.dtype[Any]) -> list[Array]:
         """The arrays (count,) of all ranks at one place, in rank order."""
@@ -98,6 +97,20 @@ class Arena:
         if known is not None:
             return known
         segment, offset = place
+        views = self._segment_views(segment, dtype)
+        start = offset // dtype.itemsize
+        if len(self._parts) >= KNOWN_PARTS:
+            self._parts.clear()
+        parts = self._parts[key] = [view[start : start + count] for view in views]
+        return parts
+
+    def part(self, rank: int, place: Place, count: int, dtype: np.dtype[Any]) -> Array:
+        """The array (count,) of one rank at a place."""
+        start = place[1] // dtype.itemsize
+        return self._segment_views(place[0], dtype)[rank][start : start + count]
+
+    def _segment_views(self, segment: int, dtype: np.dtype[Any]) -> list[Array]:
+        """All parts of a segment as arrays of `dtype`, as long as they can be."""
         views = self._views.get((segment, dtype))
         if views is None:
             views = []
@@ -105,11 +118,7 @@ class Arena:
                 octets = np.frombuffer(part, np.uint8)
                 views.append(octets[: len(octets) // dtype.itemsize * dtype.itemsize].view(dtype))
             self._views[segment, dtype] = views
-        start = offset // dtype.itemsize
-        if len(self._parts) >= KNOWN_PARTS:
-            self._parts.clear()
-        parts = self._parts[key] = [view[start : start + count] for view in views]
-        return parts
+        return views
 
     def close(self) -> None:
         """Collective: unmap every segment in which no array is alive on any rank."""

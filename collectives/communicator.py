@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from dtrain.collectives import algorithms, staged, window
+from dtrain.collectives import algorithms, staged, window, window_moves
 from dtrain.collectives.algorithms import Call
 from dtrain.collectives.arena import Place
 from dtrain.collectives.dtypes import Array, address, cut, dtype_from_name, dtype_name, operation, starts
@@ -121,10 +121,10 @@ class Communicator:
         operation(op, array.dtype)
         result = _result(out, array.shape, array.dtype)
         self._settle()
-        source, target = _pair(array, result)
+        place = self._sum_place(array)
+        source, target = _pair(array, result, place is not None)
         if len(source):
-            call = Call(self.transport, self.node, source, target, op, place=self._place(source))
-            call.in_place = source is target
+            call = Call(self.transport, self.node, source, target, op, place=place, in_place=source is target)
             algorithms.run(algorithms.ALL_REDUCE, algorithm, call)
         return _deliver(target, result)
 
@@ -143,7 +143,7 @@ class Communicator:
             result = self.all_reduce(array, op)
             result.flags.writeable = False
             return result
-        place = self._place(source)
+        place = self._sum_place(source)
         key = (place, source.size, source.dtype)
         if key not in self._shared_results:
             home = node.arena.allocate((source.size,), source.dtype)
@@ -152,8 +152,8 @@ class Communicator:
         home, result = self._shared_results[key]
         if place is None:
             np.copyto(home, source)
-            place = self._place(home)
-        at = self._place(result)
+            place = self._sum_place(home)
+        at = self._sum_place(result)
         assert place is not None and at is not None
         shared = node.arena.parts(at, source.size, source.dtype)[0]
         window.start_all_reduce_shared(node, home, place, op, shared).wait()
@@ -181,7 +181,7 @@ class Communicator:
         elements = _elements(rows, array.shape)
         source, target = self._block_pair(array, result, elements)
         if len(source):
-            call = Call(self.transport, self.node, source, target, op, elements, place=self._place(source))
+            call = Call(self.transport, self.node, source, target, op, elements, place=self._sum_place(source))
             algorithms.run(algorithms.REDUCE_SCATTER, algorithm, call)
         return _deliver(target, result)
 
@@ -193,13 +193,16 @@ class Communicator:
         operation(op, array.dtype)
         self._check_rank("root", root)
         self._settle()
+        place = self._sum_place(array)
         if self.rank == root:
             result = _result(out, array.shape, array.dtype)
-            source, target = _pair(array, result)
+            source, target = _pair(array, result, place is not None)
         else:
             source, target = _flat(array), _NOTHING
         if len(source):
-            algorithms.run(algorithms.REDUCE, algorithm, Call(self.transport, self.node, source, target, op, root=root))
+            call = Call(self.transport, self.node, source, target, op, root=root, place=place)
+            call.target_place = self._sum_place(target)
+            algorithms.run(algorithms.REDUCE, algorithm, call)
         return _deliver(target, result) if self.rank == root else None
 
     # Movement
@@ -215,9 +218,10 @@ class Communicator:
         rows = self._gathered(array, counts)
         result = _result(out, (sum(rows), *array.shape[1:]), array.dtype)
         self._settle()
-        source, target = _apart(array, result)
+        place, counts = self._place(array), _elements(rows, array.shape)
+        source, target = _apart(array, result, place is not None, sum(counts[: self.rank]))
         if len(target):
-            call = Call(self.transport, self.node, source, target, counts=_elements(rows, array.shape))
+            call = Call(self.transport, self.node, source, target, counts=counts, place=place)
             algorithms.run(algorithms.ALL_GATHER, algorithm, call)
         return _deliver(target, result)
 
@@ -245,11 +249,12 @@ class Communicator:
             asked = np.array(rows, np.int64)
             received = self.all_to_all(asked).tolist()
         result = _result(out, (sum(received), *array.shape[1:]), array.dtype)
-        source, target = _apart(array, result)
-        call = Call(self.transport, self.node, source, target, counts=_elements(rows, array.shape))
+        place = self._place(array)
+        source, target = _apart(array, result, place is not None)
+        call = Call(self.transport, self.node, source, target, counts=_elements(rows, array.shape), place=place)
         call.out_counts = _elements(received, array.shape)
-        call.even = counts is None and out_counts is None and len(array) % self.size == 0
-        if not call.even or len(source):
+        call.alike = counts is None and out_counts is None
+        if not call.alike or len(source):
             algorithms.run(algorithms.ALL_TO_ALL, algorithm, call)
         return _deliver(target, result)
 
@@ -259,11 +264,10 @@ class Communicator:
         self._check_rank("root", root)
         result = _result(out, array.shape, array.dtype)
         self._settle()
-        target = _target(result)
-        if self.rank == root:
-            np.copyto(target, _flat(array))
+        target = self._sent(array, result, root)
         if len(target):
-            algorithms.run(algorithms.BROADCAST, algorithm, Call(self.transport, self.node, target, target, root=root))
+            call = Call(self.transport, self.node, target, target, root=root, place=self._place(target))
+            algorithms.run(algorithms.BROADCAST, algorithm, call)
         return _deliver(target, result)
 
     def gather(
@@ -279,13 +283,15 @@ class Communicator:
         self._check_rank("root", root)
         rows = self._gathered(array, counts)
         self._settle()
+        place, counts = self._place(array), _elements(rows, array.shape)
         if self.rank == root:
             result = _result(out, (sum(rows), *array.shape[1:]), array.dtype)
-            source, target = _apart(array, result)
+            source, target = _apart(array, result, place is not None, sum(counts[: self.rank]))
         else:
             source, target = _flat(array), _NOTHING
         if sum(rows):
-            call = Call(self.transport, self.node, source, target, counts=_elements(rows, array.shape), root=root)
+            call = Call(self.transport, self.node, source, target, counts=counts, root=root, place=place)
+            call.target_place = self._place(target)
             algorithms.run(algorithms.GATHER, algorithm, call)
         return _deliver(target, result) if self.rank == root else None
 
@@ -298,16 +304,18 @@ class Communicator:
         form: list[Any] | None = None
         if self.rank == root:
             array = _rows(array)
-            form = [self._counts("counts", counts, len(array)), list(array.shape[1:]), dtype_name(array.dtype)]
-        rows, width, name = self.broadcast_object(form, root)
+            place = self._place(array)
+            form = [self._counts("counts", counts, len(array)), list(array.shape[1:]), dtype_name(array.dtype), place]
+        rows, width, name, place = self.broadcast_object(form, root)
         result = _result(out, (rows[self.rank], *width), dtype_from_name(name))
         if self.rank == root:
-            source, target = _apart(_rows(array), result)
+            source, target = _apart(_rows(array), result, place is not None)
         else:
             source, target = _NOTHING, _target(result)
         if sum(rows):
             elements = _elements(rows, (0, *width))
             call = Call(self.transport, self.node, source, target, counts=elements, root=root)
+            call.place = None if place is None else (place[0], place[1])
             algorithms.run(algorithms.SCATTER, "auto", call)
         return _deliver(target, result)
 
@@ -345,8 +353,8 @@ class Communicator:
         array = np.asarray(array)
         operation(op, array.dtype)
         result = _result(out, array.shape, array.dtype)
-        source, target = _pair(array, result)
-        place = self._place(source)
+        place = self._sum_place(array)
+        source, target = _pair(array, result, place is not None)
         if place is not None and source is target and self.node is not None and len(source):
             request = window.start_all_reduce(self.node, source, place, op)
             self.node.progress()
@@ -366,7 +374,7 @@ class Communicator:
         result = _result(out, (rows[self.rank], *array.shape[1:]), array.dtype)
         elements = _elements(rows, array.shape)
         source, target = self._block_pair(array, result, elements)
-        place = self._place(source)
+        place = self._sum_place(source)
         if place is not None and self.node is not None and len(source):
             work = window.start_reduce_scatter(self.node, source, place, target, elements, op)
             self.node.progress()
@@ -382,11 +390,16 @@ class Communicator:
         array = _rows(array)
         rows = self._gathered(array, counts)
         result = _result(out, (sum(rows), *array.shape[1:]), array.dtype)
-        source, target = _apart(array, result)
+        place, elements = self._place(array), _elements(rows, array.shape)
+        source, target = _apart(array, result, place is not None, sum(elements[: self.rank]))
         if self.size == 1 or not len(target):
             return self._defer(lambda: self.all_gather(array, result, rows), result)
+        if place is not None and self.node is not None:
+            work = window_moves.start_all_gather(self.node, source, place, target, elements)
+            self.node.progress()
+            return Work(work, lambda: _deliver(target, result))
         self._note("all_gather")
-        request = self.transport.start_all_gather(source, target, _elements(rows, array.shape))
+        request = self.transport.start_all_gather(source, target, elements)
         return self._started(request, target, result)
 
     def broadcast_async(self, array: Any, root: int = 0, out: Array | None = None) -> Work:
@@ -394,11 +407,14 @@ class Communicator:
         array = np.asarray(array)
         self._check_rank("root", root)
         result = _result(out, array.shape, array.dtype)
-        target = _target(result)
-        if self.rank == root:
-            np.copyto(target, _flat(array))
+        target = self._sent(array, result, root)
         if self.size == 1 or not len(target):
             return Work(None, lambda: _deliver(target, result))
+        place = self._place(target)
+        if place is not None and self.node is not None:
+            work = window_moves.start_broadcast(self.node, target, place, root)
+            self.node.progress()
+            return Work(work, lambda: _deliver(target, result))
         self._note("broadcast", "", target)
         return self._started(self.transport.start_broadcast(target, root), target, result)
 
@@ -433,8 +449,14 @@ class Communicator:
 
     # Checks
 
-    def _place(self, source: Array) -> Place | None:
-        return None if self._node is None else self._node.arena.place(source)
+    def _place(self, array: Array) -> Place | None:
+        """Where the bytes of array lie in the window; None: elsewhere."""
+        return None if self._node is None or not array.dtype.isnative else self._node.arena.place(array)
+
+    def _sum_place(self, array: Array) -> Place | None:
+        """`_place`, if the peers can address single elements there."""
+        place = self._place(array)
+        return None if place is None or place[1] % array.itemsize else place
 
     def _started(self, request: Request, target: Array, result: Array) -> Work:
         """The work of a request of the transport; it is helped along in every wait."""
@@ -445,12 +467,21 @@ class Communicator:
         if self.node is not None:
             self.node.note(name, "native", op, array)
 
+    def _sent(self, array: Array, result: Array, root: int) -> Array:
+        """What is broadcast: the target, which holds the array on rank root."""
+        target = _target(result)
+        if self.rank == root and target.size:
+            source = _flat(array)
+            if address(source) != address(target):
+                np.copyto(target, source)
+        return target
+
     def _block_pair(self, array: Array, result: Array, counts: Sequence[int]) -> tuple[Array, Array]:
         """Source and target of a reduce_scatter; in place, the result is this rank's block of array."""
         source, target = _flat(array), _target(result)
         if self.size > 1 and np.may_share_memory(source, target):
             own = starts(counts)[self.rank]
-            if address(target) != address(source) + own * source.itemsize or self._place(source) is None:
+            if address(target) != address(source) + own * source.itemsize or self._sum_place(source) is None:
                 source = source.copy()
         return source, target
 
@@ -573,7 +604,7 @@ def _flat(array: Array) -> Array:
     return flat
 
 
-def _pair(array: Array, result: Array) -> tuple[Array, Array]:
+def _pair(array: Array, result: Array, shared: bool) -> tuple[Array, Array]:
     """Source and target of an all_reduce: the same object when they are the same memory, disjoint otherwise."""
     target = _target(result)
     if array is result:
@@ -581,15 +612,26 @@ def _pair(array: Array, result: Array) -> tuple[Array, Array]:
             return target, target
         return _flat(array), target
     source = _flat(array)
-    if np.may_share_memory(source, target):
-        return (target, target) if address(source) == address(target) else (source.copy(), target)
-    return source, target
+    if np.may_share_memory(source, target) and address(source) == address(target):
+        return target, target
+    return _disjoint(source, target, shared)
 
 
-def _apart(array: Array, result: Array) -> tuple[Array, Array]:
-    """Source and target in disjoint memory; in place, the source is a copy."""
+def _apart(array: Array, result: Array, shared: bool, own: int | None = None) -> tuple[Array, Array]:
+    """Source and target in disjoint memory; or, with `own`, the source exactly at this element of the target."""
     source, target = _flat(array), _target(result)
-    return (source.copy() if np.may_share_memory(source, target) else source), target
+    if shared and own is not None and len(source) and address(source) == address(target) + own * source.itemsize:
+        return source, target
+    return _disjoint(source, target, shared)
+
+
+def _disjoint(source: Array, target: Array, shared: bool) -> tuple[Array, Array]:
+    """The same where they do not overlap; else a copy of the source, or, where that must stay in the window
+    (`shared`), a stand-in for the target that `_deliver` copies when all peers have read the source.
+    """
+    if not np.may_share_memory(source, target):
+        return source, target
+    return (source, np.empty_like(target)) if shared else (source.copy(), target)
 
 
 def _target(result: Array) -> Array:
@@ -601,7 +643,7 @@ def _target(result: Array) -> Array:
 
 def _deliver(target: Array, result: Array) -> Array:
     """The result, after copying a stand-in into it."""
-    if not (result.flags.c_contiguous and result.dtype.isnative):
+    if target.size and not np.may_share_memory(target, result):
         np.copyto(result, target.reshape(result.shape))
     return result
 

@@ -225,8 +225,8 @@ class Node:
         self.await_arrived(work.number, work.sources)
         if not self._pending or self._pending[0] is not work:
             return  # done by `progress` within the wait
+        self._pending.popleft()  # first: what fails is not tried again
         work.compute()
-        self._pending.popleft()
         self.reduced(work.number)
 
     # Staging

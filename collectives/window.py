@@ -146,3 +146,28 @@ def start_reduce_scatter(
     stop = start + counts[node.rank]
     number = node.begin("reduce_scatter", "window", op, source, place, hash(tuple(counts)))
     return WindowWork(node, number, lambda: reduce_into(OPERATIONS[op], parts, start, stop, [target]))
+
+
+def start_reduce(
+    node: Node, source: Array, place: Place, target: Array | None, at: Place | None, op: str, root: int
+) -> WindowWork:
+    """Target on root = the sum of all ranks' arrays at this place; `at`: the place of root's target.
+
+    Where root's target lies in the window (it may be root's source), every rank adds up its slice straight into it;
+    otherwise root adds up everything.
+    """
+    count = source.size
+    parts = node.arena.parts(place, count, source.dtype)
+    start, stop = owned(count, node.rank, node.size)
+    aside = (-1, 0) if at is None else at
+    number = node.begin("reduce", "window", op, source, place, root, aside)
+
+    def compute() -> None:
+        goal = node.aside(root, number) if node.rank != root else at
+        if goal is not None:
+            result = node.arena.part(root, goal, count, source.dtype)[start:stop]
+            reduce_into(OPERATIONS[op], parts, start, stop, [result])
+        elif target is not None:
+            reduce_into(OPERATIONS[op], parts, 0, count, [target])
+
+    return WindowWork(node, number, compute)
