@@ -1,7 +1,7 @@
 """`dtrain bench all_reduce|...|all`: times of collectives, their algorithms side by side within one run.
 
     for each size:   block 1   A  B  C        each: new data, one checked run, then timed iterations
-                     block 2   B  C  A        so that a busy moment of the machine falls on all contestants
+                     block 2   C  B  A        so that a busy moment of the machine falls on all contestants
                      ...
 
 Timing rule: all ranks leave a barrier, each takes the time of its own call, the maximum over ranks is the time of the
@@ -204,8 +204,7 @@ def _run_blocks(
     for block in range(BLOCKS):
         if triads:
             bandwidths.append(bench_memory.triad(comm, triads))
-        first = block % max(1, len(contestants))
-        for each in contestants[first:] + contestants[:first]:
+        for each in contestants[:: -1 if block % 2 else 1]:
             turn += 1
             each.wrong += _checked_run(collective, each, pattern, turn)
             for run in each.runs if options.cold and block == 0 else each.runs[:1] * (options.warmup - 1):
