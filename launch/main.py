@@ -110,6 +110,43 @@ def show_graph(config: Path, overrides: tuple[str, ...], output: Path) -> None:
     failures.on_rank_0(lambda: graph(loaded, output))
 
 
+def _assignments(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> dict[str, int]:
+    pairs = [part.partition("=") for part in value]
+    try:
+        return {key: int(number) for key, _, number in pairs}
+    except ValueError:
+        raise click.BadParameter(f"{' '.join(value)}: must be KEY=NUMBER, such as segments=8") from None
+
+
+@show.command("collective")
+@click.argument("collective")
+@click.option("--algorithm", default="all", show_default=True, help="One, or with --simulate several, by commas.")
+@click.option("--ranks", default=8, show_default=True, type=click.IntRange(1), help="How many.")
+@click.option("--root", default=0, show_default=True, type=click.IntRange(0), help="The root, where there is one.")
+@click.option("--set", "parameters", multiple=True, callback=_assignments, metavar="KEY=NUMBER", help="As segments=8.")
+@click.option("--simulate", type=click.Path(path_type=Path), metavar="CLUSTER.yaml", help="Time it on this cluster.")
+@click.option("--sizes", default="1K:1G", show_default=True, help="Bytes to simulate, such as 1K:1G or 4K,1M.")
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="Write the picture to this SVG.")
+def show_collective(
+    collective: str,
+    algorithm: str,
+    ranks: int,
+    root: int,
+    parameters: dict[str, int],
+    simulate: Path | None,
+    sizes: str,
+    output: Path | None,
+) -> None:
+    """Show how a COLLECTIVE such as all_reduce works: who sends what to whom in which step, proven to be right.
+
+    With --simulate, how long its algorithms take on a cluster, and from which size on which one is the fastest.
+    examples/cluster.yaml describes such a cluster.
+    """
+    from dtrain.launch.show_collective import show_collective
+
+    failures.on_rank_0(lambda: show_collective(collective, algorithm, ranks, parameters, root, simulate, sizes, output))
+
+
 @cli.group()
 def bench() -> None:
     """Measure, always as ratios within one run."""

@@ -8,6 +8,7 @@ reverse of Bruck's all_gather, which is what NCCL's PAT and HCCL's NHR are for o
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 from dtrain.collectives.schedules.doubling import ceil_log, distances
 from dtrain.collectives.schedules.schedule import Cost, Fold, Receive, Send, Step
@@ -82,7 +83,7 @@ def circulant_reduce_scatter(rank: int, size: int) -> Iterator[Step]:
     5 ranks:   blocks r+3, r+4 to rank r+3    block r+2 to rank r+2    block r+1 to rank r+1
     """
     spans = skips(size)
-    for span, skip in zip(spans, spans[1:], strict=False):
+    for span, skip in pairwise(spans):
         yield Step(
             [Send((rank + skip) % size, [(rank + i) % size for i in range(skip, span)])],
             [Receive((rank - skip) % size, [(rank + i) % size for i in range(span - skip)], reduce=True)],
@@ -99,7 +100,7 @@ def circulant_all_reduce(rank: int, size: int) -> Iterator[Step]:
     for a reduce-scatter with an all-gather."""
     yield from circulant_reduce_scatter(rank, size)
     spans = skips(size)[::-1]
-    for skip, span in zip(spans, spans[1:], strict=False):
+    for skip, span in pairwise(spans):
         yield Step(
             [Send((rank - skip) % size, [(rank + i) % size for i in range(span - skip)])],
             [Receive((rank + skip) % size, [(rank + i) % size for i in range(skip, span)])],

@@ -15,7 +15,6 @@ from dtrain.collectives.dtypes import Array
 from dtrain.collectives.schedules.refusal import ranks_text
 from dtrain.collectives.schedules.schedule import Schedule
 
-
 Values = tuple[Array, ...]
 
 

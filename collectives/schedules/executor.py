@@ -1,7 +1,7 @@
 """Run a schedule between real ranks, over the point-to-point messages of a communicator.
 
-    rank 0   send c0 │ c0' │ c0''    ─►      messages longer than `segment_bytes` are cut; all of a step are under way at
-             recv c3 │ c3' │ c3''    ◄─      once, and a segment is added while the next ones arrive
+    rank 0   send c0 │ c0' │ c0''    ─►      messages longer than `segment_bytes` are cut; all of a step are under way
+             recv c3 │ c3' │ c3''    ◄─      at once, and a segment is added while the next ones arrive
 
 The result has the bits of `interpreter.interpret`: the order of every sum is that of the schedule, whatever the timing.
 Chunks lie in the input (if nothing is written there), in the result, or in one scratch buffer; chunks that lie side by

@@ -16,7 +16,7 @@ from dtrain.collectives.schedules.schedule import Cost, Receive, Send, Step
 
 
 def power_below(size: int) -> int:
-    """p' = 2^⌊log p⌋, the number of ranks that stay after folding."""
+    """The number p' = 2^⌊log p⌋ of ranks that stay after folding."""
     return 1 << floor_log(size)
 
 

@@ -82,11 +82,11 @@ def _step(schedule: Schedule, steps: Sequence[Any], memories: Sequence[Memory], 
         arrivals: dict[int, list[tuple[int, Array]]] = {}
         for receive in step.receives:
             message = wires[receive.peer, rank].pop(0)
-            for chunk, content in zip(receive.chunks, message, strict=True):
+            for chunk, arrived in zip(receive.chunks, message, strict=True):
                 if receive.reduce:
-                    arrivals.setdefault(chunk, []).append((receive.peer, content))
+                    arrivals.setdefault(chunk, []).append((receive.peer, arrived))
                 else:
-                    memories[rank][chunk] = content
+                    memories[rank][chunk] = arrived
         for chunk, values in arrivals.items():
             values.append((rank, memories[rank][chunk]))
             memories[rank][chunk] = fold([value for _, value in sorted(values, key=lambda pair: pair[0])], op)

@@ -62,7 +62,8 @@ class _Prover:
 
     def run(self) -> Proof:
         steps = 0
-        for self.step, round_ in enumerate(rounds(self.schedule)):
+        for number, round_ in enumerate(rounds(self.schedule)):
+            self.step = number
             if len(round_.sends) or len(round_.receives):
                 steps += 1
                 self.exchange(round_)
@@ -70,8 +71,8 @@ class _Prover:
                 self.fold(folds)
         self.step += 1
         equal_bits = self.finish()
-        shares = (count * self.spec.weight for count in (self.sent, self.received, self.added))
-        return Proof(steps, self.messages, *shares, equal_bits=equal_bits, ordered=self.contents.ordered)
+        sent, received, added = (count * self.spec.weight for count in (self.sent, self.received, self.added))
+        return Proof(steps, self.messages, sent, received, added, equal_bits, self.contents.ordered)
 
     def exchange(self, round_: Round) -> None:
         """Match, read what is sent, then write what arrives."""
@@ -118,9 +119,15 @@ class _Prover:
             and bool((sends.rank[by_pair] == receives.peer[arrivals]).all())
             and bool((sends.peer[by_pair] == receives.rank[arrivals]).all())
             and not (sends.rank == sends.peer).any()
-            and (sends.single and receives.single or np.array_equal(sends.counts[by_pair], receives.counts[arrivals]))
+            and self.equal_counts(sends, by_pair, receives, arrivals)
             and bool((sends.chunks[sent] % self.parts == receives.chunks[received] % self.parts).all())
         )
+
+    def equal_counts(self, sends: Messages, by_pair: Array, receives: Messages, arrivals: Array) -> bool:
+        """Whether the messages have the same numbers of chunks."""
+        if sends.single and receives.single:
+            return True
+        return np.array_equal(sends.counts[by_pair], receives.counts[arrivals])
 
     def check_hazards(self, read: Array, plain: Array, landing: Array, alone: bool) -> None:
         """What arrives without being added lands in place: nobody may send from there, or write there, meanwhile."""

@@ -5,7 +5,7 @@
 
 Best bandwidth for long vectors and any number of ranks; latency grows with the number of ranks.
 References: Patarasuk & Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", JPDC 69, 2009;
-Chen et al., "Performance evaluation of allgather algorithms on terascale Linux cluster", IPDPS 2005 (neighbour exchange).
+Chen et al., "Performance evaluation of allgather algorithms on terascale Linux cluster", 2005 (neighbour exchange).
 """
 
 from collections.abc import Iterator

@@ -36,11 +36,13 @@ class Messages:
     @property
     def counts(self) -> Array:
         """Chunks per message."""
-        return np.diff(self.start)
+        counts: Array = np.ones(len(self.rank), np.int64) if self.single else self.start[1:] - self.start[:-1]
+        return counts
 
     def each(self, values: Array) -> Array:
         """One value per message, repeated for each of its chunks."""
-        return values if self.single else np.repeat(values, self.counts)
+        repeated: Array = values if self.single else np.repeat(values, self.counts)
+        return repeated
 
     def entries(self, order: Array) -> Array:
         """The indices into `chunks` of the messages in this order."""
@@ -158,7 +160,7 @@ def _stack_folds(step: Step, everyone: Array) -> tuple[Folds, ...]:
 
 
 def _row(value: Any, size: int) -> Array:
-    return np.broadcast_to(np.asarray(value, np.int64), (size,))
+    return value if isinstance(value, np.ndarray) else np.full(size, value, np.int64)
 
 
 def _columns(values: Sequence[Any], size: int) -> Array:

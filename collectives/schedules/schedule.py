@@ -15,8 +15,8 @@ all who read it:
 
 1. all sends read what their places held before the step;
 2. what arrives without `reduce` replaces the content of its places;
-3. what arrives with `reduce` is added: the arrivals of the step and what the rank has, folded from the left in the order
-   of the ranks, so that a chunk keeps the order of the ranks where the algorithm does;
+3. what arrives with `reduce` is added: the arrivals of the step and what the rank has, folded from the left in the
+   order of the ranks, so that a chunk keeps the order of the ranks where the algorithm does;
 4. the local `folds` run, in the order written.
 
 Step t of one rank meets step t of its peers: a message sent in step t is received in step t. A rank with nothing to do
@@ -30,7 +30,6 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from dtrain.collectives.schedules.specification import Specification, specification
-
 
 NONE = -1
 

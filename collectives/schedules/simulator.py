@@ -109,9 +109,10 @@ def simulate(
 class _Simulation:
     def __init__(self, schedule: Schedule, cluster: Cluster, nbytes: Array, weights: Array | None) -> None:
         self.schedule, self.cluster, self.nbytes, self.weights = schedule, cluster, nbytes, weights
-        self.clock = np.zeros((schedule.size, len(nbytes)))
+        self.clock: Array = np.zeros((schedule.size, len(nbytes)))
         self.last: tuple[Array, ...] = ()  # what the last step was made of
-        self.duration = self.adding = self.clock  # of its messages, of its sums
+        self.duration: Array = self.clock  # of its messages
+        self.adding: Array = self.clock  # of its sums
         self.advance: Array | None = None  # by how much it moved all clocks, if all alike
 
     def run(self) -> Array:
@@ -133,8 +134,8 @@ class _Simulation:
             self.last = step
             self.prepare(receives, step[2])
         before = self.clock
-        end = np.maximum(before[receives.rank], before[receives.peer]) + self.duration
-        self.clock = before.copy()
+        end: Array = np.maximum(before[receives.rank], before[receives.peer]) + self.duration
+        self.clock = np.array(before)
         for side in (receives.rank, receives.peer):
             if (np.bincount(side) > 1).any():
                 np.maximum.at(self.clock, side, end)
@@ -150,7 +151,7 @@ class _Simulation:
         alpha, beta = self.links(receives)
         self.duration = alpha[:, None] + (beta * shares)[:, None] * self.nbytes
         added = np.bincount(receives.rank, shares * receives.reduce, self.schedule.size)
-        self.adding = (self.cluster.gamma * added)[:, None] * self.nbytes
+        self.adding = np.asarray(self.cluster.gamma * added)[:, None] * self.nbytes
 
     def links(self, receives: Messages) -> tuple[Array, Array]:
         """α and β of each message, links shared."""

@@ -156,7 +156,7 @@ class Specification:
 
 
 def specification(collective: str, size: int, parts: int, root: int = 0) -> Specification:
-    """The specification with `parts` chunks per vector, per block, or per pair; ValueError for an unknown collective."""
+    """The specification with `parts` chunks per vector, block or pair; ValueError for an unknown collective."""
     if collective not in PROMISES:
         raise ValueError(f"collective={collective!r}: not a collective; allowed: {', '.join(PROMISES)}")
     promise = PROMISES[collective]
