@@ -207,8 +207,9 @@ class Transport:
     def reduce_scatter(self, source: Array, target: Array, counts: Sequence[int], op: str) -> None:
         source, target, operator = _typed(source, target, op)
         if source.nbytes <= self.limit:
-            # Target and source may overlap when the caller works in place; MPI forbids that.
-            into = np.empty_like(target) if np.may_share_memory(source, target) else target
+            # Target and source may overlap when the caller works in place; MPI forbids that, even of no elements.
+            apart = target.size and not np.may_share_memory(source, target)
+            into = target if apart else np.empty_like(target)
             self._comm.Reduce_scatter(source, into, list(counts), operator)
             if into is not target:
                 np.copyto(target, into)
