@@ -29,29 +29,30 @@ class Formula(NamedTuple):
     summary: str
     bus: Callable[[int], float]
     """busbw / algbw."""
-    traffic: Callable[[int], float]
-    """Bytes that all ranks together at least read and write in memory: every input once, every result once."""
+    traffic: Callable[[int, int], float]
+    """Bytes that all ranks together at least read and write: every input once, every result once. The second argument
+    is 1 in place, where a rank's own block or array stays where it is, else 0."""
     reduces: bool = False
 
 
 # fmt: off
 COLLECTIVES: dict[str, Formula] = {
-    "all_reduce":     Formula("the sum on every rank", lambda p: 2 * (p - 1) / p, lambda p: 2 * p, True),
-    "reduce_scatter": Formula("the sum, a block on each rank", lambda p: (p - 1) / p, lambda p: p + 1, True),
-    "all_gather":     Formula("the blocks of all ranks on every rank", lambda p: (p - 1) / p, lambda p: p + 1),
-    "all_to_all":     Formula("a block from every rank to every rank", lambda p: (p - 1) / p, lambda p: 2 * p),
-    "broadcast":      Formula("the array of rank 0 on every rank", lambda p: 1, lambda p: p),
-    "reduce":         Formula("the sum on rank 0", lambda p: 1, lambda p: p + 1, True),
-    "gather":         Formula("the blocks of all ranks on rank 0", lambda p: (p - 1) / p, lambda p: 2),
-    "scatter":        Formula("the blocks of rank 0, one on each rank", lambda p: (p - 1) / p, lambda p: 2),
-    "barrier":        Formula("everybody waits for everybody", lambda p: 0, lambda p: 0),
+    "all_reduce":     Formula("the sum on every rank", lambda p: 2 * (p - 1) / p, lambda p, i: 2 * p, True),
+    "reduce_scatter": Formula("the sum, a block on each rank", lambda p: (p - 1) / p, lambda p, i: p + 1, True),
+    "all_gather":     Formula("the blocks of all ranks on every rank", lambda p: (p - 1) / p, lambda p, i: p + 1 - i),
+    "all_to_all":     Formula("a block from each rank to each rank", lambda p: (p - 1) / p, lambda p, i: 2 * p - 2 * i),
+    "broadcast":      Formula("the array of rank 0 on every rank", lambda p: 1, lambda p, i: p + 1 - i),
+    "reduce":         Formula("the sum on rank 0", lambda p: 1, lambda p, i: p + 1, True),
+    "gather":         Formula("the blocks of all ranks on rank 0", lambda p: (p - 1) / p, lambda p, i: 2 - 2 * i / p),
+    "scatter":        Formula("a block of rank 0 on each rank", lambda p: (p - 1) / p, lambda p, i: 2 - 2 * i / p),
+    "barrier":        Formula("everybody waits for everybody", lambda p: 0, lambda p, i: 0),
 }
 # fmt: on
 
 
-def traffic(collective: str, algorithm: str, ranks: int) -> float:
-    """Memory traffic of the least possible kind, per byte of the size: one shared result needs fewer writes."""
-    return ranks + 1 if algorithm == "shared" else COLLECTIVES[collective].traffic(ranks)
+def traffic(collective: str, algorithm: str, placing: str, ranks: int) -> float:
+    """Least memory traffic per byte of the size; one result for all ranks needs fewer writes."""
+    return ranks + 1 if algorithm == "shared" else COLLECTIVES[collective].traffic(ranks, int(placing == IN_PLACE))
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def row(
         factor = COLLECTIVES[collective].bus(ranks)
     bound = None
     if memory_bandwidth is not None and size >= BOUND_FROM:
-        bound = traffic(collective, algorithm, ranks) * size / memory_bandwidth * 1e6
+        bound = traffic(collective, algorithm, placing, ranks) * size / memory_bandwidth * 1e6
     times = (median * 1e6, p10 * 1e6, p90 * 1e6, len(seconds))
     return Row(
         collective, size, count, dtype, op, algorithm, placing, *times, algbw, algbw * factor, wrong, bound

@@ -47,6 +47,24 @@ def test_bus_factors_are_those_of_nccl_tests(collective, bus_of_4, bus_of_8):
     assert COLLECTIVES[collective].bus(8) == bus_of_8
 
 
+@pytest.mark.parametrize(
+    ("collective", "out", "inside"),
+    [  # 4 ranks; counted on paper: arrays (or blocks / 4) read + written
+        ("all_reduce", 4 + 4, 4 + 4),
+        ("reduce_scatter", 4 + 1, 4 + 1),
+        ("all_gather", 1 + 4, 1 + 3),
+        ("all_to_all", 4 + 4, 3 + 3),
+        ("broadcast", 1 + 4, 1 + 3),
+        ("reduce", 4 + 1, 4 + 1),
+        ("gather", 1 + 1, 0.75 + 0.75),
+        ("scatter", 1 + 1, 0.75 + 0.75),
+    ],
+)
+def test_memory_traffic(collective, out, inside):
+    assert bench_table.traffic(collective, "auto", OUT_OF_PLACE, 4) == out
+    assert bench_table.traffic(collective, "auto", IN_PLACE, 4) == inside
+
+
 def test_a_row_worked_out_by_hand():
     # 8 MB in 2 ms on 4 ranks are 4 GB/s, on the bus 6; memory of 64 GB/s moves 2 * 4 * 8 MB in 1 ms.
     one = bench_table.row(
