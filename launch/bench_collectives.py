@@ -30,6 +30,7 @@ from dtrain.launch.bench_table import BOUND_FROM, COLLECTIVES, IN_PLACE, OUT_OF_
 
 BLOCKS = 5
 SECONDS = 0.15  # per contestant and size, where the number of iterations is not given
+DEFAULT = ("auto", "native", "bare", "shared")
 ITERATIONS = (2, 100)  # per block: least and most, where it is not given
 
 Tell = Callable[[str], None]
@@ -42,7 +43,7 @@ class Options:
     collectives: tuple[str, ...]
     sizes: tuple[int, ...]
     algorithms: tuple[str, ...] = ()
-    """() is auto, native and shared; ("all",) is every one that there is."""
+    """() is DEFAULT; ("all",) is every one that there is."""
     dtype: str = "float32"
     op: str = "sum"
     placings: tuple[str, ...] = (OUT_OF_PLACE, IN_PLACE)
@@ -174,11 +175,7 @@ def _chosen(comm: Communicator, options: Options, collective: str) -> list[str]:
     known = bench_cases.names(collective, comm.size)
     if "all" in options.algorithms:
         return list(known)
-    wanted = options.algorithms or ("auto", "native", "shared")
-    chosen = [name for name in dict.fromkeys(wanted) if name in known]
-    if "native" in wanted and "native" not in known and "bare" in known and "bare" not in chosen:
-        chosen.append("bare")  # collectives whose native call has no other name
-    return chosen
+    return [name for name in dict.fromkeys(options.algorithms or DEFAULT) if name in known]
 
 
 def _impossible(contestant: Contestant) -> str:
