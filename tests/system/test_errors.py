@@ -220,7 +220,7 @@ def test_a_disk_that_fills_up_with_checkpoints(tmp_path, config, ranks):
     disk = tmp_path / "disk"
     run = " ".join(program.on(ranks, "dtrain", "run", f"'{config}'", f"output='{disk}'", "name=r", "checkpoint.keep=0"))
     script = f"{run} checkpoint.every=4; echo exit code $?; dtrain checkpoint ls r; find r; "
-    script += f"mount -o remount,size=20m '{disk}' && {run} && cat r/metrics.jsonl"
+    script += f"mount -o remount,size=20m '{disk}' && {run} && echo && cat r/metrics.jsonl"
     ended = on_a_small_disk(disk, "1500k", script)
     rest = ended.out.partition("exit code ")[2]
     assert rest.startswith("2\n"), ended.out + ended.err
