@@ -14,23 +14,28 @@ _Key = tuple[int, int, int]
 def waiting_cycle(schedule: Schedule) -> tuple[int, int, int | None, str] | None:
     """(rank, step, chunk, text) of a cycle of ranks each of which waits for the next; None where there is none.
 
+    None as well where a message has no partner at all: that is the mistake to tell then.
+
     A rank goes on to its next step when all messages of the present one have met their partner.
     """
     programs: list[list[list[tuple[_Key, bool, int | None]]]] = []
     for rank in range(schedule.size):
         counts: Counter[tuple[int, int]] = Counter()
         program = []
-        for step in schedule.of(rank):
+        for actions in schedule.of(rank):
             messages = []
-            ends = [(rank, s.peer, True, s.chunks) for s in step.sends]
-            ends += [(r.peer, rank, False, r.chunks) for r in step.receives]
-            for source, target, outgoing, chunks in ends:
+            both = [(rank, s.peer, True, s.chunks) for s in actions.sends]
+            both += [(r.peer, rank, False, r.chunks) for r in actions.receives]
+            for source, target, outgoing, chunks in both:
                 key = (source, target, counts[source, target])
                 counts[source, target] += 1
                 messages.append((key, outgoing, chunks[0] if chunks else None))
             program.append(messages)
         programs.append(program)
 
+    ends = Counter((key, outgoing) for program in programs for step in program for key, outgoing, _ in step)
+    if any((key, not outgoing) not in ends for key, outgoing in ends):
+        return None
     at = [0] * schedule.size
     posted: set[tuple[_Key, bool]] = set()
 

@@ -145,8 +145,9 @@ class _Prover:
     def reduce(self, landing: Array, origin: Array, values: Values, alone: bool) -> None:
         """Fold the arrivals and what the target has, from the left in the order of the ranks."""
         if not self.spec.reduces:
-            text = f"what rank {origin[0]} sends is added to it, but {self.spec.collective} only moves chunks"
-            raise self.error(*divmod(int(landing[0]), self.places), text)
+            e = int(landing.argmin())
+            text = f"what rank {origin[e]} sends is added to it, but {self.spec.collective} only moves chunks"
+            raise self.error(*divmod(int(landing[e]), self.places), text)
         target = landing // self.places
         np.add.at(self.added, target, 1)
         own = self.contents.read(landing)
@@ -180,7 +181,7 @@ class _Prover:
     def add(self, cells: Array, left: Values, right: Values) -> Values:
         """The sum of two contents; refused where they have a contribution in common."""
         if not self.spec.promise.idempotent and (twice := self.contents.overlap(left, right)).any():
-            e = int(twice.argmax())
+            e = int(np.where(twice, cells, cells.max() + 1).argmin())
             common = self.contents.common(left, right, e)
             text = f"the contribution of {ranks_text(common)} is added a second time"
             raise self.error(*divmod(int(cells[e]), self.places), text)

@@ -50,7 +50,7 @@ class Messages:
             return order
         counts = self.counts[order]
         begin = np.cumsum(counts) - counts
-        return np.arange(int(counts.sum())) + np.repeat(self.start[order] - begin, counts)
+        return np.asarray(np.arange(int(counts.sum())) + np.repeat(self.start[order] - begin, counts))
 
     def chunks_of(self, message: int) -> Array:
         """The chunks of one message."""
