@@ -1,63 +1,23 @@
 """Which algorithms exist for each collective, and which one `auto` takes: the first row that is possible and preferred.
 
-A row runs on flat contiguous arrays; source and target are the same memory or disjoint. What `possible` and
-`preferred` look at is the same on all ranks of a correct program (size, nodes, count, dtype, whether the arrays lie
-in the shared window), so all ranks choose alike; on one node a difference is noticed and reported
-(`CollectiveMismatch`).
+A row runs on the flat arrays of a `Call`. What `possible` and `preferred` look at is the same on all ranks of a correct
+program (size, nodes, count, dtype, whether the arrays lie in the shared window), so all ranks choose alike; on one node
+a difference is noticed and reported (`CollectiveMismatch`).
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
-from dtrain.collectives import exchange, staged, window, window_moves
-from dtrain.collectives.arena import Place
-from dtrain.collectives.dtypes import Array
+from dtrain.collectives import volumes, ways
+from dtrain.collectives.call import Call
+from dtrain.collectives.staged import SMALL_BYTES
+from dtrain.collectives.volumes import Formula
+from dtrain.collectives.window import WindowWork
+from dtrain.collectives.work import Request
 
-if TYPE_CHECKING:
-    from dtrain.collectives.node import Node
-    from dtrain.collectives.transport import Transport
-
-
-@dataclass(slots=True)
-class Call:
-    """One call of a collective, in flat form."""
-
-    transport: "Transport"
-    node: "Node | None"  # None: several nodes, or no shared memory
-    source: Array
-    target: Array
-    op: str = ""
-    counts: Sequence[int] = ()  # elements per rank
-    out_counts: Sequence[int] = ()  # all_to_all: elements from each rank
-    root: int = 0
-    place: Place | None = None  # of the source (broadcast: of the target) in the arena, which all ranks have there
-    target_place: Place | None = None  # on the root of reduce and gather
-    in_place: bool = False  # target is source
-    alike: bool = False  # all_to_all: all ranks have the same counts
-
-    @property
-    def apart(self) -> Array:
-        """The source, in memory of its own: MPI takes no message from where it delivers one."""
-        return self.source.copy() if np.may_share_memory(self.source, self.target) else self.source
-
-    @property
-    def at_root(self) -> bool:
-        """Whether this rank is the root."""
-        return self.transport.rank == self.root
-
-    def met(self, name: str, algorithm: str, alike: bool = True) -> "Transport":
-        """The transport, once all ranks of the node have come to this collective with the same arguments.
-
-        Inside the MPI library nobody computes the slices that a peer may wait for, so all go in together; and ranks
-        that do different things are told here instead of hanging there. alike: all arrays have one length and dtype.
-        """
-        if self.node is not None:
-            number = self.node.note(name, algorithm, self.op, self.source if alike else None)
-            self.node.await_arrived(number)
-        return self.transport
+__all__ = ["Algorithm", "Call", "choose", "choose_start"]
 
 
 class Algorithm(NamedTuple):
@@ -66,6 +26,8 @@ class Algorithm(NamedTuple):
     run: Callable[[Call], None]
     possible: Callable[[Call], bool]
     preferred: Callable[[Call], bool] = lambda call: True
+    volume: Formula = volumes.unknown
+    start: Callable[[Call], Request] | None = None  # the non-blocking form, if there is one
 
 
 # Arrays from elsewhere: up to here through the staging, above by the MPI library. Measured with MPICH 5.0 and Open
@@ -74,12 +36,16 @@ class Algorithm(NamedTuple):
 STAGED_BYTES = 256 * 1024
 STAGED_BROADCAST_BYTES = 1 << 20
 
-# Arrays in the window: above this length straight from there.
-WINDOW_BYTES = 4096
+# Arrays in the window: above this length straight from there. Below, the staging needs one synchronisation, not two.
+WINDOW_BYTES = SMALL_BYTES
 
 
 def _alone(call: Call) -> bool:
     return call.transport.size == 1
+
+
+def _several(call: Call) -> bool:
+    return call.transport.size > 1
 
 
 def _on_node(call: Call) -> bool:
@@ -90,14 +56,21 @@ def _in_window(call: Call) -> bool:
     return call.place is not None
 
 
+def _in_place_in_window(call: Call) -> bool:
+    return call.place is not None and call.in_place
+
+
 def _even_on_node(call: Call) -> bool:
     """All blocks of all ranks are equally long."""
     return call.node is not None and call.alike and call.counts[0] == call.counts[-1]
 
 
+def _reduces(call: Call) -> bool:
+    return call.transport.size > 1 and call.transport.reduces(call.op, call.source)
+
+
 def _long(call: Call) -> bool:
-    """Worth a second synchronisation: the staging needs only one, and for what is this short, less time."""
-    return max(call.source.nbytes, call.target.nbytes) > WINDOW_BYTES
+    return call.source.nbytes > WINDOW_BYTES
 
 
 def _long_gather(call: Call) -> bool:
@@ -122,194 +95,102 @@ def _short_broadcast(call: Call) -> bool:
     return call.target.nbytes <= STAGED_BROADCAST_BYTES
 
 
-def _reduces(call: Call) -> bool:
-    return call.transport.size > 1 and call.transport.reduces(call.op, call.source)
+def _always(call: Call) -> bool:
+    return True
 
 
-def _several(call: Call) -> bool:
-    return call.transport.size > 1
+def _window(
+    start: Callable[[Call], Request],
+    volume: Formula,
+    possible: Callable[[Call], bool] = _in_window,
+    preferred: Callable[[Call], bool] = _always,
+) -> Algorithm:
+    return Algorithm(lambda call: start(call).wait(), possible, preferred, volume, start)
+
+
+def _to_root(start: Callable[[Call], WindowWork], volume: Formula, preferred: Callable[[Call], bool]) -> Algorithm:
+    """Where the result lies decides who does what, and only root knows at the start."""
+
+    def run(call: Call) -> None:
+        work = start(call)
+        work.wait()
+        call.target_place = call.stage.aside(call.root, work.number)
+
+    return Algorithm(run, _in_window, preferred, volume)
 
 
 def _copy(call: Call) -> None:
-    np.copyto(call.target, call.source)
+    if call.target is not call.source:
+        np.copyto(call.target, call.source)
 
 
-def _node(call: Call) -> "Node":
-    assert call.node is not None
-    return call.node
-
-
-def _window_all_reduce(call: Call) -> None:
-    assert call.place is not None
-    window.start_all_reduce(_node(call), call.source, call.place, call.op).wait()
-
-
-def _window_reduce_scatter(call: Call) -> None:
-    assert call.place is not None
-    window.start_reduce_scatter(_node(call), call.source, call.place, call.target, call.counts, call.op).wait()
-
-
-def _window_reduce(call: Call) -> None:
-    assert call.place is not None
-    target = call.target if call.at_root else None
-    window.start_reduce(_node(call), call.source, call.place, target, call.target_place, call.op, call.root).wait()
-
-
-def _window_all_gather(call: Call) -> None:
-    assert call.place is not None
-    window_moves.start_all_gather(_node(call), call.source, call.place, call.target, call.counts).wait()
-
-
-def _window_all_to_all(call: Call) -> None:
-    assert call.place is not None
-    window_moves.start_all_to_all(
-        _node(call), call.source, call.place, call.target, call.counts, call.out_counts, call.alike
-    ).wait()
-
-
-def _window_broadcast(call: Call) -> None:
-    assert call.place is not None
-    window_moves.start_broadcast(_node(call), call.target, call.place, call.root).wait()
-
-
-def _window_gather(call: Call) -> None:
-    place, target = (call.target_place, call.target) if call.at_root else (call.place, None)
-    window_moves.start_gather(_node(call), call.source, place, target, call.counts, call.root).wait()
-
-
-def _window_scatter(call: Call) -> None:
-    source = call.source if call.at_root else None
-    window_moves.start_scatter(_node(call), source, call.place, call.target, call.counts, call.root).wait()
-
-
-def _native_all_reduce(call: Call) -> None:
-    call.met("all_reduce", "native").all_reduce(call.source, call.target, call.op)
-
-
-def _native_reduce_scatter(call: Call) -> None:
-    call.met("reduce_scatter", "native").reduce_scatter(call.source, call.target, call.counts, call.op)
-
-
-def _native_all_gather(call: Call) -> None:
-    call.met("all_gather", "native", alike=False).all_gather(call.apart, call.target, call.counts)
-
-
-def _native_gather(call: Call) -> None:
-    call.met("gather", "native", alike=False).gather(
-        call.apart, call.target if call.at_root else None, call.counts, call.root
-    )
-
-
-def _native_scatter(call: Call) -> None:
-    call.met("scatter", "native", alike=False).scatter(
-        call.apart if call.at_root else None, call.target, call.counts, call.root
-    )
-
-
-def _staged_gather(call: Call) -> None:
-    staged.all_gather(_node(call), call.source, call.target if call.at_root else None, call.counts, call.root)
-
-
-def _staged_all_to_all(call: Call) -> None:
-    staged.all_to_all(_node(call), call.source, call.target, call.counts[0])
-
-
-def _native_all_to_all(call: Call) -> None:
-    call.met("all_to_all", "native", alike=False).all_to_all(call.apart, call.target, call.counts, call.out_counts)
-
-
-def _native_reduce(call: Call) -> None:
-    transport = call.met("reduce", "native")
-    transport.reduce(call.source, call.target if call.at_root else None, call.op, call.root)
-
-
-def _exchange_reduce(call: Call) -> None:
-    transport = call.met("reduce", "exchange")
-    exchange.reduce(transport, call.source, call.target if call.at_root else None, call.op, call.root)
-
-
-def _native_broadcast(call: Call) -> None:
-    call.met("broadcast", "native").broadcast(call.target, call.root)
-
-
-def _exchange_all_reduce(call: Call) -> None:
-    exchange.all_reduce(call.met("all_reduce", "exchange"), call.source, call.target, call.op)
-
-
-def _exchange_reduce_scatter(call: Call) -> None:
-    transport = call.met("reduce_scatter", "exchange")
-    exchange.reduce_scatter(transport, call.source, call.target, call.counts, call.op)
-
+COPY = Algorithm(_copy, _alone, volume=volumes.nothing)
 
 ALL_REDUCE: dict[str, Algorithm] = {
-    "copy": Algorithm(_copy, _alone),
-    "window": Algorithm(_window_all_reduce, lambda call: call.place is not None and call.in_place),
-    "staged": Algorithm(lambda c: staged.all_reduce(_node(c), c.source, c.target, c.op), _on_node, _short),
-    "native": Algorithm(_native_all_reduce, _reduces),
-    "exchange": Algorithm(_exchange_all_reduce, _several),
+    "copy": COPY,
+    "window": _window(ways.window_all_reduce, volumes.window_all_reduce, _in_place_in_window, _long),
+    "staged": Algorithm(ways.staged_all_reduce, _on_node, _short, volumes.staged_all_reduce),
+    "native": Algorithm(ways.native_all_reduce, _reduces, _always, volumes.least_all_reduce, ways.start_all_reduce),
+    "exchange": Algorithm(ways.exchange_all_reduce, _several, _always, volumes.exchange_all_reduce),
 }
 
 REDUCE_SCATTER: dict[str, Algorithm] = {
-    "copy": Algorithm(_copy, _alone),
-    "window": Algorithm(_window_reduce_scatter, lambda call: call.place is not None),
-    "staged": Algorithm(
-        lambda c: staged.reduce_scatter(_node(c), c.source, c.target, c.counts, c.op), _on_node, _short
+    "copy": COPY,
+    "window": _window(ways.window_reduce_scatter, volumes.window_reduce_scatter),
+    "staged": Algorithm(ways.staged_reduce_scatter, _on_node, _short, volumes.staged_reduce_scatter),
+    "native": Algorithm(
+        ways.native_reduce_scatter, _reduces, _always, volumes.least_reduce_scatter, ways.start_reduce_scatter
     ),
-    "native": Algorithm(_native_reduce_scatter, _reduces),
-    "exchange": Algorithm(_exchange_reduce_scatter, _several),
+    "exchange": Algorithm(ways.exchange_reduce_scatter, _several, _always, volumes.exchange_reduce_scatter),
 }
 
 ALL_GATHER: dict[str, Algorithm] = {
-    "copy": Algorithm(_copy, _alone),
-    "window": Algorithm(_window_all_gather, _in_window, _long_gather),
-    "staged": Algorithm(lambda c: staged.all_gather(_node(c), c.source, c.target, c.counts), _on_node, _short_gather),
-    "native": Algorithm(_native_all_gather, _several),
+    "copy": COPY,
+    "window": _window(ways.window_all_gather, volumes.window_all_gather, preferred=_long_gather),
+    "staged": Algorithm(ways.staged_all_gather, _on_node, _short_gather, volumes.staged_gather),
+    "native": Algorithm(ways.native_all_gather, _several, _always, volumes.least_all_gather, ways.start_all_gather),
 }
 
 BROADCAST: dict[str, Algorithm] = {
-    "copy": Algorithm(lambda call: None, _alone),
-    "window": Algorithm(_window_broadcast, _in_window, _long),
-    "staged": Algorithm(lambda c: staged.broadcast(_node(c), c.target, c.root), _on_node, _short_broadcast),
-    "native": Algorithm(_native_broadcast, _several),
+    "copy": COPY,
+    "window": _window(ways.window_broadcast, volumes.window_from_root, preferred=_long),
+    "staged": Algorithm(ways.staged_broadcast, _on_node, _short_broadcast, volumes.staged_broadcast),
+    "native": Algorithm(ways.native_broadcast, _several, _always, volumes.least_broadcast, ways.start_broadcast),
 }
 
 REDUCE: dict[str, Algorithm] = {
-    "copy": Algorithm(_copy, _alone),
-    "window": Algorithm(_window_reduce, _in_window, _long),
-    "staged": Algorithm(lambda c: staged.all_reduce(_node(c), c.source, c.target, c.op, c.root), _on_node, _short),
-    "native": Algorithm(_native_reduce, _reduces),
-    "exchange": Algorithm(_exchange_reduce, _several),
+    "copy": COPY,
+    "window": _to_root(ways.window_reduce, volumes.window_reduce, _long),
+    "staged": Algorithm(ways.staged_reduce, _on_node, _short, volumes.staged_reduce),
+    "native": Algorithm(ways.native_reduce, _reduces, _always, volumes.least_reduce),
+    "exchange": Algorithm(ways.exchange_reduce, _several, _always, volumes.exchange_reduce),
 }
 
 ALL_TO_ALL: dict[str, Algorithm] = {
-    "copy": Algorithm(_copy, _alone),
-    "window": Algorithm(_window_all_to_all, _in_window, _long_all_to_all),
-    "staged": Algorithm(_staged_all_to_all, _even_on_node, _short_gather),
-    "native": Algorithm(_native_all_to_all, _several),
+    "copy": COPY,
+    "window": _window(ways.window_all_to_all, volumes.window_all_to_all, preferred=_long_all_to_all),
+    "staged": Algorithm(ways.staged_all_to_all, _even_on_node, _short_gather, volumes.staged_all_to_all),
+    "native": Algorithm(ways.native_all_to_all, _several, _always, volumes.all_to_all),
 }
 
 GATHER: dict[str, Algorithm] = {
-    "copy": Algorithm(_copy, _alone),
-    "window": Algorithm(_window_gather, _in_window, _long_gather),
-    "staged": Algorithm(_staged_gather, _on_node, _short_gather),
-    "native": Algorithm(_native_gather, _several),
+    "copy": COPY,
+    "window": _to_root(ways.window_gather, volumes.window_gather, _long_gather),
+    "staged": Algorithm(ways.staged_gather, _on_node, _short_gather, volumes.staged_gather),
+    "native": Algorithm(ways.native_gather, _several, _always, volumes.least_gather),
 }
 
 SCATTER: dict[str, Algorithm] = {
-    "copy": Algorithm(_copy, _alone),
-    "window": Algorithm(_window_scatter, _in_window),
-    "native": Algorithm(_native_scatter, _several),
+    "copy": COPY,
+    "window": _window(ways.window_scatter, volumes.window_from_root),
+    "native": Algorithm(ways.native_scatter, _several, _always, volumes.least_scatter),
 }
 
 
-def run(table: dict[str, Algorithm], name: str, call: Call) -> None:
-    """Do the call by the row called `name`, or for "auto" by the first that is possible and preferred.
-
-    ValueError for what cannot be.
-    """
+def choose(table: dict[str, Algorithm], name: str, call: Call) -> tuple[str, Algorithm]:
+    """The row called `name`, or for "auto" the first that is possible and preferred; ValueError for what cannot be."""
     if name == "auto":
-        next(row for row in table.values() if row.possible(call) and row.preferred(call)).run(call)
-        return
+        return next(item for item in table.items() if item[1].possible(call) and item[1].preferred(call))
     if name not in table:
         raise ValueError(f"algorithm={name!r}: not an algorithm; allowed: auto, {', '.join(table)}")
     if _alone(call):
@@ -320,4 +201,9 @@ def run(table: dict[str, Algorithm], name: str, call: Call) -> None:
             f"algorithm={name!r}: not possible for {call.op} of {call.source.dtype} in this memory between "
             f"{call.transport.size} ranks; possible here: auto, {possible}"
         )
-    table[name].run(call)
+    return name, table[name]
+
+
+def choose_start(table: dict[str, Algorithm], call: Call) -> tuple[str, Algorithm] | None:
+    """The first row that is possible and can be started without waiting; None: there is none."""
+    return next((item for item in table.items() if item[1].start is not None and item[1].possible(call)), None)

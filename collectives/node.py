@@ -16,43 +16,23 @@ Collectives of a communicator are numbered 1, 2, 3, ... in program order, the sa
   come to the next collective has finished reading this one.
 """
 
-import struct
 from collections import deque
 from typing import Any, Protocol
 
 import numpy as np
 
+from dtrain.collectives import records
 from dtrain.collectives.arena import Arena, Place
 from dtrain.collectives.dtypes import Array
 from dtrain.collectives.progress import Progress
-from dtrain.collectives.transport import Transport
+from dtrain.collectives.records import ASIDE, NO_PLACE, RECORD_WORDS, RING, SIGNATURE, Record
+from dtrain.collectives.transport import Segment, Transport
 from dtrain.collectives.waiting import ORDERED_STORES, CollectiveMismatch, CollectiveTimeout, Patience
 
 ARRIVED, REDUCED, RECORDS = 0, 16, 32
-RING, RECORD_WORDS = 256, 8
 IN_FLIGHT = 64  # works started and not finished; far below RING, so that no record is overwritten that a peer may read
 STAGE_BYTES = 256 * 1024
 STAGE_OFFSET = -(-8 * (RECORDS + RING * RECORD_WORDS) // 4096) * 4096
-
-# The words of records. The order is part of no file and may change.
-NAMES = (
-    "barrier",
-    "all_reduce",
-    "all_reduce_shared",
-    "reduce_scatter",
-    "reduce",
-    "all_gather",
-    "all_to_all",
-    "broadcast",
-    "gather",
-    "scatter",
-)
-ALGORITHMS = ("none", "window", "staged", "native", "exchange")
-OPS = ("", "sum", "prod", "max", "min")
-_NUMBER = {word: number for words in (NAMES, ALGORITHMS, OPS) for number, word in enumerate(words)}
-_NO_PLACE: Place = (-1, 0)
-_record = struct.Struct("=8q")
-
 
 # Some of the other ranks, with their words.
 Peers = list[tuple[int, memoryview]]
@@ -89,22 +69,26 @@ class Node:
         self._half = 0
         self._used = [-1, -1]  # the collective in which each half was used last
         self._number = 0
-        self._dtypes: dict[np.dtype[Any], int] = {}
         self._pending: deque[Pending] = deque()
 
+        def share(nbytes: int) -> Segment:
+            self._meet()
+            return transport.share(nbytes)
+
         def agree(flags: Array) -> Array:
+            self._meet()
             least = np.empty_like(flags)
             transport.all_reduce(flags, least, "min")
             return least
 
-        self.arena = Arena(self.rank, transport.share, agree)
+        self.arena = Arena(self.rank, share, agree)
         transport.barrier()  # everybody's flags are zero before anybody's is one
         together.queues.append(self)
 
     def close(self) -> None:
         """Collective: unmap everything."""
-        self._together.queues.remove(self)
         self.arena.close()
+        self._together.queues.remove(self)
         self._halves.clear()
         self.peers.clear()
         for words in self._words:
@@ -121,25 +105,28 @@ class Node:
         algorithm: str,
         op: str = "",
         array: Array | None = None,
-        place: Place = _NO_PLACE,
+        place: Place = NO_PLACE,
         extra: int = 0,
-        aside: Place = _NO_PLACE,
+        aside: Place = NO_PLACE,
     ) -> int:
         """The number of a new collective, after writing its record.
 
         Everything must be equal on all ranks, except `aside`: a place of this rank alone that the peers look up.
         """
+        dtype, count = (None, 0) if array is None else (array.dtype, array.size)
+        return self.begin_record(records.record(name, algorithm, op, dtype, count, place, extra), aside)
+
+    def record(self, name: str, algorithm: str, op: str, dtype: np.dtype[Any], count: int, extra: int = 0) -> Record:
+        """What `begin_record` takes, for collectives that run often."""
+        return records.record(name, algorithm, op, dtype, count, NO_PLACE, extra)
+
+    def begin_record(self, record: Record, aside: Place = NO_PLACE) -> int:
+        """`begin` with a prepared record."""
         if len(self._pending) >= IN_FLIGHT:
             self.complete(self._pending[0].number)
         self._number = number = self._number + 1
-        code = _NUMBER[name] | _NUMBER[algorithm] << 8 | _NUMBER[op] << 16
-        kind, count = (0, 0) if array is None else (self._dtype_code(array.dtype), array.size)
-        where = place[0] << 48 | place[1]
-        signature = hash((code, kind, count, where, extra))
         offset = 8 * RECORDS + 8 * RECORD_WORDS * (number % RING)
-        _record.pack_into(
-            self._octets, offset, number, signature, code, kind, count, where, extra, aside[0] << 48 | aside[1]
-        )
+        records.pack(self._octets, offset, number, *record, aside[0] << 48 | aside[1])
         return number
 
     def arrive(self, number: int) -> None:
@@ -150,7 +137,7 @@ class Node:
 
     def await_arrived(self, number: int, peers: Peers | None = None) -> None:
         """Return when the peers (default: all) have brought their data; CollectiveMismatch if one brought other."""
-        slot = RECORDS + RECORD_WORDS * (number % RING) + 1
+        slot = RECORDS + RECORD_WORDS * (number % RING) + SIGNATURE
         signature = self._mine[slot]
         for rank, words in self.peers if peers is None else peers:
             if words[ARRIVED] < number:
@@ -170,8 +157,7 @@ class Node:
 
     def aside(self, rank: int, number: int) -> Place | None:
         """The place that a rank which has arrived wrote aside; None when it gave none."""
-        where = self._words[rank][RECORDS + RECORD_WORDS * (number % RING) + 7]
-        return None if where < 0 else (where >> 48, where & (1 << 48) - 1)
+        return records.unpacked(self._words[rank][RECORDS + RECORD_WORDS * (number % RING) + ASIDE])
 
     def reduced(self, number: int) -> None:
         """Publish: I neither read nor write any more for collectives up to this one."""
@@ -198,6 +184,10 @@ class Node:
         number = self.begin(name, algorithm, op, array)
         self.arrive(number)
         return number
+
+    def _meet(self) -> None:
+        """Return when all ranks have come here: before what the MPI library does alone."""
+        self.await_arrived(self.note("barrier", "none"))
 
     # Works not yet finished, in order
 
@@ -233,12 +223,20 @@ class Node:
 
     def stage(self, number: int, dtype: np.dtype[Any]) -> list[Array]:
         """The half of the staging for this collective: the slots of all ranks, of which mine may be written."""
+        return self.slots(self.next_half(number), dtype)
+
+    def next_half(self, number: int) -> int:
+        """The number of the half for this collective, once mine may be written."""
         half = self._half = 1 - self._half
         used = self._used[half]
         for rank, words in self.peers:
             if words[ARRIVED] <= used:
                 self._wait(rank, words, ARRIVED, used + 1)
         self._used[half] = number
+        return half
+
+    def slots(self, half: int, dtype: np.dtype[Any]) -> list[Array]:
+        """The slots of all ranks in a half, as arrays of dtype."""
         views = self._halves.get((half, dtype))
         if views is None:
             start = STAGE_OFFSET + half * STAGE_BYTES
@@ -273,23 +271,4 @@ class Node:
         )
 
     def _describe(self, words: memoryview, number: int) -> str:
-        start = RECORDS + RECORD_WORDS * (number % RING)
-        found, _, code, kind, count, where, _, _ = (words[start + word] for word in range(RECORD_WORDS))
-        if found != number:
-            return f"collective #{number}"
-        text = f"{NAMES[code & 255]} #{number}"
-        details = [f"algorithm {ALGORITHMS[code >> 8 & 255]}"]
-        if code >> 16:
-            details.append(OPS[code >> 16])
-        if kind:
-            details.append(f"{count} elements of dtype {chr(kind >> 8)}{kind & 255}")
-        if where >= 0:
-            details.append(f"at byte {where & (1 << 48) - 1} of segment {where >> 48}")
-        return f"{text} ({', '.join(details)})"
-
-    def _dtype_code(self, dtype: np.dtype[Any]) -> int:
-        """Kind and size in one number, the same in every process."""
-        code = self._dtypes.get(dtype)
-        if code is None:
-            code = self._dtypes[dtype] = ord(dtype.kind) << 8 | min(dtype.itemsize, 255)
-        return code
+        return records.describe(words, RECORDS + RECORD_WORDS * (number % RING), number)

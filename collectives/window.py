@@ -21,6 +21,7 @@ import numpy as np
 from dtrain.collectives.arena import Place
 from dtrain.collectives.dtypes import OPERATIONS, Array, accumulator
 from dtrain.collectives.node import Node, Peers
+from dtrain.collectives.records import NO_PLACE
 
 LINE = 64  # elements; slices begin on multiples of it, so no two owners write one cache line
 
@@ -159,7 +160,7 @@ def start_reduce(
     count = source.size
     parts = node.arena.parts(place, count, source.dtype)
     start, stop = owned(count, node.rank, node.size)
-    aside = (-1, 0) if at is None else at
+    aside = NO_PLACE if at is None else at
     number = node.begin("reduce", "window", op, source, place, root, aside)
 
     def compute() -> None:

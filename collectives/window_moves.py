@@ -20,6 +20,7 @@ import numpy as np
 from dtrain.collectives.arena import Place
 from dtrain.collectives.dtypes import Array, address, starts
 from dtrain.collectives.node import Node, Peers
+from dtrain.collectives.records import NO_PLACE
 from dtrain.collectives.waiting import CollectiveMismatch
 from dtrain.collectives.window import WindowWork
 
@@ -111,7 +112,7 @@ def start_gather(
     lengths = [count * item for count in counts]
     offsets = starts(lengths)
     number = node.begin(
-        "gather", "window", extra=hash((item, root, *counts)), aside=(-1, 0) if place is None else place
+        "gather", "window", extra=hash((item, root, *counts)), aside=NO_PLACE if place is None else place
     )
     if node.rank != root:
 
@@ -144,7 +145,7 @@ def start_scatter(
     begin = sum(lengths[: node.rank])
     end = begin + lengths[node.rank]
     number = node.begin(
-        "scatter", "window", extra=hash((item, root, *counts)), aside=(-1, 0) if place is None else place
+        "scatter", "window", extra=hash((item, root, *counts)), aside=NO_PLACE if place is None else place
     )
     if source is not None:
         block = source.view(np.uint8)[begin:end]

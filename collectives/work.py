@@ -7,10 +7,12 @@
 Every rank starts the same operations in the same order; the order of the waits is free.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from dtrain.collectives.dtypes import Array
+from dtrain.collectives.progress import Progress
 
 
 class Request(Protocol):
@@ -55,3 +57,41 @@ def wait_all(works: Iterable[Work]) -> list[Array]:
     for work in reversed(works):
         work.wait()
     return [work.wait() for work in works]
+
+
+class Watched(Request):
+    """A request of the transport that is waited for while everything else goes on."""
+
+    def __init__(self, request: Request, progress: Progress) -> None:
+        self._request = request
+        self._progress = progress
+
+    def test(self) -> bool:
+        return self._request.test()
+
+    def wait(self) -> None:
+        self._progress.wait(self._request)
+
+
+class Deferred(Request):
+    """A collective that runs when it is waited for, after those deferred before it."""
+
+    def __init__(self, run: Callable[[], Array], queue: "deque[Deferred]") -> None:
+        self._run = run
+        self._queue = queue
+        self._finished = False
+
+    def test(self) -> bool:
+        return self._finished
+
+    def wait(self) -> None:
+        while not self._finished:
+            # Taken out first: the collective inside settles the queue, and must not meet itself.
+            pending = list(self._queue)
+            self._queue.clear()
+            for position, deferred in enumerate(pending):
+                deferred._run()
+                deferred._finished = True
+                if deferred is self:
+                    self._queue.extend(pending[position + 1 :])
+                    break

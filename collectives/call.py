@@ -1,0 +1,73 @@
+"""One call of a collective, in the flat form in which the algorithms get it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dtrain.collectives.arena import Place
+from dtrain.collectives.dtypes import Array
+
+if TYPE_CHECKING:
+    from dtrain.collectives.node import Node
+    from dtrain.collectives.transport import Transport
+
+
+@dataclass(slots=True)
+class Call:
+    """Source and target are flat and contiguous, the same memory or disjoint, but for an `all_gather` or `gather` in
+    the window, where the source may be this rank's block of the target.
+    """
+
+    transport: "Transport"
+    node: "Node | None"  # None: several nodes, or no shared memory
+    source: Array
+    target: Array
+    op: str = ""
+    counts: Sequence[int] = ()  # elements per rank
+    out_counts: Sequence[int] = ()  # all_to_all: elements from each rank
+    root: int = 0
+    place: Place | None = None  # of the source (broadcast: of the target) in the arena, which all ranks have there
+    target_place: Place | None = None  # on the root of reduce and gather
+    in_place: bool = False  # target is source
+    alike: bool = False  # all_to_all: all ranks have the same counts
+
+    @property
+    def at_root(self) -> bool:
+        """Whether this rank is the root."""
+        return self.transport.rank == self.root
+
+    @property
+    def apart(self) -> Array:
+        """The source, in memory of its own: MPI takes no message from where it delivers one."""
+        return self.source.copy() if np.may_share_memory(self.source, self.target) else self.source
+
+    @property
+    def window(self) -> tuple["Node", Place]:
+        """The shared memory, and the place of the source there."""
+        assert self.node is not None and self.place is not None
+        return self.node, self.place
+
+    @property
+    def stage(self) -> "Node":
+        """The shared memory, which is there."""
+        assert self.node is not None
+        return self.node
+
+    def met(self, name: str, algorithm: str, alike: bool = True) -> "Transport":
+        """The transport, once all ranks of the node have come to this collective with the same arguments.
+
+        Inside the MPI library nobody computes the slices that a peer may wait for, so all go in together; and ranks
+        that do different things are told here instead of hanging there. alike: all arrays have one length and dtype.
+        """
+        if self.node is not None:
+            number = self.node.note(name, algorithm, self.op, self.source if alike else None)
+            self.node.await_arrived(number)
+        return self.transport
+
+    def noted(self, name: str, alike: bool = True) -> "Transport":
+        """The transport, after telling the peers that something is started there."""
+        if self.node is not None:
+            self.node.note(name, "native", self.op, self.source if alike else None)
+        return self.transport

@@ -1,0 +1,153 @@
+"""What a communicator is, apart from its collectives: ranks, shared memory, groups of groups, counters, open works."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, Self
+
+import numpy as np
+
+from dtrain.collectives import algorithms, staged
+from dtrain.collectives.algorithms import Algorithm
+from dtrain.collectives.arena import Place
+from dtrain.collectives.call import Call
+from dtrain.collectives.counters import Counters, Last, Volume
+from dtrain.collectives.dtypes import Array
+from dtrain.collectives.node import Node
+from dtrain.collectives.progress import Progress
+from dtrain.collectives.transport import Transport
+from dtrain.collectives.waiting import Patience, timeout_seconds
+from dtrain.collectives.work import Deferred, Work
+
+_BARRIER = Volume(1, 0, 0)
+
+
+class Group:
+    """`size` ranks, of which this process is number `rank`."""
+
+    def __init__(self, transport: Transport, timeout: float | None = None, progress: Progress | None = None) -> None:
+        """`timeout`: seconds after which a wait in shared memory ends with a report; see `timeout_seconds`.
+
+        `progress`: of the communicator from which this one was split.
+        """
+        self.transport = transport
+        self.rank = transport.rank
+        self.size = transport.size
+        self.hosts = transport.hosts
+        self.host = transport.hosts[transport.rank]
+        here = [rank for rank, node in enumerate(transport.nodes) if node == transport.nodes[transport.rank]]
+        self.local_rank = here.index(transport.rank)
+        self.local_size = len(here)
+        self.counters = Counters()
+        self._timeout = timeout_seconds(timeout)
+        # Several nodes: the MPI library does it all. Windows and network together will be one more algorithm.
+        self._shares = transport.shares and 1 < self.size == self.local_size
+        self._node: Node | None = None
+        self._progress = progress or Progress()
+        self._deferred: deque[Deferred] = deque()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} rank {self.rank} of {self.size} over {self.transport.name}>"
+
+    @property
+    def node(self) -> Node | None:
+        """The shared memory of this communicator, if all its ranks are on one node. The first access is collective."""
+        if self._node is None and self._shares:
+            self._node = Node(self.transport, Patience(self.transport.crowded, self._timeout), self._progress)
+        return self._node
+
+    @property
+    def last(self) -> Last | None:
+        """The collective that ran or was started last on this communicator: which, how, and on how many bytes."""
+        return None if self.counters.last is None else Last(*self.counters.last)
+
+    def split(self, color: int | None, key: int | None = None) -> Self | None:
+        """The communicator of the ranks with my color, ordered by key (default: by rank); None where color is None."""
+        if color is not None and color < 0:
+            raise ValueError(f"color={color}: allowed: None or a number from 0")
+        self._meet()
+        part = self.transport.split(color, self.rank if key is None else key)
+        return None if part is None else type(self)(part, self._timeout, self._progress)
+
+    def close(self) -> None:
+        """Give all memory and handles back; the communicator is not used afterwards.
+
+        Drop the arrays of `empty` before: their memory goes only when no rank has any of them any more.
+        """
+        self._meet()
+        if self._node is not None:
+            self._node.close()
+            self._node = None
+        self._shares = False
+        self.transport.close()
+
+    def abort(self, code: int) -> NoReturn:
+        """End all ranks of the job at once with exit status `code`; not collective."""
+        self.transport.abort(code)
+
+    def empty(self, shape: int | Sequence[int], dtype: Any = np.float32) -> Array:
+        """A new array of undefined content, in the node's shared memory if possible: the home of what travels often.
+
+        Every rank gets its own array; the peers see it, so that collectives on it (or on slices; for reductions the
+        same slice on all ranks) need no copy. All ranks must bring arrays from here then, or none. The array may die
+        at any time, on each rank for itself; its memory is used again when it is dead on all.
+        """
+        form = (shape,) if isinstance(shape, int) else tuple(shape)
+        if any(length < 0 for length in form):
+            raise ValueError(f"shape={shape}: allowed: lengths from 0")
+        if np.dtype(dtype).hasobject:
+            raise ValueError(f"dtype={dtype}: Python objects cannot travel")
+        if self.node is None:
+            return np.empty(form, dtype)
+        self._settle()
+        return self.node.arena.allocate(form, np.dtype(dtype))
+
+    def barrier(self) -> None:
+        """Return when all ranks have come here."""
+        self._settle()
+        if self.node is not None:
+            staged.barrier(self.node)
+            self.counters.add("barrier", "staged", 0, _BARRIER)
+        elif self.size > 1:
+            self.transport.barrier()
+            self.counters.add("barrier", "native", 0, _BARRIER)
+
+    # How a call is done
+
+    def _run(
+        self, name: str, table: dict[str, Algorithm], algorithm: str, call: Call, empty: bool | None = None
+    ) -> None:
+        """Do and count a call; nothing where there is nothing to move (`empty`, by default: no element)."""
+        if (not (call.source.size or call.target.size)) if empty is None else empty:
+            return
+        chosen, row = algorithms.choose(table, algorithm, call)
+        row.run(call)
+        self.counters.add(name, chosen, max(call.source.nbytes, call.target.nbytes), row.volume(call))
+
+    # Places in the window
+
+    def _place(self, array: Array) -> Place | None:
+        """Where the bytes of array lie in the window; None: elsewhere."""
+        return None if self._node is None or not array.dtype.isnative else self._node.arena.place(array)
+
+    def _sum_place(self, array: Array) -> Place | None:
+        """`_place`, if the peers can address single elements there."""
+        place = self._place(array)
+        return None if place is None or place[1] % array.itemsize else place
+
+    # Deferred work: what has no non-blocking form runs at the first wait, in the order of the start. A blocking
+    # collective runs the open ones first, so that all ranks run all collectives in one order wherever they wait.
+
+    def _defer(self, run: Callable[[], Array], result: Array) -> Work:
+        deferred = Deferred(run, self._deferred)
+        self._deferred.append(deferred)
+        return Work(deferred, lambda: result)
+
+    def _settle(self) -> None:
+        if self._deferred:
+            self._deferred[-1].wait()
+
+    def _meet(self) -> None:
+        """Before what the MPI library does alone: nobody may still wait for a slice that this rank computes."""
+        self._settle()
+        if self._node is not None:
+            staged.barrier(self._node)

@@ -1,0 +1,166 @@
+"""The movements that return when they are done: all_gather, all_to_all, broadcast, gather, scatter, and small values.
+
+The methods `_..._call` bring arguments into the form of a `Call`; the non-blocking twins use the same ones.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dtrain.collectives import algorithms
+from dtrain.collectives.call import Call
+from dtrain.collectives.dtypes import Array, address, dtype_from_name, dtype_name, starts
+from dtrain.collectives.forms import (
+    NOTHING,
+    apart,
+    as_rows,
+    check_rank,
+    deliver,
+    destination,
+    elements,
+    flat,
+    rows_brought,
+    rows_per_rank,
+    target_of,
+)
+from dtrain.collectives.group import Group
+
+
+class Movement(Group):
+    """A group that hands around."""
+
+    def all_gather(
+        self, array: Any, out: Array | None = None, counts: Sequence[int] | None = None, algorithm: str = "auto"
+    ) -> Array:
+        """The arrays of all ranks, in rank order along dim 0: (n, ...) on each rank gives (n * size, ...).
+
+        counts: the first dims of all ranks, where they differ.
+        """
+        call, result = self._all_gather_call(as_rows(array), out, counts)
+        self._settle()
+        self._run("all_gather", algorithms.ALL_GATHER, algorithm, call)
+        return deliver(call.target, result)
+
+    def all_to_all(
+        self,
+        array: Any,
+        out: Array | None = None,
+        counts: Sequence[int] | None = None,
+        out_counts: Sequence[int] | None = None,
+        algorithm: str = "auto",
+    ) -> Array:
+        """Block i of array (n, ...) goes to rank i; the result is what came, in rank order: (m, ...).
+
+        counts: rows for each rank; by default n // size, and one more for the first n % size ranks (then n must be
+        the same on all ranks). out_counts: rows from each rank; asked of the others when counts is given without it.
+        """
+        array = as_rows(array)
+        rows = rows_per_rank("counts", counts, len(array), self.size)
+        self._settle()
+        if out_counts is not None:
+            received = rows_per_rank("out_counts", out_counts, None, self.size)
+        elif counts is None:
+            received = [rows[self.rank]] * self.size
+        else:
+            asked = np.array(rows, np.int64)
+            received = self.all_to_all(asked).tolist()
+        result = destination(out, (sum(received), *array.shape[1:]), array.dtype)
+        node, place = self.node, self._place(array)
+        source, target = apart(array, result, place is not None)
+        call = Call(self.transport, node, source, target, counts=elements(rows, array.shape), place=place)
+        call.out_counts = elements(received, array.shape)
+        call.alike = counts is None and out_counts is None
+        self._run("all_to_all", algorithms.ALL_TO_ALL, algorithm, call, empty=call.alike and not len(source))
+        return deliver(target, result)
+
+    def broadcast(self, array: Any, root: int = 0, out: Array | None = None, algorithm: str = "auto") -> Array:
+        """The array of rank root on every rank; the others pass one of its shape and dtype to be ignored."""
+        self._settle()
+        call, result = self._broadcast_call(np.asarray(array), root, out)
+        self._run("broadcast", algorithms.BROADCAST, algorithm, call)
+        return deliver(call.target, result)
+
+    def gather(
+        self,
+        array: Any,
+        root: int = 0,
+        out: Array | None = None,
+        counts: Sequence[int] | None = None,
+        algorithm: str = "auto",
+    ) -> Array | None:
+        """The arrays of all ranks along dim 0, as `all_gather`, on rank root; None on the others."""
+        array = as_rows(array)
+        check_rank("root", root, self.size)
+        rows = rows_brought(array, counts, self.rank, self.size)
+        self._settle()
+        node, place, lengths = self.node, self._place(array), elements(rows, array.shape)
+        if self.rank == root:
+            result = destination(out, (sum(rows), *array.shape[1:]), array.dtype)
+            source, target = apart(array, result, place is not None, sum(lengths[: self.rank]))
+        else:
+            source, target = flat(array), NOTHING
+        call = Call(self.transport, node, source, target, counts=lengths, root=root, place=place)
+        call.target_place = self._place(target)
+        self._run("gather", algorithms.GATHER, algorithm, call, empty=not sum(lengths))
+        return deliver(target, result) if self.rank == root else None
+
+    def scatter(
+        self, array: Any | None, root: int = 0, out: Array | None = None, counts: Sequence[int] | None = None
+    ) -> Array:
+        """My block of the array (n, ...) of rank root, cut along dim 0 as in `reduce_scatter`; others may pass None."""
+        check_rank("root", root, self.size)
+        self._settle()
+        form: list[Any] | None = None
+        if self.rank == root:
+            array = as_rows(array)
+            rows = rows_per_rank("counts", counts, len(array), self.size)
+            form = [rows, list(array.shape[1:]), dtype_name(array.dtype), self.node and self._place(array)]
+        rows, width, name, place = self.broadcast_object(form, root)
+        result = destination(out, (rows[self.rank], *width), dtype_from_name(name))
+        if self.rank == root:
+            source, target = apart(as_rows(array), result, place is not None)
+        else:
+            source, target = NOTHING, target_of(result)
+        call = Call(self.transport, self.node, source, target, counts=elements(rows, (0, *width)), root=root)
+        call.place = None if place is None else (place[0], place[1])
+        self._run("scatter", algorithms.SCATTER, "auto", call, empty=not sum(call.counts))
+        return deliver(target, result)
+
+    # Small Python values: dict, list, str, int, float, bool, None; they travel as JSON
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """The values of all ranks, in rank order. Tuples come back as lists."""
+        octets = np.frombuffer(json.dumps(value).encode(), np.uint8)
+        lengths = self.all_gather(np.array([len(octets)], np.int64)).tolist()
+        everyone = self.all_gather(octets, counts=lengths)
+        blocks = zip(starts(lengths), lengths, strict=True)
+        return [json.loads(everyone[start : start + length].tobytes()) for start, length in blocks]
+
+    def broadcast_object(self, value: Any, root: int = 0) -> Any:
+        """The value of rank root, on every rank; what the others pass is not looked at."""
+        octets = np.frombuffer(json.dumps(value if self.rank == root else None).encode(), np.uint8)
+        length = int(self.broadcast(np.array([len(octets)], np.int64), root)[0])
+        buffer = octets if self.rank == root else np.empty(length, np.uint8)
+        return json.loads(self.broadcast(buffer, root).tobytes())
+
+    # From arguments to calls
+
+    def _all_gather_call(self, array: Array, out: Array | None, counts: Sequence[int] | None) -> tuple[Call, Array]:
+        rows = rows_brought(array, counts, self.rank, self.size)
+        result = destination(out, (sum(rows), *array.shape[1:]), array.dtype)
+        node, place, lengths = self.node, self._place(array), elements(rows, array.shape)
+        source, target = apart(array, result, place is not None, sum(lengths[: self.rank]))
+        return Call(self.transport, node, source, target, counts=lengths, place=place), result
+
+    def _broadcast_call(self, array: Array, root: int, out: Array | None) -> tuple[Call, Array]:
+        check_rank("root", root, self.size)
+        result = destination(out, array.shape, array.dtype)
+        target = target_of(result)
+        if self.rank == root and target.size:
+            source = flat(array)
+            if address(source) != address(target):
+                np.copyto(target, source)
+        node = self.node
+        return Call(self.transport, node, target, target, root=root, place=self._place(target)), result

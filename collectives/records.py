@@ -1,0 +1,84 @@
+"""What collective number n of a rank is, in words that its peers can read: for checks and for reports.
+
+    word   0        1           2                  3       4       5       6       7
+           number   signature   name, how, op      dtype   count   place   extra   aside
+
+A ring of them lies in the control segment of each rank. The signature is a hash of the words 2 to 6, which must be
+equal on all ranks; `aside` is a place of this rank alone, which peers look up. The numbers are part of no file and may
+change.
+"""
+
+import struct
+from typing import Any
+
+import numpy as np
+
+from dtrain.collectives.arena import Place
+
+RING, RECORD_WORDS = 256, 8
+NAMES = (
+    "barrier",
+    "all_reduce",
+    "all_reduce_shared",
+    "reduce_scatter",
+    "reduce",
+    "all_gather",
+    "all_to_all",
+    "broadcast",
+    "gather",
+    "scatter",
+)
+ALGORITHMS = ("none", "window", "staged", "native", "exchange")
+OPS = ("", "sum", "prod", "max", "min")
+NO_PLACE: Place = (-1, 0)
+SIGNATURE, ASIDE = 1, 7
+
+_NUMBER = {word: number for words in (NAMES, ALGORITHMS, OPS) for number, word in enumerate(words)}
+_dtype_codes: dict[np.dtype[Any], int] = {}
+
+# signature, code, dtype, count, place, extra
+Record = tuple[int, int, int, int, int, int]
+pack = struct.Struct("=8q").pack_into
+
+
+def record(
+    name: str, algorithm: str, op: str, dtype: np.dtype[Any] | None, count: int, place: Place, extra: int
+) -> Record:
+    """The words of a collective, all but its number and what is aside."""
+    code = _NUMBER[name] | _NUMBER[algorithm] << 8 | _NUMBER[op] << 16
+    kind = 0 if dtype is None else _dtype_code(dtype)
+    where = packed(place)
+    return hash((code, kind, count, where, extra)), code, kind, count, where, extra
+
+
+def packed(place: Place) -> int:
+    """A place in one word; NO_PLACE is negative."""
+    return place[0] << 48 | place[1]
+
+
+def unpacked(word: int) -> Place | None:
+    """The inverse of `packed`."""
+    return None if word < 0 else (word >> 48, word & (1 << 48) - 1)
+
+
+def describe(words: memoryview, start: int, number: int) -> str:
+    """A text about collective `number`, whose record begins at word `start`."""
+    found, _, code, kind, count, where, _, _ = (words[start + word] for word in range(RECORD_WORDS))
+    if found != number:
+        return f"collective #{number}"
+    details = [f"algorithm {ALGORITHMS[code >> 8 & 255]}"]
+    if code >> 16:
+        details.append(OPS[code >> 16])
+    if kind:
+        details.append(f"{count} elements of dtype {chr(kind >> 8)}{kind & 255}")
+    if where >= 0:
+        details.append(f"at byte {where & (1 << 48) - 1} of segment {where >> 48}")
+    return f"{NAMES[code & 255]} #{number} ({', '.join(details)})"
+
+
+def _dtype_code(dtype: np.dtype[Any]) -> int:
+    """Kind and size in one number, the same in every process."""
+    code = _dtype_codes.get(dtype)
+    if code is None:
+        code = _dtype_codes[dtype] = ord(dtype.kind) << 8 | min(dtype.itemsize, 255)
+    return code

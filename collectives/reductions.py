@@ -1,0 +1,166 @@
+"""The reductions that return when they are done: all_reduce, all_reduce_shared, reduce_scatter, reduce.
+
+The methods `_..._call` bring arguments into the form of a `Call`; the non-blocking twins use the same ones.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dtrain.collectives import algorithms, window
+from dtrain.collectives.arena import Place
+from dtrain.collectives.call import Call
+from dtrain.collectives.dtypes import Array, operation
+from dtrain.collectives.forms import (
+    NOTHING,
+    as_rows,
+    check_rank,
+    deliver,
+    destination,
+    elements,
+    flat,
+    pair,
+    rows_per_rank,
+    with_block,
+)
+from dtrain.collectives.group import Group
+from dtrain.collectives.progress import Progress
+from dtrain.collectives.small import SmallAllReduce
+from dtrain.collectives.staged import SMALL_BYTES
+from dtrain.collectives.transport import Transport
+from dtrain.collectives.volumes import window_shared
+
+_KNOWN_FORMS = 1024
+
+
+class Reductions(Group):
+    """A group that adds up."""
+
+    def __init__(self, transport: Transport, timeout: float | None = None, progress: Progress | None = None) -> None:
+        super().__init__(transport, timeout, progress)
+        self._small: dict[tuple[tuple[int, ...], np.dtype[Any], str], SmallAllReduce] = {}
+        self._shared_results: dict[tuple[Place | None, int, np.dtype[Any]], tuple[Array, Array]] = {}
+
+    def close(self) -> None:
+        """Give all memory and handles back; the communicator is not used afterwards.
+
+        Drop the arrays of `empty` before: their memory goes only when no rank has any of them any more.
+        """
+        self._small.clear()
+        self._shared_results.clear()
+        super().close()
+
+    def all_reduce(self, array: Any, op: str = "sum", out: Array | None = None, algorithm: str = "auto") -> Array:
+        """The sum over ranks of array (any shape), of the same shape and dtype, on every rank."""
+        if type(array) is np.ndarray and algorithm == "auto":
+            small = self._small.get((array.shape, array.dtype, op))
+            if small is not None:
+                if out is None:
+                    out = np.empty(array.shape, array.dtype)
+                else:
+                    destination(out, array.shape, array.dtype)
+                if self._deferred:
+                    self._settle()
+                small.run(array, out)
+                self.counters.add("all_reduce", "staged", small.nbytes, small.volume)
+                return out
+        array = np.asarray(array)
+        call, result = self._all_reduce_call(array, op, out)
+        self._settle()
+        self._run("all_reduce", algorithms.ALL_REDUCE, algorithm, call)
+        if 0 < array.nbytes <= SMALL_BYTES and self.node is not None and len(self._small) < _KNOWN_FORMS:
+            key = (array.shape, array.dtype, op)
+            if array.dtype.isnative and key not in self._small:
+                self._small[key] = SmallAllReduce(self.node, *key)
+        return deliver(call.target, result)
+
+    def all_reduce_shared(self, array: Any, op: str = "sum") -> Array:
+        """`all_reduce` into one read-only result that all ranks of the node share: the least memory traffic there is.
+
+        The result is valid until this rank calls this again with the same array; or, for arrays that do not come from
+        `empty`, with one of the same size and dtype. Several nodes: an ordinary array, read-only as well.
+        """
+        array = np.asarray(array)
+        operation(op, array.dtype)
+        self._settle()
+        node = self.node
+        source = flat(array)
+        if node is None or not len(source):
+            result = self.all_reduce(array, op)
+            result.flags.writeable = False
+            return result
+        place = self._sum_place(source)
+        key = (place, source.size, source.dtype)
+        if key not in self._shared_results:
+            home = node.arena.allocate((source.size,), source.dtype)
+            result = node.arena.allocate((source.size,), source.dtype)
+            self._shared_results[key] = (source if place is not None else home, result)
+        home, result = self._shared_results[key]
+        if place is None:
+            np.copyto(home, source)
+            place = self._sum_place(home)
+        at = self._sum_place(result)
+        assert place is not None and at is not None
+        shared = node.arena.parts(at, source.size, source.dtype)[0]
+        window.start_all_reduce_shared(node, home, place, op, shared).wait()
+        volume = window_shared(Call(self.transport, node, home, shared, op))
+        self.counters.add("all_reduce_shared", "window", source.nbytes, volume)
+        view = shared.reshape(array.shape)
+        view.flags.writeable = False
+        return view
+
+    def reduce_scatter(
+        self,
+        array: Any,
+        op: str = "sum",
+        out: Array | None = None,
+        algorithm: str = "auto",
+        counts: Sequence[int] | None = None,
+    ) -> Array:
+        """My block of the sum over ranks of array (n, ...), cut along the first dim: result (n_rank, ...).
+
+        counts: the lengths of all blocks; by default n // size, and one more for the first n % size ranks.
+        """
+        call, result = self._reduce_scatter_call(as_rows(array), op, out, counts)
+        self._settle()
+        self._run("reduce_scatter", algorithms.REDUCE_SCATTER, algorithm, call)
+        return deliver(call.target, result)
+
+    def reduce(
+        self, array: Any, op: str = "sum", root: int = 0, out: Array | None = None, algorithm: str = "auto"
+    ) -> Array | None:
+        """The sum over ranks of array (any shape) on rank root; None on the others."""
+        array = np.asarray(array)
+        operation(op, array.dtype)
+        check_rank("root", root, self.size)
+        self._settle()
+        node, place = self.node, self._sum_place(array)
+        if self.rank == root:
+            result = destination(out, array.shape, array.dtype)
+            source, target = pair(array, result, place is not None)
+        else:
+            source, target = flat(array), NOTHING
+        call = Call(self.transport, node, source, target, op, root=root, place=place)
+        call.target_place = self._sum_place(target)
+        self._run("reduce", algorithms.REDUCE, algorithm, call)
+        return deliver(target, result) if self.rank == root else None
+
+    # From arguments to calls
+
+    def _all_reduce_call(self, array: Array, op: str, out: Array | None) -> tuple[Call, Array]:
+        operation(op, array.dtype)
+        result = destination(out, array.shape, array.dtype)
+        node, place = self.node, self._sum_place(array)
+        source, target = pair(array, result, place is not None)
+        return Call(self.transport, node, source, target, op, place=place, in_place=source is target), result
+
+    def _reduce_scatter_call(
+        self, array: Array, op: str, out: Array | None, counts: Sequence[int] | None
+    ) -> tuple[Call, Array]:
+        operation(op, array.dtype)
+        rows = rows_per_rank("counts", counts, len(array), self.size)
+        result = destination(out, (rows[self.rank], *array.shape[1:]), array.dtype)
+        node, place, lengths = self.node, self._sum_place(array), elements(rows, array.shape)
+        source, target = with_block(array, result, place is not None, sum(lengths[: self.rank]))
+        return Call(self.transport, node, source, target, op, lengths, place=place), result
