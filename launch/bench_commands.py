@@ -13,8 +13,8 @@ _DTYPES = (
 _COLUMNS = """Columns as in nccl-tests: size in bytes (of the whole array; for collectives in blocks, of all blocks
 together), elements, dtype, operation, algorithm; then, out of place and in place, the time (median over iterations of
 the maximum over ranks, its 10th and 90th percentile), algbw = size / time, busbw (what a link carries, whatever the
-number of ranks), bound (the least time that memory allows / time), native (time of the MPI library's own / time),
-#wrong (elements, of all checks). Exit code 1 when anything is wrong. docs/benchmarks.md explains them."""
+number of ranks), bound (the least time that memory allows / time), native (time of the MPI library / time: above 1 is
+faster), #wrong (elements, of all checks). Exit code 1 when anything is wrong. docs/benchmarks.md explains them."""
 
 
 def _command(name: str, summary: str) -> click.Command:
@@ -33,8 +33,8 @@ def _command(name: str, summary: str) -> click.Command:
         click.Option(["--factor"], default=4.0, show_default=True, help="From one size to the next."),
         click.Option(
             ["--algorithms"],
-            help="Names by commas, or all. Default: auto,native and shared (one result for all ranks of the node). "
-            "bare is the MPI library's call without dtrain's checks.",
+            help="Names by commas, or all. Default: auto, native, bare (the MPI library's call without dtrain around "
+            "it) and shared (one result for all ranks of the node).",
         ),
         click.Option(["--dtype"], default="float32", show_default=True, type=click.Choice(_DTYPES)),
         click.Option(["--op"], default="sum", show_default=True, type=click.Choice(("sum", "prod", "max", "min"))),

@@ -9,8 +9,18 @@ import pytest
 from dtrain.collectives import Communicator, algorithms
 from dtrain.collectives.algorithms import Algorithm, Call
 from dtrain.launch import bench_collectives, bench_memory, bench_p2p, bench_report, bench_table
-from dtrain.launch.bench_collectives import BLOCKS, Options, measure
+from dtrain.launch.bench_collectives import Options, measure
 from dtrain.launch.bench_table import COLLECTIVES, IN_PLACE, OUT_OF_PLACE, Row
+
+
+BLOCKS = 2
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many ranks on few cores take their time: fewer turns for each algorithm."""
+    monkeypatch.setattr(bench_collectives, "BLOCKS", BLOCKS)
+    monkeypatch.setattr(bench_p2p, "BLOCKS", BLOCKS)
 
 
 def rows_of(comm: Communicator, options: Options) -> list[Row]:
@@ -33,7 +43,7 @@ def test_every_algorithm_is_right(comm: Communicator, collective: str) -> None:
 
 @pytest.mark.parametrize(("dtype", "op"), [("bfloat16", "sum"), ("int8", "prod"), ("float64", "max"), ("uint8", "min")])
 def test_dtypes_and_operations(comm: Communicator, dtype: str, op: str) -> None:
-    rows = rows_of(comm, Options(tuple(COLLECTIVES), (600,), (), dtype, op, iterations=1, warmup=2))
+    rows = rows_of(comm, Options(tuple(COLLECTIVES), (600,), ("auto", "exchange"), dtype, op, iterations=1, warmup=2))
     assert [row for row in rows if row.wrong] == []
     assert {row.op for row in rows} == {op, ""}
 
@@ -41,8 +51,8 @@ def test_dtypes_and_operations(comm: Communicator, dtype: str, op: str) -> None:
 @pytest.mark.parametrize("private", [False, True])
 def test_cold_and_private_arrays(comm: Communicator, private: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_memory, "last_level_cache", lambda: 200_000)
-    names = tuple(name for name in COLLECTIVES if name != "barrier")
-    rows = rows_of(comm, Options(names, (4096,), iterations=10, private=private, cold=True))
+    names = ("all_reduce", "all_gather", "scatter")
+    rows = rows_of(comm, Options(names, (4096,), iterations=1, private=private, cold=True))
     assert [row for row in rows if row.wrong] == [] and len(rows) >= 2 * len(names)
 
 
@@ -84,7 +94,8 @@ def test_the_slowest_rank_counts(comm: Communicator, monkeypatch: pytest.MonkeyP
         assert row.p10 > 20_000 and row.wrong == 0
 
 
-def test_all_ranks_return_the_same(comm: Communicator) -> None:
+def test_all_ranks_return_the_same(comm: Communicator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_collectives, "SECONDS", 0.01)
     rows = rows_of(comm, Options(("all_gather",), (4000, 70_000)))  # the number of iterations is measured
     mine = bench_table.as_csv(rows)
     assert comm.all_gather_object(mine) == [mine] * comm.size
