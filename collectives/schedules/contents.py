@@ -23,8 +23,8 @@ class Contents(Protocol):
 
     ordered: bool  # so far, every sum kept the order of the ranks
 
-    def give(self, rank: int, cells: Array) -> None:
-        """Before: the rank has its own contribution in these cells."""
+    def give(self, rank: Array, cells: Array) -> None:
+        """Before: the ranks have their own contributions in these cells."""
 
     def read(self, cells: Array) -> Values: ...
     def write(self, cells: Array, values: Values) -> None: ...
@@ -73,11 +73,11 @@ class Summed:
         self.form = np.zeros(cells, np.uint64)
         self.ordered = True
 
-    def give(self, rank: int, cells: Array) -> None:
+    def give(self, rank: Array, cells: Array) -> None:
         """See `Contents`."""
-        self.bits[cells, rank // 64] = np.uint64(1 << rank % 64)
+        self.bits[cells, rank // 64] = np.left_shift(np.uint64(1), (rank % 64).astype(np.uint64))
         self.low[cells] = self.high[cells] = rank
-        self.form[cells] = _mix(np.array([rank + 1], np.uint64))
+        self.form[cells] = _mix(rank.astype(np.uint64) + np.uint64(1))
 
     def read(self, cells: Array) -> Values:
         """See `Contents`."""
@@ -108,7 +108,7 @@ class Summed:
             left[0] | right[0],
             np.minimum(left[1], right[1]),
             np.maximum(left[2], right[2]),
-            _mix(_mix(a + b) ^ (a * b)),
+            _mix(((a + b) * np.uint64(0x9E3779B97F4A7C15)) ^ (a * b)),
         )
 
     def wrong(self, cells: Array, contributors: range) -> Array:
@@ -135,7 +135,7 @@ class Moved:
         self.bits = np.zeros((schedule.size * schedule.places + 7) // 8, np.uint8)
         self.ordered = True
 
-    def give(self, rank: int, cells: Array) -> None:
+    def give(self, rank: Array, cells: Array) -> None:
         """See `Contents`."""
         self.write(cells, ())
 

@@ -51,8 +51,9 @@ class _Prover:
         self.size, self.parts, self.places = schedule.size, schedule.parts, schedule.places
         self.step = 0
         self.contents: Contents = (Summed if self.spec.reduces else Moved)(schedule)
-        for rank in range(self.size):
-            self.contents.give(rank, self.cells(rank, self.spec.given(rank)))
+        everyone = np.arange(self.size)
+        given = [self.cells(rank, self.spec.given(rank)) for rank in range(self.size)]
+        self.contents.give(np.repeat(everyone, [len(cells) for cells in given]), np.concatenate(given))
         self.sent, self.received, self.added = (np.zeros(self.size, np.int64) for _ in range(3))
         self.messages = 0
 
@@ -77,8 +78,8 @@ class _Prover:
     def exchange(self, round_: Round) -> None:
         """Match, read what is sent, then write what arrives."""
         sends, receives = round_.sends, round_.receives
-        by_pair = np.argsort(sends.rank * self.size + sends.peer, kind="stable")
-        arrivals = np.argsort(receives.peer * self.size + receives.rank, kind="stable")
+        outgoing, incoming = sends.rank * self.size + sends.peer, receives.peer * self.size + receives.rank
+        by_pair, arrivals = np.argsort(outgoing, kind="stable"), np.argsort(incoming, kind="stable")
         sent_entries, entries = sends.entries(by_pair), receives.entries(arrivals)
         if not self.matched(sends, by_pair, sent_entries, receives, arrivals, entries):
             self.explain(round_)
@@ -113,12 +114,12 @@ class _Prover:
     def matched(
         self, sends: Messages, by_pair: Array, sent: Array, receives: Messages, arrivals: Array, received: Array
     ) -> bool:
-        """Whether the sends are the receives; their ranks and peers exist then, as no rank beyond has any steps."""
+        """Whether the sends are the receives: the same ranks, chunk for chunk."""
+        if len(sends) != len(receives):
+            return False
+        ranks, peers = sends.rank[by_pair], sends.peer[by_pair]
         return (
-            len(sends) == len(receives)
-            and bool((sends.rank[by_pair] == receives.peer[arrivals]).all())
-            and bool((sends.peer[by_pair] == receives.rank[arrivals]).all())
-            and not (sends.rank == sends.peer).any()
+            bool(((ranks == receives.peer[arrivals]) & (peers == receives.rank[arrivals]) & (ranks != peers)).all())
             and self.equal_counts(sends, by_pair, receives, arrivals)
             and bool((sends.chunks[sent] % self.parts == receives.chunks[received] % self.parts).all())
         )
@@ -208,18 +209,20 @@ class _Prover:
 
     def finish(self) -> bool:
         """The post-condition; True where all who want a chunk have the same bits of it."""
-        first = np.zeros(self.places, np.uint64)
-        known, equal = np.zeros(self.places, bool), True
-        for rank in range(self.size):
-            wanted, contributors = self.spec.wanted(rank), self.spec.contributors(rank)
-            cells = self.cells(rank, wanted)
+        first, known, equal = np.zeros(self.places, np.uint64), np.zeros(self.places, bool), True
+        alike = self.spec.contributors(0) == self.spec.contributors(self.size - 1)  # for all; not in a scan
+        together = 64 if alike else 1  # ranks looked at in one go
+        for begin in range(0, self.size, together):
+            ranks = range(begin, min(begin + together, self.size))
+            cells = np.concatenate([self.cells(rank, self.spec.wanted(rank)) for rank in ranks])
+            contributors = self.spec.contributors(begin)
             if (wrong := self.contents.wrong(cells, contributors)).any():
                 cell = int(cells[wrong.argmax()])
                 expected = f"the sum of {ranks_text(contributors)}" if self.spec.reduces else "the chunk"
                 text = f"after the last step: expected {expected}, found {self.contents.describe(cell)}"
                 raise self.error(*divmod(cell, self.places), text)
-            if contributors == range(self.size) and not self.spec.promise.idempotent:  # not in a scan or a barrier
-                chunks, forms = cells - rank * self.places, self.contents.forms(cells)
+            if alike and not self.spec.promise.idempotent:
+                chunks, forms = cells % self.places, self.contents.forms(cells)
                 fresh = ~known[chunks]
                 first[chunks[fresh]] = forms[fresh]
                 known[chunks] = True
