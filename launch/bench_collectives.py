@@ -103,7 +103,7 @@ def check(comm: Communicator, options: Options) -> None:
         known |= dict.fromkeys(bench_cases.names(collective, comm.size))
     for name in options.algorithms:
         if name not in known and name != "all":
-            where = ", ".join(options.collectives)
+            where = f"{', '.join(options.collectives)} on {comm.size} rank{'s' * (comm.size > 1)}"
             raise UserError(f"--algorithms {name}: not an algorithm of {where}; allowed: all, {', '.join(known)}")
     bench_memory.check_room(comm, max(options.sizes), options.cold, options.private)
 

@@ -305,7 +305,7 @@ def test_what_does_not_fit_is_refused_before_it_is_touched():
 
 def test_algorithms_that_do_not_exist_are_told_with_those_that_do():
     def work(comm):
-        with pytest.raises(UserError, match=r"not an algorithm of broadcast; allowed: all, auto, .*native"):
+        with pytest.raises(UserError, match=r"not an algorithm of broadcast on 2 ranks; allowed: all, auto, .*native"):
             bench_collectives.check(comm, Options(("broadcast",), (8,), ("native", "warp")))
         bench_collectives.check(comm, Options(("broadcast", "all_reduce"), (8,), ("window",)))
 
@@ -341,7 +341,7 @@ def test_the_command_prints_and_writes(tmp_path):
         (["all_reduce", "--sizes", "1Q"], "--sizes 1Q: '1Q' is no size"),
         (
             ["all_reduce", "--algorithms", "warp"],
-            "--algorithms warp: not an algorithm of all_reduce; allowed: all, auto",
+            "--algorithms warp: not an algorithm of all_reduce on 1 rank; allowed: all, auto",
         ),
         (["reduce", "--op", "mean"], "'mean' is not one of"),
         (["broadcast", "--op", "sum"], "No such option"),
