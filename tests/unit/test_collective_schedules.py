@@ -1,5 +1,7 @@
 """Schedules as data, run by the interpreter and by the executor on threads, beside NumPy."""
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -79,6 +81,32 @@ def test_executor_has_the_bits_of_the_interpreter(collective, name):
                 run = lambda comm: execute(comm, plan, inputs[comm.rank], counts, segment_bytes=segment_bytes)  # noqa: B023, E731
                 for a, b in zip(run_threads(plan.size, run), expected, strict=True):
                     np.testing.assert_array_equal(a, b)
+
+
+class LateSends:
+    """A communicator whose messages are read only after a while on rank 0, as MPI may do it: until `wait`."""
+
+    def __init__(self, comm):
+        self.comm, self.rank, self.size = comm, comm.rank, comm.size
+
+    def send_async(self, array, destination, tag=0):
+        thread = threading.Timer(0.03 if self.rank == 0 else 0.0, self.comm.send, (array, destination, tag))
+        thread.start()
+        thread.wait = thread.join
+        return thread
+
+    def recv_async(self, out, source, tag=0):
+        return self.comm.recv_async(out, source, tag)
+
+
+@pytest.mark.parametrize("name", ["recursive_doubling", "rabenseifner", "ring", "direct"])
+def test_executor_leaves_alone_what_is_still_being_sent(name):
+    plan = schedule("all_reduce", name, 4)
+    inputs = list(np.random.default_rng(8).standard_normal((4, 8)))
+    expected = interpret(plan, inputs)
+    results = run_threads(4, lambda comm: execute(LateSends(comm), plan, inputs[comm.rank]))
+    for result, right in zip(results, expected, strict=True):
+        np.testing.assert_array_equal(result, right)
 
 
 def test_executor_in_place_and_out():

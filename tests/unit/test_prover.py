@@ -139,6 +139,18 @@ def test_bits_that_differ_are_found():
     assert prove(bind("all_reduce", "rotated", custom(own_value_first, parts=1, copies=3), 2)).equal_bits  # x+y = y+x
 
 
+def test_order_that_is_lost_is_found():
+    """(1 + (0 + 2)) + 3: only the sum in the middle is out of order."""
+
+    def steps(rank, size, root):
+        for source, target in ((0, 2), (1, 2), (2, 3)):
+            sends = [Send(target, [0])] if rank == source else []
+            yield Step(sends, [Receive(source, [0], reduce=True)] if rank == target else [])
+
+    assert not prove(bind("reduce", "mine", custom(steps, parts=1), 4, root=3)).ordered
+    assert not prove(schedule("all_reduce", "ring", 4)).ordered
+
+
 # Wrong schedules
 
 
