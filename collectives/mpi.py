@@ -25,6 +25,7 @@ if "mpi4py.MPI" not in sys.modules and "MPI4PY_RC_THREAD_LEVEL" not in os.enviro
 from mpi4py import MPI
 
 from dtrain.collectives.dtypes import Array, starts
+from dtrain.collectives.leftovers import remove_names
 from dtrain.collectives.waiting import cores
 from dtrain.collectives.work import Request
 
@@ -338,6 +339,7 @@ def world_transport() -> Transport:
     row = int(leader[0]).to_bytes(8, "little") + mask.to_bytes(mask_bytes, "little") + name.ljust(width)
     everyone = np.empty((comm.size, len(row)), np.uint8)
     comm.Allgather(np.frombuffer(row, np.uint8), everyone)
+    remove_names()  # the exchange shows that all ranks have left MPI_Init
     rows = [other.tobytes() for other in everyone]
     nodes = [int.from_bytes(other[:8], "little") for other in rows]
     names = {node: other[8 + mask_bytes :].decode().rstrip() for node, other in zip(nodes, rows, strict=True)}
