@@ -219,9 +219,10 @@ def test_a_disk_that_fills_up_with_checkpoints(tmp_path, config, ranks):
     """The job ends; the checkpoint that was complete is complete still, and with room the run goes on to its end."""
     disk = tmp_path / "disk"
     run = " ".join(program.on(ranks, "dtrain", "run", f"'{config}'", f"output='{disk}'", "name=r", "checkpoint.keep=0"))
-    script = f"{run} checkpoint.every=4; echo exit code $?; dtrain checkpoint ls r; find r; "
-    script += f"mount -o remount,size=20m '{disk}' && {run} && echo && cat r/metrics.jsonl"
-    ended = on_a_small_disk(disk, "1500k", script)
+    script = f"head -c 18500k /dev/zero > fill; {run} checkpoint.every=4; echo exit code $?; "
+    script += "dtrain checkpoint ls r; find r; "
+    script += f"rm fill; {run} && echo && cat r/metrics.jsonl"
+    ended = on_a_small_disk(disk, "20000k", script)
     rest = ended.out.partition("exit code ")[2]
     assert rest.startswith("2\n"), ended.out + ended.err
     message = [line for line in ended.err.splitlines() if line.startswith("dtrain: error: ")]
