@@ -3,7 +3,7 @@
     fetch ─► execute (forward + backward per microbatch) ─► reduce ─► clip ─► update ─► after_update
 
 The loss of a batch is the SUM over its targets; it is divided once, by the number of targets in the *global* batch.
-Everything else is a sum: over microbatches, over ranks. So no layout, and no uneven share of targets, changes the result.
+Everything else is a sum: over microbatches, over ranks. So no layout and no uneven share of targets changes the result.
 
 The state of a run is (parameters, optimizer state, step, consumed samples): data order and dropout masks are functions
 of (seed, position), see `dtrain/random.py`.
@@ -179,8 +179,8 @@ class Trainer:
         if not math.isfinite(loss):
             raise UserError(
                 f"the loss of step {self.step + 1} is {loss}: training diverged. "
-                f"Lower optimizer.learning_rate ({self.config.optimizer.learning_rate:g}), raise schedule.warmup_steps, "
-                "or set optimizer.clip_norm; the last checkpoint is from before."
+                f"Lower optimizer.learning_rate ({self.config.optimizer.learning_rate:g}), raise "
+                "schedule.warmup_steps, or set optimizer.clip_norm; the last checkpoint is from before."
             )
 
     # Interruption and continuation
