@@ -1,5 +1,5 @@
 # make run      a trained GPT in two minutes: environment, installation, mpirun -n 8
-# make test     unit tests in one process, the MPI tests on 2, 3, 4 and 8 ranks, then the program as users start it
+# make test     unit tests in one process, the MPI tests on 2, 3, 4 and 8 ranks, examples, the program as a whole, two hosts
 # make check    ruff, mypy, import-linter
 # make bench    the training step, beside PyTorch's where that is installed
 # make clean    remove the environment; runs/ stays
@@ -41,7 +41,7 @@ test-mpi: .venv/dev-$(MPI)
 	done
 
 test-system: .venv/dev-$(MPI)
-	@set -e; for folder in tests/system tests/hosts; do \
+	@set -e; for folder in tests/examples tests/system tests/hosts; do \
 	    if ls $$folder/test_*.py >/dev/null 2>&1; then \
 	        echo "python -m pytest $$folder -q"; $(call limit,900) python -m pytest $$folder -q; \
 	    fi; \
