@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any, Protocol, TextIO
 
 from dtrain.config import Config
+from dtrain.launch import environment
 
 RECENT = 20  # steps that the speed is taken over: a hiccup of the machine is forgotten after so many
 REDRAW = 0.1  # seconds between two drawings of the bar
@@ -187,7 +188,8 @@ def terminal_width(stream: TextIO) -> int | None:
     if os.environ.get("TERM") in (None, "", "dumb"):
         return None
     try:
-        if stream.isatty():
+        # Open MPI gives its ranks a terminal of their own, wherever their output goes: there only mpirun's own counts.
+        if stream.isatty() and environment.job().launcher == "none":
             return _columns(os.get_terminal_size(stream.fileno()).columns)
         if stream is not sys.stdout:
             return None

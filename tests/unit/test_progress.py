@@ -132,6 +132,18 @@ def test_dumb_terminals_get_lines(monkeypatch):
     os.close(leader)
 
 
+def test_the_terminal_of_a_rank_is_not_that_of_its_launcher(monkeypatch):
+    """Open MPI gives each rank a terminal, also where `mpirun … > log` goes to a file."""
+    monkeypatch.setenv("TERM", "xterm")
+    leader, follower = pty.openpty()
+    with os.fdopen(follower, "w") as stream:
+        assert progress.terminal_width(stream) is not None
+        monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
+        monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+        assert progress.terminal_width(stream) is None
+    os.close(leader)
+
+
 def processes(folder, *chain):
     """A /proc of processes (number, parent, name, stdout)."""
     for number, parent, name, stdout in chain:
