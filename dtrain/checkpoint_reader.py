@@ -195,9 +195,17 @@ def check_names(reader: Reader, expected: Mapping[str, tuple[Sequence[int], Any]
     parameters = set(reader.names("parameter"))
     same_model = parameters.isdisjoint(unexpected + differing) and all(_is_state(n, parameters) for n in missing)
     word = "optimizer" if same_model else "model"
+    remedy = "Train on with the configuration that wrote it, or give the new run another `name`"
+    if not missing and not unexpected and all(list(held[n].shape) == list(expected[n][0]) for n in differing):
+        raise UserError(
+            f"{reader.folder}: a checkpoint of another dtype (train.dtype); {'; '.join(problems)}. {remedy}"
+        )
+    described = reader.state.get(word)
+    if isinstance(described, dict):
+        described = ", ".join(f"{key}: {value}" for key, value in described.items())
     raise UserError(
-        f"{reader.folder}: a checkpoint of another {word}: it holds the {word} {reader.state.get(word, '(not said)')}. "
-        f"Its tensors are not those of the configured {word}; {'; '.join(problems)}"
+        f"{reader.folder}: a checkpoint of another {word}: it holds {described or 'one that is not described'}. "
+        f"Its tensors are not those of the configured {word}; {'; '.join(problems)}. {remedy}"
     )
 
 
