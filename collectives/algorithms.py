@@ -36,8 +36,11 @@ class Algorithm(NamedTuple):
 STAGED_BYTES = 256 * 1024
 STAGED_BROADCAST_BYTES = 1 << 20
 
-# Arrays in the window: above this length straight from there. Below, the staging needs one synchronisation, not two.
-WINDOW_BYTES = SMALL_BYTES
+# Arrays in the window: above this length straight from there. What is moved, and reduce_scatter, needs one
+# synchronisation in the staging and two in the window; that costs as much as copying 128-256 KiB (2 and 8 ranks on 2
+# cores). Longer reductions to all or to root need two in both.
+WINDOW_BYTES = 128 * 1024
+WINDOW_REDUCE_BYTES = SMALL_BYTES
 
 
 def _alone(call: Call) -> bool:
@@ -71,6 +74,10 @@ def _reduces(call: Call) -> bool:
 
 def _long(call: Call) -> bool:
     return call.source.nbytes > WINDOW_BYTES
+
+
+def _long_reduce(call: Call) -> bool:
+    return call.source.nbytes > WINDOW_REDUCE_BYTES
 
 
 def _long_gather(call: Call) -> bool:
@@ -128,7 +135,7 @@ COPY = Algorithm(_copy, _alone, volume=volumes.nothing)
 
 ALL_REDUCE: dict[str, Algorithm] = {
     "copy": COPY,
-    "window": _window(ways.window_all_reduce, volumes.window_all_reduce, _in_place_in_window, _long),
+    "window": _window(ways.window_all_reduce, volumes.window_all_reduce, _in_place_in_window, _long_reduce),
     "staged": Algorithm(ways.staged_all_reduce, _on_node, _short, volumes.staged_all_reduce),
     "native": Algorithm(ways.native_all_reduce, _reduces, _always, volumes.least_all_reduce, ways.start_all_reduce),
     "exchange": Algorithm(ways.exchange_all_reduce, _several, _always, volumes.exchange_all_reduce),
@@ -136,7 +143,7 @@ ALL_REDUCE: dict[str, Algorithm] = {
 
 REDUCE_SCATTER: dict[str, Algorithm] = {
     "copy": COPY,
-    "window": _window(ways.window_reduce_scatter, volumes.window_reduce_scatter),
+    "window": _window(ways.window_reduce_scatter, volumes.window_reduce_scatter, preferred=_long),
     "staged": Algorithm(ways.staged_reduce_scatter, _on_node, _short, volumes.staged_reduce_scatter),
     "native": Algorithm(
         ways.native_reduce_scatter, _reduces, _always, volumes.least_reduce_scatter, ways.start_reduce_scatter
@@ -160,7 +167,7 @@ BROADCAST: dict[str, Algorithm] = {
 
 REDUCE: dict[str, Algorithm] = {
     "copy": COPY,
-    "window": _to_root(ways.window_reduce, volumes.window_reduce, _long),
+    "window": _to_root(ways.window_reduce, volumes.window_reduce, _long_reduce),
     "staged": Algorithm(ways.staged_reduce, _on_node, _short, volumes.staged_reduce),
     "native": Algorithm(ways.native_reduce, _reduces, _always, volumes.least_reduce),
     "exchange": Algorithm(ways.exchange_reduce, _several, _always, volumes.exchange_reduce),

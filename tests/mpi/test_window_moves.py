@@ -197,7 +197,7 @@ def test_the_window_is_taken(comm: Communicator) -> None:
     """`auto` goes straight through the window for long arrays there; asked for elsewhere, that is refused."""
     if comm.node is None:
         return
-    array = comm.empty(4000 * comm.size)
+    array = comm.empty(40_000)
     array[...] = 1
     before = [int(comm.node._mine[word]) for word in (0, 16)]
     comm.all_gather(array)
