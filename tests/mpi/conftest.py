@@ -2,7 +2,9 @@
 
 import faulthandler
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Generator, Iterator
 
 import pytest
@@ -12,10 +14,17 @@ from dtrain.collectives import Communicator, world
 LIMIT = float(os.environ.get("DTRAIN_TEST_TIMEOUT", "100"))
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """pytest-mpi takes the name of this folder for its mark and skips all; whoever names the folder wants the tests."""
+    """pytest-mpi takes the name of this folder for its mark and skips all; whoever names the folder wants the tests.
+
+    Each rank has temporary folders of its own: pytest's common ones are tidied up by all ranks at once, which races.
+    """
     if hasattr(config.option, "with_mpi"):
         config.option.with_mpi = True
+    if not config.option.basetemp:
+        config.option.basetemp = tempfile.mkdtemp(prefix="dtrain-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(config.option.basetemp, ignore_errors=True))
 
 
 @pytest.fixture(scope="session")
