@@ -3,7 +3,7 @@
 MPICH maps one file /dev/shm/mpich_shm_* per job in MPI_Init and removes it in MPI_Finalize, which a job that ends by
 MPI_Abort or by a signal never reaches: 1 MiB and more stay for good, for each such job. A name is needed only to map a
 file; once all ranks of the node have mapped it, it can go, and the memory goes with the last process. (The windows
-need nothing: MPICH and Open MPI remove their names at once. Open MPI's other files are removed by its mpirun.)
+of MPICH need nothing: it removes their names at once. Open MPI's files are left to its mpirun.)
 """
 
 import os
