@@ -55,8 +55,8 @@ def test_examples(example):
 
 def commands() -> list[str]:
     """Commands of the README: the indented lines that start our program."""
-    lines = [line.strip().partition("  #")[0].strip() for line in (ROOT / "README.md").read_text().splitlines()]
-    return [line for line in lines if line.startswith(("mpirun", "dtrain"))]
+    lines = [line.partition("  #")[0].rstrip() for line in (ROOT / "README.md").read_text().splitlines()]
+    return [line.strip() for line in lines if line.startswith(("    mpirun", "    dtrain"))]
 
 
 def test_the_readme_has_commands():
