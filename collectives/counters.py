@@ -1,17 +1,24 @@
-"""What a communicator has done: calls, steps and bytes per collective and algorithm.
+"""What a communicator has done: calls, steps and bytes per collective, algorithm and purpose.
 
     comm.counters.reset();  training step;  print(comm.counters.table())
 
-    collective      algorithm   calls   steps         sent     received
-    all_reduce      window         12      24      6291456      6291456
+    collective       algorithm  purpose        calls    steps            sent        received
+    all_reduce       window                       12       24         6291456         6291456
+    all_reduce       staged     loss               1        1              16             112
 
 Bytes are those of this rank, by the formula of the algorithm (`volumes.py`), not measured. `sent` is what the rank put
 into messages, into other ranks' memory, or where other ranks fetch it (staging); `received` what it took from
-messages or read from other ranks' memory. A step is one synchronisation or one round of messages. Cost: one dict
-look-up and four additions per call.
+messages or read from other ranks' memory. A step is one synchronisation or one round of messages.
+
+A purpose keeps what is no part of the work apart: within `with comm.counters.purpose("loss"):` everything that this
+communicator, its parent and those split from it do is counted under that name. Cost of counting: one dict look-up and
+four additions per call; the purpose costs something only where it changes.
 """
 
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
+from weakref import WeakSet
 
 
 class Volume(NamedTuple):
@@ -30,12 +37,63 @@ class Last(NamedTuple):
     nbytes: int
 
 
+class Key(NamedTuple):
+    """One row."""
+
+    collective: str
+    algorithm: str
+    purpose: str
+
+
+WORDS = ("calls", "steps", "sent", "received")
+Totals = dict[Key, tuple[int, ...]]  # in the order of WORDS
+_Sums = dict[tuple[str, str], list[int]]
+
+
+class _Family:
+    """The counters of a world and of all that was split from it, which have one purpose at a time."""
+
+    def __init__(self) -> None:
+        self.members: WeakSet[Counters] = WeakSet()
+        self.purpose = ""
+
+    def turn(self, purpose: str) -> None:
+        self.purpose = purpose
+        for member in self.members:
+            member.turn(purpose)
+
+
 class Counters:
     """The sums since the beginning or the last `reset`."""
 
     def __init__(self) -> None:
-        self._sums: dict[tuple[str, str], list[int]] = {}
+        self._by_purpose: dict[str, _Sums] = {}
+        self._sums: _Sums = {}
         self.last: tuple[str, str, int] | None = None
+        self._family = _Family()
+        self.follow(self)
+
+    def follow(self, parent: "Counters") -> None:
+        """Count for the purposes of `parent` from now on, and it for mine."""
+        self._family = parent._family
+        self._family.members.add(self)
+        self.turn(self._family.purpose)
+
+    def turn(self, purpose: str) -> None:
+        """Count under this name from now on."""
+        self._sums = self._by_purpose.setdefault(purpose, {})
+
+    @contextmanager
+    def purpose(self, name: str) -> Iterator[None]:
+        """Within, all communicators of this family count under `name`; inside another purpose nothing changes."""
+        if self._family.purpose:
+            yield
+            return
+        self._family.turn(name)
+        try:
+            yield
+        finally:
+            self._family.turn("")
 
     def add(self, collective: str, algorithm: str, nbytes: int, volume: Volume) -> None:
         """Count one call."""
@@ -50,30 +108,43 @@ class Counters:
 
     def reset(self) -> None:
         """Begin again at zero."""
-        self._sums.clear()
+        for sums in self._by_purpose.values():
+            sums.clear()
 
-    def calls(self, collective: str, algorithm: str | None = None) -> int:
-        """How often a collective ran, by one algorithm or by any."""
-        return sum(sums[0] for key, sums in self._sums.items() if key[0] == collective and algorithm in (None, key[1]))
+    def totals(self) -> Totals:
+        """All sums, sorted by name."""
+        found: Totals = {
+            Key(*names, purpose): tuple(sums)
+            for purpose, rows in self._by_purpose.items()
+            for names, sums in rows.items()
+        }
+        return dict(sorted(found.items()))
 
-    def volume(self, collective: str | None = None, algorithm: str | None = None) -> Volume:
-        """The sum over the collectives and algorithms asked for; None: all."""
-        rows = [
-            sums for key, sums in self._sums.items() if collective in (None, key[0]) and algorithm in (None, key[1])
-        ]
+    def calls(self, collective: str, algorithm: str | None = None, purpose: str | None = None) -> int:
+        """How often a collective ran, by one algorithm or by any, for one purpose or for any."""
+        return sum(row[0] for key, row in self.totals().items() if _matches(key, collective, algorithm, purpose))
+
+    def volume(self, collective: str | None = None, algorithm: str | None = None, purpose: str | None = None) -> Volume:
+        """The sum over the collectives, algorithms and purposes asked for; None: all."""
+        rows = [row for key, row in self.totals().items() if _matches(key, collective, algorithm, purpose)]
         return Volume(*(sum(row[column] for row in rows) for column in (1, 2, 3)))
 
     def rows(self) -> list[dict[str, str | int]]:
-        """One dict per collective and algorithm, sorted by name: for JSON."""
-        words = ("calls", "steps", "sent", "received")
-        return [
-            {"collective": collective, "algorithm": algorithm, **dict(zip(words, sums, strict=True))}
-            for (collective, algorithm), sums in sorted(self._sums.items())
-        ]
+        """One dict per collective, algorithm and purpose, sorted by name: for JSON."""
+        return [{**key._asdict(), **dict(zip(WORDS, row, strict=True))} for key, row in self.totals().items()]
 
     def table(self) -> str:
         """The rows as text, one line each under a heading; bytes in full."""
-        lines = [f"{'collective':<17}{'algorithm':<11}{'calls':>9}{'steps':>9}{'sent':>16}{'received':>16}"]
-        for (collective, algorithm), (calls, steps, sent, received) in sorted(self._sums.items()):
-            lines.append(f"{collective:<17}{algorithm:<11}{calls:>9}{steps:>9}{sent:>16}{received:>16}")
-        return "\n".join(lines)
+        return table(self.totals())
+
+
+def _matches(key: Key, *wanted: str | None) -> bool:
+    return all(want in (None, have) for want, have in zip(wanted, key, strict=True))
+
+
+def table(totals: Mapping[Key, Iterable[int]]) -> str:
+    """Totals as text."""
+    lines = [f"{'collective':<17}{'algorithm':<11}{'purpose':<11}{'calls':>9}{'steps':>9}{'sent':>16}{'received':>16}"]
+    for (collective, algorithm, purpose), (calls, steps, sent, received) in totals.items():
+        lines.append(f"{collective:<17}{algorithm:<11}{purpose:<11}{calls:>9}{steps:>9}{sent:>16}{received:>16}")
+    return "\n".join(lines)

@@ -37,6 +37,8 @@ class Group:
         here = [rank for rank, node in enumerate(transport.nodes) if node == transport.nodes[transport.rank]]
         self.local_rank = here.index(transport.rank)
         self.local_size = len(here)
+        self.name = "world"
+        """In tables and messages; a mesh gives the names of its axes."""
         self.counters = Counters()
         self._timeout = timeout_seconds(timeout)
         # Several nodes: the MPI library does it all. Windows and network together will be one more algorithm.
@@ -60,13 +62,21 @@ class Group:
         """The collective that ran or was started last on this communicator: which, how, and on how many bytes."""
         return None if self.counters.last is None else Last(*self.counters.last)
 
-    def split(self, color: int | None, key: int | None = None) -> Self | None:
-        """The communicator of the ranks with my color, ordered by key (default: by rank); None where color is None."""
+    def split(self, color: int | None, key: int | None = None, name: str | None = None) -> Self | None:
+        """The communicator of the ranks with my color, ordered by key (default: by rank); None where color is None.
+
+        name: what it is called in tables; default: the name of this one and the color.
+        """
         if color is not None and color < 0:
             raise ValueError(f"color={color}: allowed: None or a number from 0")
         self._meet()
         part = self.transport.split(color, self.rank if key is None else key)
-        return None if part is None else type(self)(part, self._timeout, self._progress)
+        if part is None:
+            return None
+        child = type(self)(part, self._timeout, self._progress)
+        child.name = f"{self.name}/{color}" if name is None else name
+        child.counters.follow(self.counters)
+        return child
 
     def close(self) -> None:
         """Give all memory and handles back; the communicator is not used afterwards.

@@ -49,6 +49,9 @@ class Mesh:
         self.coordinates = self.coordinates_of(comm.rank)
         self._grid = np.arange(comm.size).reshape(list(self.sizes.values()))
         self._communicators: dict[tuple[str, ...], Communicator] = {}
+        longer = [axis for axis in axes if sizes[axis] > 1]
+        if len(longer) == 1:  # then the ranks of this axis are all ranks
+            comm.name = longer[0]
 
     def __getitem__(self, axes: str | tuple[str, ...]) -> Communicator:
         """The ranks that differ from mine along these axes only, in the order of rank. Collective the first time."""
@@ -56,6 +59,11 @@ class Mesh:
         if names not in self._communicators:
             self._communicators[names] = self._make(names)
         return self._communicators[names]
+
+    def communicators(self) -> list[Communicator]:
+        """`comm` and those that were made for axes until now, each once; those of one rank are left out."""
+        several = [self.comm, *(part for part in self._communicators.values() if part.size > 1)]
+        return list(dict.fromkeys(several))
 
     def coordinates_of(self, rank: int) -> dict[str, int]:
         """The place of a rank of `comm`, by axis."""
@@ -100,7 +108,7 @@ class Mesh:
         if size == self.comm.size:
             return self.comm
         color = next(i for i, ranks in enumerate(self.groups(*names)) if self.comm.rank in ranks)
-        part = self.comm.split(color)
+        part = self.comm.split(color, name="+".join(names))
         assert part is not None
         return part
 

@@ -124,7 +124,8 @@ class Trainer:
 
     def total(self, loss: float, count: float) -> tuple[float, float]:
         """Sums over the data ranks."""
-        sums = self.mesh["dp"].all_reduce(np.array([loss, count], np.float64))
+        with self.mesh.comm.counters.purpose("loss"):  # apart from the gradients in the tables of traffic
+            sums = self.mesh["dp"].all_reduce(np.array([loss, count], np.float64))
         return float(sums[0]), float(sums[1])
 
     def learning_rate(self, step: int) -> float:
@@ -140,11 +141,11 @@ class Trainer:
             return None
         start, count = share(0, min(len(dataset), options.batches * self.config.train.global_batch), *self._data_rank())
         loss = targets = 0.0
-        with no_grad():
+        with no_grad(), self.mesh.comm.counters.purpose("validation"):
             for batch, _ in self._portions(dataset, start, np.arange(start, start + count), self.config.seed + 1):
                 loss += self.model.loss(batch).item()
                 targets += self.model.count(batch)
-        loss, targets = self.total(loss, targets)
+            loss, targets = self.total(loss, targets)
         return loss / targets
 
     @property
@@ -192,6 +193,7 @@ class Trainer:
             for kind, arrays in self._arrays().items()
             for name, array in arrays.items()
         ]
+        pieces += [piece for strategy in self.strategies for piece in strategy.state()]
         state = {
             "step": self.step,
             "consumed": self.consumed,
@@ -211,6 +213,8 @@ class Trainer:
             array[...] = reader.tensor(name)
         self.step, self.consumed = int(reader.state["step"]), int(reader.state["consumed"])
         self.optimizer.steps = int(reader.state["optimizer"]["steps"])
+        for strategy in self.strategies:
+            strategy.load_state(reader)
 
     def _arrays(self) -> dict[str, dict[str, Array]]:
         parameters = {name: parameter.data for name, parameter in self.model.named_parameters().items()}

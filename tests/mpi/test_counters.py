@@ -139,7 +139,8 @@ def test_messages_and_small_ones(part: Communicator) -> None:
         assert part.counters.volume("all_reduce", "staged") == (3, 240, 240 * (part.size - 1))
     rows = part.counters.rows()
     assert [row["collective"] for row in rows] == sorted(str(row["collective"]) for row in rows)
-    assert "send             message            1        1              56               0" in part.counters.table()
+    line = f"{'send':<17}{'message':<22}{1:>9}{1:>9}{56:>16}{0:>16}"
+    assert line in part.counters.table()
     part.counters.reset()
     assert part.counters.rows() == [] and part.last is not None
 
@@ -162,3 +163,24 @@ def test_counting_is_cheap() -> None:
         best = min(best, (time.perf_counter() - began) / 1000)
     assert best < 1e-6, f"{best * 1e6:.2f} us for one call"
     assert counters.volume() == (20_000, 40_000, 60_000)
+
+
+def test_a_purpose_is_counted_apart(part: Communicator) -> None:
+    """Also by communicators split before and within, and gone with an error as without."""
+    early = part.split(0)
+    assert early is not None
+    with pytest.raises(KeyError), part.counters.purpose("loss"):
+        late = part.split(0)
+        assert late is not None
+        for each in (part, early, late):
+            each.all_reduce(np.ones(3))
+        with part.counters.purpose("other"):
+            late.barrier()
+        raise KeyError
+    for each in (part, early, late):
+        each.all_reduce(np.ones(3))
+        assert each.counters.calls("all_reduce", purpose="loss") == each.counters.calls("all_reduce", purpose="") == 1
+        assert each.counters.volume("all_reduce", purpose="loss") == each.counters.volume("all_reduce", purpose="")
+        assert "other" not in {key.purpose for key in each.counters.totals()}
+    assert [row["purpose"] for row in part.counters.rows() if row["collective"] == "all_reduce"] == ["", "loss"]
+    assert early.name == f"{part.name}/0"
