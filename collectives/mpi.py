@@ -6,9 +6,8 @@ against 1.5 ms under MULTIPLE), and with more ranks than cores they spin while t
 ranks on 2 busy cores, 256 KiB: 1600 ms against 17 ms). So MULTIPLE is asked for. Open MPI shows no difference.
 MPI4PY_RC_THREAD_LEVEL overrules it.
 
-Only buffers travel, never pickles: the upper-case methods of mpi4py. What is moved but not computed with travels as
-bytes, so every dtype of NumPy is welcome. Counts of MPI are C ints: whatever is longer than `Transport.limit` bytes
-goes in pieces.
+Only buffers travel, never pickles: the upper-case methods of mpi4py. What is moved but not computed with stands in
+`native.py`.
 """
 
 import os
@@ -26,8 +25,9 @@ from mpi4py import MPI
 
 from dtrain.collectives.dtypes import Array, starts
 from dtrain.collectives.leftovers import remove_names
+from dtrain.collectives.native import Moves, octets
 from dtrain.collectives.waiting import cores
-from dtrain.collectives.work import Request
+from dtrain.collectives.work import Finished, Request
 
 # Native reductions used per kind of dtype. Not here, and therefore done by `exchange`: float16 (MPI has none that is
 # portable), max and min of floats (MPI may drop a NaN, NumPy never does), max and min of complex numbers (MPI has
@@ -42,18 +42,6 @@ _OPERATIONS: dict[str, dict[str, MPI.Op]] = {
     "c": _ARITHMETIC,
     "b": _LOGICAL,
 }
-
-_COLLECTIVE = 32767  # tag of messages inside a collective, the largest every MPI has; users' tags stay below
-
-
-class _Finished:
-    """The request of an operation that is already over."""
-
-    def test(self) -> bool:
-        return True
-
-    def wait(self) -> None:
-        pass
 
 
 class _Requests:
@@ -88,12 +76,11 @@ class SharedSegment:
         self._window.Free()
 
 
-class Transport:
+class Transport(Moves):
     """The collectives of the MPI library on one of its communicators."""
 
     name = "mpi"
     shares = True
-    limit = 1 << 30  # bytes in one MPI call
 
     def __init__(self, comm: MPI.Intracomm, nodes: list[int], names: dict[int, str], crowded: bool) -> None:
         self.rank = comm.rank
@@ -105,89 +92,19 @@ class Transport:
         self._names = names  # node -> host name
         self._closed = False
 
-    # Movement: bytes
+    def together(self, requests: list[Any], *buffers: Any) -> Request:
+        return _Requests(requests, *buffers)
 
-    def barrier(self) -> None:
-        self._comm.Barrier()
-
-    def broadcast(self, buffer: Array, root: int) -> None:
-        for piece in self._pieces(_octets(buffer)):
-            self._comm.Bcast([piece, MPI.BYTE], root)
-
-    def all_gather(self, source: Array, target: Array, counts: Sequence[int]) -> None:
-        item = target.itemsize
-        lengths = [count * item for count in counts]
-        if sum(lengths) <= self.limit:
-            if min(lengths) == max(lengths):
-                self._comm.Allgather([_octets(source), MPI.BYTE], [_octets(target), lengths[0], MPI.BYTE])
-            else:
-                self._comm.Allgatherv(
-                    [_octets(source), MPI.BYTE], [_octets(target), lengths, starts(lengths), MPI.BYTE]
-                )
-            return
-        for root, (start, count) in enumerate(zip(starts(counts), counts, strict=True)):
-            block = target[start : start + count]
-            if root == self.rank and not np.shares_memory(block, source):
-                np.copyto(block, source)
-            self.broadcast(block, root)
-
-    def all_to_all(
-        self, source: Array, target: Array, send_counts: Sequence[int], receive_counts: Sequence[int]
-    ) -> None:
-        # All messages posted at once, as MPI_Alltoallv does; done here because only the two ends of a pair know its
-        # length, and with it whether it must go in pieces.
-        outgoing, incoming = starts(send_counts), starts(receive_counts)
-        requests: list[MPI.Request] = []
-        for shift in range(1, self.size):
-            origin = (self.rank - shift) % self.size
-            block = target[incoming[origin] : incoming[origin] + receive_counts[origin]]
-            requests += [
-                self._comm.Irecv([piece, MPI.BYTE], origin, _COLLECTIVE) for piece in self._pieces(_octets(block))
-            ]
-        for shift in range(1, self.size):
-            to = (self.rank + shift) % self.size
-            block = source[outgoing[to] : outgoing[to] + send_counts[to]]
-            requests += [self._comm.Isend([piece, MPI.BYTE], to, _COLLECTIVE) for piece in self._pieces(_octets(block))]
-        here, there = outgoing[self.rank], incoming[self.rank]
-        np.copyto(target[there : there + receive_counts[self.rank]], source[here : here + send_counts[self.rank]])
-        MPI.Request.Waitall(requests)
-
-    def gather(self, source: Array, target: Array | None, counts: Sequence[int], root: int) -> None:
-        lengths = [count * source.itemsize for count in counts]
-        if sum(lengths) <= self.limit:
-            into = None if target is None else [_octets(target), lengths, starts(lengths), MPI.BYTE]
-            self._comm.Gatherv([_octets(source), MPI.BYTE], into, root)
-        elif target is None:
-            self.send(source, root, _COLLECTIVE)
-        else:
-            for rank, (start, count) in enumerate(zip(starts(counts), counts, strict=True)):
-                if rank == root:
-                    np.copyto(target[start : start + count], source)
-                else:
-                    self.recv(target[start : start + count], rank, _COLLECTIVE)
-
-    def scatter(self, source: Array | None, target: Array, counts: Sequence[int], root: int) -> None:
-        lengths = [count * target.itemsize for count in counts]
-        if sum(lengths) <= self.limit:
-            origin = None if source is None else [_octets(source), lengths, starts(lengths), MPI.BYTE]
-            self._comm.Scatterv(origin, [_octets(target), MPI.BYTE], root)
-        elif source is None:
-            self.recv(target, root, _COLLECTIVE)
-        else:
-            for rank, (start, count) in enumerate(zip(starts(counts), counts, strict=True)):
-                if rank == root:
-                    np.copyto(target, source[start : start + count])
-                else:
-                    self.send(source[start : start + count], rank, _COLLECTIVE)
+    # Between two ranks: bytes
 
     def send(self, source: Array, destination: int, tag: int) -> None:
-        for piece in self._pieces(_octets(source)):
-            self._comm.Send([piece, MPI.BYTE], destination, tag)
+        for piece in self.pieces(octets(source)):
+            self._comm.Send(piece, destination, tag)
 
     def recv(self, target: Array, source: int, tag: int) -> None:
-        for piece in self._pieces(_octets(target)):
+        for piece in self.pieces(octets(target)):
             status = MPI.Status()
-            self._comm.Recv([piece, MPI.BYTE], source, tag, status)
+            self._comm.Recv(piece, source, tag, status)
             if status.Get_count(MPI.BYTE) != len(piece):
                 came = status.Get_count(MPI.BYTE)
                 raise ValueError(f"recv from rank {source}, tag {tag}: {came} bytes came, out= has {len(piece)}")
@@ -247,34 +164,25 @@ class Transport:
             )
             for start in range(0, len(source), step)
         ]
-        return _Requests(requests, source, target)
+        return self.together(requests, source, target)
 
     def start_reduce_scatter(self, source: Array, target: Array, counts: Sequence[int], op: str) -> Request:
         if source.nbytes > self.limit or np.may_share_memory(source, target):
             self.reduce_scatter(source, target, counts, op)
-            return _Finished()
+            return Finished()
         source, target, operator = _typed(source, target, op)
-        return _Requests([self._comm.Ireduce_scatter(source, target, list(counts), operator)], source, target)
+        request = self._comm.Ireduce_scatter(source, target, list(counts), operator)
+        return self.together([request], source, target)
 
-    def start_all_gather(self, source: Array, target: Array, counts: Sequence[int]) -> Request:
-        lengths = [count * target.itemsize for count in counts]
-        if sum(lengths) > self.limit:
-            self.all_gather(source, target, counts)
-            return _Finished()
-        into = [_octets(target), lengths, starts(lengths), MPI.BYTE]
-        return _Requests([self._comm.Iallgatherv([_octets(source), MPI.BYTE], into)], source, target)
-
-    def start_broadcast(self, buffer: Array, root: int) -> Request:
-        pieces = self._pieces(_octets(buffer))
-        return _Requests([self._comm.Ibcast([piece, MPI.BYTE], root) for piece in pieces], buffer)
-
-    def start_send(self, source: Array, destination: int, tag: int) -> Request:
-        pieces = self._pieces(_octets(source))
-        return _Requests([self._comm.Isend([piece, MPI.BYTE], destination, tag) for piece in pieces], source)
-
-    def start_recv(self, target: Array, source: int, tag: int) -> Request:
-        pieces = self._pieces(_octets(target))
-        return _Requests([self._comm.Irecv([piece, MPI.BYTE], source, tag) for piece in pieces], target)
+    def start_reduce(self, source: Array, target: Array | None, op: str, root: int) -> Request:
+        if source.nbytes > self.limit:
+            self.reduce(source, target, op, root)
+            return Finished()
+        origin, into, operator = _typed(source, source if target is None else target, op)
+        if target is not None and np.may_share_memory(source, target):
+            origin = origin.copy()
+        request = self._comm.Ireduce(origin, None if target is None else into, operator, root)
+        return self.together([request], origin, into)
 
     # Life
 
@@ -299,16 +207,6 @@ class Transport:
         sys.stderr.flush()
         MPI.COMM_WORLD.Abort(code)  # the whole job, whatever part of it this communicator is
         os._exit(code)
-
-    # Helpers
-
-    def _pieces(self, octets: Array) -> list[Array]:
-        """`octets` in pieces of at most `limit` bytes; an empty one when there is nothing, so that messages pair up."""
-        return [octets[start : start + self.limit] for start in range(0, max(1, len(octets)), self.limit)]
-
-
-def _octets(array: Array) -> Array:
-    return array.view(np.uint8)
 
 
 def _typed(source: Array, target: Array, op: str) -> tuple[Array, Array, MPI.Op]:

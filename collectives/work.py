@@ -25,6 +25,16 @@ class Request(Protocol):
         """Return when it has finished."""
 
 
+class Finished(Request):
+    """The request of an operation that is already over."""
+
+    def test(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        pass
+
+
 class Work:
     """An operation under way; `wait` returns its array, `done` says whether `wait` would return at once."""
 
