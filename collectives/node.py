@@ -32,7 +32,7 @@ from dtrain.collectives.waiting import ORDERED_STORES, CollectiveMismatch, Colle
 ARRIVED, REDUCED, RECORDS = 0, 16, 32
 IN_FLIGHT = 64  # works started and not finished; far below RING, so that no record is overwritten that a peer may read
 STAGE_BYTES = 256 * 1024
-STAGE_OFFSET = -(-8 * (RECORDS + RING * RECORD_WORDS) // 4096) * 4096
+STAGE_OFFSET = -(-8 * (RECORDS + RING * RECORD_WORDS) // 4096) * 4096 + 2048  # as `arena.SKEW`: no slow copies
 
 # Some of the other ranks, with their words.
 Peers = list[tuple[int, memoryview]]
