@@ -147,6 +147,42 @@ def show_collective(
     failures.on_rank_0(lambda: show_collective(collective, algorithm, ranks, parameters, root, simulate, sizes, output))
 
 
+def _durations(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> dict[str, float]:
+    pairs = [part.partition("=") for part in value]
+    try:
+        return {kind: float(number) for kind, _, number in pairs}
+    except ValueError:
+        raise click.BadParameter(f"{' '.join(value)}: must be KIND=NUMBER, such as B=2") from None
+
+
+@show.command("pipeline")
+@click.option("--schedule", default="all", show_default=True, help="A name, FILE.csv or FILE.py:FUNCTION.")
+@click.option("--stages", default=4, show_default=True, type=click.IntRange(1), help="Ranks of the pipeline.")
+@click.option("--microbatches", default=8, show_default=True, type=click.IntRange(1), help="How many.")
+@click.option("--chunks", type=click.IntRange(1), help="Stages per rank, where the schedule leaves a choice.")
+@click.option("--seconds", multiple=True, callback=_durations, metavar="KIND=NUMBER", help="Time of F, B, I or W.")
+@click.option("--transfer", default=0.0, show_default=True, type=click.FloatRange(0), help="Time between two ranks.")
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="Write the picture to this SVG.")
+@click.option("--csv", type=click.Path(path_type=Path), help="Write the actions to this file, a row per rank.")
+def show_pipeline(
+    schedule: str,
+    stages: int,
+    microbatches: int,
+    chunks: int | None,
+    seconds: dict[str, float],
+    transfer: float,
+    output: Path | None,
+    csv: Path | None,
+) -> None:
+    """Show which rank runs which forward and backward when: checked, timed, with its bubble and its memory.
+
+    Without --schedule all schedules are compared.
+    """
+    from dtrain.launch.show_pipeline import show_pipeline
+
+    failures.on_rank_0(lambda: show_pipeline(schedule, stages, microbatches, chunks, seconds, transfer, output, csv))
+
+
 @cli.group()
 def bench() -> None:
     """Measure, always as ratios within one run."""
