@@ -123,7 +123,7 @@ def _to_root(start: Callable[[Call], WindowWork], volume: Formula, preferred: Ca
         work.wait()
         call.target_place = call.stage.aside(call.root, work.number)
 
-    return Algorithm(run, _in_window, preferred, volume)
+    return Algorithm(run, _in_window, preferred, volume, start)
 
 
 def _copy(call: Call) -> None:
@@ -169,7 +169,7 @@ REDUCE: dict[str, Algorithm] = {
     "copy": COPY,
     "window": _to_root(ways.window_reduce, volumes.window_reduce, _long_reduce),
     "staged": Algorithm(ways.staged_reduce, _on_node, _short, volumes.staged_reduce),
-    "native": Algorithm(ways.native_reduce, _reduces, _always, volumes.least_reduce),
+    "native": Algorithm(ways.native_reduce, _reduces, _always, volumes.least_reduce, ways.start_reduce),
     "exchange": Algorithm(ways.exchange_reduce, _several, _always, volumes.exchange_reduce),
 }
 
@@ -177,20 +177,20 @@ ALL_TO_ALL: dict[str, Algorithm] = {
     "copy": COPY,
     "window": _window(ways.window_all_to_all, volumes.window_all_to_all, preferred=_long_all_to_all),
     "staged": Algorithm(ways.staged_all_to_all, _even_on_node, _short_gather, volumes.staged_all_to_all),
-    "native": Algorithm(ways.native_all_to_all, _several, _always, volumes.all_to_all),
+    "native": Algorithm(ways.native_all_to_all, _several, _always, volumes.all_to_all, ways.start_all_to_all),
 }
 
 GATHER: dict[str, Algorithm] = {
     "copy": COPY,
     "window": _to_root(ways.window_gather, volumes.window_gather, _long_gather),
     "staged": Algorithm(ways.staged_gather, _on_node, _short_gather, volumes.staged_gather),
-    "native": Algorithm(ways.native_gather, _several, _always, volumes.least_gather),
+    "native": Algorithm(ways.native_gather, _several, _always, volumes.least_gather, ways.start_gather),
 }
 
 SCATTER: dict[str, Algorithm] = {
     "copy": COPY,
     "window": _window(ways.window_scatter, volumes.window_from_root),
-    "native": Algorithm(ways.native_scatter, _several, _always, volumes.least_scatter),
+    "native": Algorithm(ways.native_scatter, _several, _always, volumes.least_scatter, ways.start_scatter),
 }
 
 

@@ -17,14 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from dtrain.collectives import algorithms
+from dtrain.collectives import algorithms, staged
 from dtrain.collectives.algorithms import Algorithm
 from dtrain.collectives.call import Call
 from dtrain.collectives.counters import Volume
 from dtrain.collectives.dtypes import Array
-from dtrain.collectives.forms import as_rows, check_pair, deliver, destination, flat, target_of
+from dtrain.collectives.forms import NOTHING, as_rows, check_pair, deliver, destination, flat, target_of
+from dtrain.collectives.group import BARRIER
 from dtrain.collectives.movement import Movement
 from dtrain.collectives.reductions import Reductions
+from dtrain.collectives.window import WindowWork
 from dtrain.collectives.work import Request, Watched, Work
 
 
@@ -60,6 +62,61 @@ class Communicator(Reductions, Movement):
         """`broadcast`, started."""
         call, result = self._broadcast_call(np.asarray(array), root, out)
         return self._start("broadcast", algorithms.BROADCAST, call, result, lambda: deliver(call.target, result))
+
+    def all_to_all_async(
+        self,
+        array: Any,
+        out: Array | None = None,
+        counts: Sequence[int] | None = None,
+        out_counts: Sequence[int] | None = None,
+    ) -> Work:
+        """`all_to_all`, started; counts without out_counts are exchanged first."""
+        array = as_rows(array)
+        call, result = self._all_to_all_call(array, out, counts, out_counts)
+        if not call.alike:
+            call.place = None  # in the window the starts of uneven blocks would lie where the next collective writes
+        blocking = lambda: self.all_to_all(array, result, counts, out_counts)  # noqa: E731
+        return self._start("all_to_all", algorithms.ALL_TO_ALL, call, result, blocking)
+
+    def reduce_async(self, array: Any, op: str = "sum", root: int = 0, out: Array | None = None) -> Work:
+        """`reduce`, started; on the other ranks `wait` returns an array without elements."""
+        array = np.asarray(array)
+        call, result = self._reduce_call(array, op, root, out)
+        blocking = lambda: _or_nothing(self.reduce(array, op, root, result))  # noqa: E731
+        return self._start("reduce", algorithms.REDUCE, call, _or_nothing(result), blocking)
+
+    def gather_async(
+        self, array: Any, root: int = 0, out: Array | None = None, counts: Sequence[int] | None = None
+    ) -> Work:
+        """`gather`, started; on the other ranks `wait` returns an array without elements."""
+        array = as_rows(array)
+        call, result = self._gather_call(array, root, out, counts)
+        blocking = lambda: _or_nothing(self.gather(array, root, result, counts))  # noqa: E731
+        return self._start("gather", algorithms.GATHER, call, _or_nothing(result), blocking, sum(call.counts))
+
+    def scatter_async(
+        self, array: Any | None, root: int = 0, out: Array | None = None, counts: Sequence[int] | None = None
+    ) -> Work:
+        """`scatter`, started, once root has told the others what they get."""
+        call, result = self._scatter_call(array, root, out, counts)
+        moved = sum(call.counts)
+
+        def blocking() -> Array:
+            self._run("scatter", algorithms.SCATTER, "auto", call, empty=not moved)
+            return deliver(call.target, result)
+
+        return self._start("scatter", algorithms.SCATTER, call, result, blocking, moved)
+
+    def barrier_async(self) -> Work:
+        """`barrier`, started: this rank has come; `wait` returns when all have. Its result has no elements."""
+        self._settle()
+        if self.node is not None:
+            self.counters.add("barrier", "staged", 0, BARRIER)
+            return Work(staged.start_barrier(self.node), lambda: NOTHING)
+        if self.size == 1:
+            return Work(None, lambda: NOTHING)
+        self.counters.add("barrier", "native", 0, BARRIER)
+        return self._watch(self.transport.start_barrier(), lambda: NOTHING)
 
     # Between two ranks: only these two call
 
@@ -108,17 +165,40 @@ class Communicator(Reductions, Movement):
     # How a work begins
 
     def _start(
-        self, name: str, table: dict[str, Algorithm], call: Call, result: Array, blocking: Callable[[], Array]
+        self,
+        name: str,
+        table: dict[str, Algorithm],
+        call: Call,
+        result: Array,
+        blocking: Callable[[], Array],
+        elements: int | None = None,
     ) -> Work:
-        """Start a call by the first way that can be started; by none, it is done at the first wait."""
-        something = self.size > 1 and (call.source.size or call.target.size)
+        """Start a call by the first way that can be started; by none, it is done at the first wait.
+
+        elements: how many there are to move, where source and target of this rank do not tell.
+        """
+        if elements is None:
+            elements = call.source.size or call.target.size
+        something = self.size > 1 and (elements or (not call.alike and name == "all_to_all"))
         found = algorithms.choose_start(table, call) if something else None
         if found is None:
             return self._defer(blocking, result)
         chosen, row = found
         assert row.start is not None
         request = row.start(call)
-        self.counters.add(name, chosen, max(call.source.nbytes, call.target.nbytes), row.volume(call))
+        nbytes = max(call.source.nbytes, call.target.nbytes)
+        if name in ("reduce", "gather") and isinstance(request, WindowWork):  # who moved what is known in the end
+            node, number = call.stage, request.number
+
+            def finish() -> Array:
+                if not call.at_root:
+                    call.target_place = node.aside(call.root, number)
+                self.counters.add(name, chosen, nbytes, row.volume(call))
+                return deliver(call.target, result) if call.at_root else result
+
+            self._progress.poll()
+            return Work(request, finish)
+        self.counters.add(name, chosen, nbytes, row.volume(call))
         if chosen != "window":
             return self._watch(request, lambda: deliver(call.target, result))
         self._progress.poll()  # the slices of earlier works whose last rank has come meanwhile
@@ -128,3 +208,7 @@ class Communicator(Reductions, Movement):
         """The work of a request of the transport; it is helped along in every wait."""
         self._progress.watch(request)
         return Work(Watched(request, self._progress), finish)
+
+
+def _or_nothing(result: Array | None) -> Array:
+    return NOTHING if result is None else result

@@ -18,7 +18,7 @@ from dtrain.collectives.transport import Transport
 from dtrain.collectives.waiting import Patience, timeout_seconds
 from dtrain.collectives.work import Deferred, Work
 
-_BARRIER = Volume(1, 0, 0)
+BARRIER = Volume(1, 0, 0)
 
 
 class Group:
@@ -116,10 +116,10 @@ class Group:
         self._settle()
         if self.node is not None:
             staged.barrier(self.node)
-            self.counters.add("barrier", "staged", 0, _BARRIER)
+            self.counters.add("barrier", "staged", 0, BARRIER)
         elif self.size > 1:
             self.transport.barrier()
-            self.counters.add("barrier", "native", 0, _BARRIER)
+            self.counters.add("barrier", "native", 0, BARRIER)
 
     # How a call is done
 

@@ -56,24 +56,9 @@ class Movement(Group):
         counts: rows for each rank; by default n // size, and one more for the first n % size ranks (then n must be
         the same on all ranks). out_counts: rows from each rank; asked of the others when counts is given without it.
         """
-        array = as_rows(array)
-        rows = rows_per_rank("counts", counts, len(array), self.size)
-        self._settle()
-        if out_counts is not None:
-            received = rows_per_rank("out_counts", out_counts, None, self.size)
-        elif counts is None:
-            received = [rows[self.rank]] * self.size
-        else:
-            asked = np.array(rows, np.int64)
-            received = self.all_to_all(asked).tolist()
-        result = destination(out, (sum(received), *array.shape[1:]), array.dtype)
-        node, place = self.node, self._place(array)
-        source, target = apart(array, result, place is not None)
-        call = Call(self.transport, node, source, target, counts=elements(rows, array.shape), place=place)
-        call.out_counts = elements(received, array.shape)
-        call.alike = counts is None and out_counts is None
-        self._run("all_to_all", algorithms.ALL_TO_ALL, algorithm, call, empty=call.alike and not len(source))
-        return deliver(target, result)
+        call, result = self._all_to_all_call(as_rows(array), out, counts, out_counts)
+        self._run("all_to_all", algorithms.ALL_TO_ALL, algorithm, call, empty=call.alike and not len(call.source))
+        return deliver(call.target, result)
 
     def broadcast(self, array: Any, root: int = 0, out: Array | None = None, algorithm: str = "auto") -> Array:
         """The array of rank root on every rank; the others pass one of its shape and dtype to be ignored."""
@@ -91,42 +76,17 @@ class Movement(Group):
         algorithm: str = "auto",
     ) -> Array | None:
         """The arrays of all ranks along dim 0, as `all_gather`, on rank root; None on the others."""
-        array = as_rows(array)
-        check_rank("root", root, self.size)
-        rows = rows_brought(array, counts, self.rank, self.size)
-        self._settle()
-        node, place, lengths = self.node, self._place(array), elements(rows, array.shape)
-        if self.rank == root:
-            result = destination(out, (sum(rows), *array.shape[1:]), array.dtype)
-            source, target = apart(array, result, place is not None, sum(lengths[: self.rank]))
-        else:
-            source, target = flat(array), NOTHING
-        call = Call(self.transport, node, source, target, counts=lengths, root=root, place=place)
-        call.target_place = self._place(target)
-        self._run("gather", algorithms.GATHER, algorithm, call, empty=not sum(lengths))
-        return deliver(target, result) if self.rank == root else None
+        call, result = self._gather_call(as_rows(array), root, out, counts)
+        self._run("gather", algorithms.GATHER, algorithm, call, empty=not sum(call.counts))
+        return None if result is None else deliver(call.target, result)
 
     def scatter(
         self, array: Any | None, root: int = 0, out: Array | None = None, counts: Sequence[int] | None = None
     ) -> Array:
         """My block of the array (n, ...) of rank root, cut along dim 0 as in `reduce_scatter`; others may pass None."""
-        check_rank("root", root, self.size)
-        self._settle()
-        form: list[Any] | None = None
-        if self.rank == root:
-            array = as_rows(array)
-            rows = rows_per_rank("counts", counts, len(array), self.size)
-            form = [rows, list(array.shape[1:]), dtype_name(array.dtype), self.node and self._place(array)]
-        rows, width, name, place = self.broadcast_object(form, root)
-        result = destination(out, (rows[self.rank], *width), dtype_from_name(name))
-        if self.rank == root:
-            source, target = apart(as_rows(array), result, place is not None)
-        else:
-            source, target = NOTHING, target_of(result)
-        call = Call(self.transport, self.node, source, target, counts=elements(rows, (0, *width)), root=root)
-        call.place = None if place is None else (place[0], place[1])
+        call, result = self._scatter_call(array, root, out, counts)
         self._run("scatter", algorithms.SCATTER, "auto", call, empty=not sum(call.counts))
-        return deliver(target, result)
+        return deliver(call.target, result)
 
     # Small Python values: dict, list, str, int, float, bool, None; they travel as JSON
 
@@ -164,3 +124,62 @@ class Movement(Group):
                 np.copyto(target, source)
         node = self.node
         return Call(self.transport, node, target, target, root=root, place=self._place(target)), result
+
+    def _all_to_all_call(
+        self, array: Array, out: Array | None, counts: Sequence[int] | None, out_counts: Sequence[int] | None
+    ) -> tuple[Call, Array]:
+        """Asks the others for out_counts where they must be known and are not given."""
+        rows = rows_per_rank("counts", counts, len(array), self.size)
+        self._settle()
+        if out_counts is not None:
+            received = rows_per_rank("out_counts", out_counts, None, self.size)
+        elif counts is None:
+            received = [rows[self.rank]] * self.size
+        else:
+            asked = np.array(rows, np.int64)
+            received = self.all_to_all(asked).tolist()
+        result = destination(out, (sum(received), *array.shape[1:]), array.dtype)
+        node, place = self.node, self._place(array)
+        source, target = apart(array, result, place is not None)
+        call = Call(self.transport, node, source, target, counts=elements(rows, array.shape), place=place)
+        call.out_counts = elements(received, array.shape)
+        call.alike = counts is None and out_counts is None
+        return call, result
+
+    def _gather_call(
+        self, array: Array, root: int, out: Array | None, counts: Sequence[int] | None
+    ) -> tuple[Call, Array | None]:
+        check_rank("root", root, self.size)
+        rows = rows_brought(array, counts, self.rank, self.size)
+        self._settle()
+        node, place, lengths = self.node, self._place(array), elements(rows, array.shape)
+        result = None
+        if self.rank == root:
+            result = destination(out, (sum(rows), *array.shape[1:]), array.dtype)
+            source, target = apart(array, result, place is not None, sum(lengths[: self.rank]))
+        else:
+            source, target = flat(array), NOTHING
+        call = Call(self.transport, node, source, target, counts=lengths, root=root, place=place)
+        call.target_place = self._place(target)
+        return call, result
+
+    def _scatter_call(
+        self, array: Any | None, root: int, out: Array | None, counts: Sequence[int] | None
+    ) -> tuple[Call, Array]:
+        """Root tells the others what they get."""
+        check_rank("root", root, self.size)
+        self._settle()
+        form: list[Any] | None = None
+        if self.rank == root:
+            array = as_rows(array)
+            rows = rows_per_rank("counts", counts, len(array), self.size)
+            form = [rows, list(array.shape[1:]), dtype_name(array.dtype), self.node and self._place(array)]
+        rows, width, name, place = self.broadcast_object(form, root)
+        result = destination(out, (rows[self.rank], *width), dtype_from_name(name))
+        if self.rank == root:
+            source, target = apart(as_rows(array), result, place is not None)
+        else:
+            source, target = NOTHING, target_of(result)
+        call = Call(self.transport, self.node, source, target, counts=elements(rows, (0, *width)), root=root)
+        call.place = None if place is None else (place[0], place[1])
+        return call, result

@@ -156,7 +156,9 @@ class Node:
         return all(words[ARRIVED] >= number for _, words in (self.peers if peers is None else peers))
 
     def aside(self, rank: int, number: int) -> Place | None:
-        """The place that a rank which has arrived wrote aside; None when it gave none."""
+        """The place that a rank which has arrived wrote aside; None when it gave none, or too long ago."""
+        if self._words[rank][RECORDS + RECORD_WORDS * (number % RING)] != number:
+            return None
         return records.unpacked(self._words[rank][RECORDS + RECORD_WORDS * (number % RING) + ASIDE])
 
     def reduced(self, number: int) -> None:

@@ -131,20 +131,9 @@ class Reductions(Group):
         self, array: Any, op: str = "sum", root: int = 0, out: Array | None = None, algorithm: str = "auto"
     ) -> Array | None:
         """The sum over ranks of array (any shape) on rank root; None on the others."""
-        array = np.asarray(array)
-        operation(op, array.dtype)
-        check_rank("root", root, self.size)
-        self._settle()
-        node, place = self.node, self._sum_place(array)
-        if self.rank == root:
-            result = destination(out, array.shape, array.dtype)
-            source, target = pair(array, result, place is not None)
-        else:
-            source, target = flat(array), NOTHING
-        call = Call(self.transport, node, source, target, op, root=root, place=place)
-        call.target_place = self._sum_place(target)
+        call, result = self._reduce_call(np.asarray(array), op, root, out)
         self._run("reduce", algorithms.REDUCE, algorithm, call)
-        return deliver(target, result) if self.rank == root else None
+        return None if result is None else deliver(call.target, result)
 
     # From arguments to calls
 
@@ -164,3 +153,18 @@ class Reductions(Group):
         node, place, lengths = self.node, self._sum_place(array), elements(rows, array.shape)
         source, target = with_block(array, result, place is not None, sum(lengths[: self.rank]))
         return Call(self.transport, node, source, target, op, lengths, place=place), result
+
+    def _reduce_call(self, array: Array, op: str, root: int, out: Array | None) -> tuple[Call, Array | None]:
+        operation(op, array.dtype)
+        check_rank("root", root, self.size)
+        self._settle()
+        node, place = self.node, self._sum_place(array)
+        result = None
+        if self.rank == root:
+            result = destination(out, array.shape, array.dtype)
+            source, target = pair(array, result, place is not None)
+        else:
+            source, target = flat(array), NOTHING
+        call = Call(self.transport, node, source, target, op, root=root, place=place)
+        call.target_place = self._sum_place(target)
+        return call, result

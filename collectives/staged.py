@@ -14,7 +14,7 @@ import numpy as np
 
 from dtrain.collectives.dtypes import OPERATIONS, Array, starts
 from dtrain.collectives.node import STAGE_BYTES, Node
-from dtrain.collectives.window import owned, reduce_into
+from dtrain.collectives.window import WindowWork, owned, reduce_into
 
 # Up to here one synchronisation and p reads by everybody beat two synchronisations.
 SMALL_BYTES = 4096
@@ -25,6 +25,11 @@ def barrier(node: Node) -> None:
     number = node.begin("barrier", "staged")
     node.arrive(number)
     node.await_arrived(number)
+
+
+def start_barrier(node: Node) -> WindowWork:
+    """This rank has come; the work is done when all have."""
+    return WindowWork(node, node.begin("barrier", "staged"), lambda: None, users=[])
 
 
 def all_reduce(node: Node, source: Array, target: Array, op: str, root: int | None = None) -> None:

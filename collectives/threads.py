@@ -20,7 +20,7 @@ import numpy as np
 
 from dtrain.collectives.communicator import Communicator
 from dtrain.collectives.dtypes import OPERATIONS, Array, reduce_rows, starts
-from dtrain.collectives.work import Request
+from dtrain.collectives.work import Finished, Request
 
 
 class RankLost(RuntimeError):
@@ -68,16 +68,6 @@ class _Later:
 
     def wait(self) -> None:
         self._receive(True)
-
-
-class _Finished:
-    """An operation already over."""
-
-    def test(self) -> bool:
-        return True
-
-    def wait(self) -> None:
-        pass
 
 
 class Transport:
@@ -170,23 +160,45 @@ class Transport:
 
     def start_all_reduce(self, source: Array, target: Array, op: str) -> Request:
         self.all_reduce(source, target, op)
-        return _Finished()
+        return Finished()
 
     def start_reduce_scatter(self, source: Array, target: Array, counts: Sequence[int], op: str) -> Request:
         self.reduce_scatter(source, target, counts, op)
-        return _Finished()
+        return Finished()
 
     def start_all_gather(self, source: Array, target: Array, counts: Sequence[int]) -> Request:
         self.all_gather(source, target, counts)
-        return _Finished()
+        return Finished()
 
     def start_broadcast(self, buffer: Array, root: int) -> Request:
         self.broadcast(buffer, root)
-        return _Finished()
+        return Finished()
+
+    def start_barrier(self) -> Request:
+        self.barrier()
+        return Finished()
+
+    def start_reduce(self, source: Array, target: Array | None, op: str, root: int) -> Request:
+        self.reduce(source, target, op, root)
+        return Finished()
+
+    def start_all_to_all(
+        self, source: Array, target: Array, send_counts: Sequence[int], receive_counts: Sequence[int]
+    ) -> Request:
+        self.all_to_all(source, target, send_counts, receive_counts)
+        return Finished()
+
+    def start_gather(self, source: Array, target: Array | None, counts: Sequence[int], root: int) -> Request:
+        self.gather(source, target, counts, root)
+        return Finished()
+
+    def start_scatter(self, source: Array | None, target: Array, counts: Sequence[int], root: int) -> Request:
+        self.scatter(source, target, counts, root)
+        return Finished()
 
     def start_send(self, source: Array, destination: int, tag: int) -> Request:
         self.send(source, destination, tag)
-        return _Finished()
+        return Finished()
 
     def start_recv(self, target: Array, source: int, tag: int) -> Request:
         return _Later(self._receiver(target, source, tag))

@@ -147,6 +147,25 @@ def start_broadcast(call: Call) -> Request:
     return call.noted("broadcast").start_broadcast(call.target, call.root)
 
 
+def start_reduce(call: Call) -> Request:
+    return call.noted("reduce").start_reduce(call.source, _at_root(call, call.target), call.op, call.root)
+
+
+def start_gather(call: Call) -> Request:
+    transport = call.noted("gather", alike=False)
+    return transport.start_gather(call.apart, _at_root(call, call.target), call.counts, call.root)
+
+
+def start_scatter(call: Call) -> Request:
+    transport = call.noted("scatter", alike=False)
+    return transport.start_scatter(_at_root(call, call.apart), call.target, call.counts, call.root)
+
+
+def start_all_to_all(call: Call) -> Request:
+    transport = call.noted("all_to_all", alike=False)
+    return transport.start_all_to_all(call.apart, call.target, call.counts, call.out_counts)
+
+
 # By messages between two ranks
 
 

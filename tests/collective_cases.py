@@ -327,6 +327,44 @@ def refusals(comm: Communicator) -> None:
     comm.barrier()
 
 
+def twins(comm: Communicator) -> None:
+    """Every collective has a started form with the result of the blocking one; all are under way together."""
+    for dtype in (np.dtype("float32"), np.dtype("float16")):
+        for count in (0, 1, comm.size + 1, 5001, 70_001):
+            arrays = inputs(comm.size, count, dtype)
+            root = count % comm.size
+            for make in (np.empty_like, lambda array: comm.empty(array.shape, array.dtype)):
+                mine = make(arrays[comm.rank])
+                mine[...] = arrays[comm.rank]
+                works = {
+                    "all_reduce": comm.all_reduce_async(mine),
+                    "all_gather": comm.all_gather_async(mine),
+                    "reduce": comm.reduce_async(mine, "max", root),
+                    "barrier": comm.barrier_async(),
+                    "reduce_scatter": comm.reduce_scatter_async(mine),
+                    "gather": comm.gather_async(mine, root),
+                    "scatter": comm.scatter_async(mine if comm.rank == root else None, root),
+                    "all_to_all": comm.all_to_all_async(mine),
+                    "broadcast": comm.broadcast_async(mine, root),
+                }
+                blocks = [np.array_split(array, comm.size) for array in arrays]
+                results = {name: works[name].wait() for name in sorted(works)}  # another order than that of the starts
+                close(results["all_reduce"], total(arrays))
+                close(results["reduce_scatter"], np.array_split(total(arrays), comm.size)[comm.rank])
+                assert bits(results["all_gather"]) == bits(join(arrays))
+                assert bits(results["all_to_all"]) == bits(join([row[comm.rank] for row in blocks]))
+                assert bits(results["scatter"]) == bits(blocks[root][comm.rank])
+                assert bits(results["broadcast"]) == bits(arrays[root])
+                at_root = comm.rank == root
+                assert bits(results["gather"]) == (bits(join(arrays)) if at_root else b"")
+                assert bits(results["reduce"]) == (bits(total(arrays, "max")) if at_root else b"")
+    rows = [rank + 1 for rank in range(comm.size)]
+    mine = comm.empty(sum(rows))
+    mine[...] = comm.rank
+    uneven = comm.all_to_all_async(mine, counts=rows)
+    assert np.all(uneven.wait() == np.repeat(np.arange(comm.size), comm.rank + 1))
+
+
 def in_flight(comm: Communicator) -> None:
     """Many works at once, with blocking collectives in between, waited for in any order."""
     for start_all in (0, 1):
@@ -379,6 +417,7 @@ ALL: dict[str, Callable[[Communicator], None]] = {
     "objects": objects,
     "groups": groups,
     "refusals": refusals,
+    "twins": twins,
     "in_flight": in_flight,
     "reuse": lambda comm: reuse(comm, lambda count: np.empty(count, np.float32)),
 }
