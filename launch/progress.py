@@ -113,12 +113,16 @@ class Progress:
         speed = sum(tokens for _, tokens in self._recent) / seconds if seconds > 0 else 0.0
         speed = speed if tokens_per_second is None else tokens_per_second
         remaining = (self.total_steps - record.step) * seconds / len(self._recent)
-        if record.step % self.every == 0 or record.step in (self.start_step + 1, self.total_steps):
+        if self.tells(record.step):
             self.note(step_line(record, self.total_steps, speed, remaining, self.unit))
         if record.validation_loss is not None:
             self.note(f"{_place(record.step, self.total_steps)}  validation loss {record.validation_loss:.4f}")
         if self._bar is not None:
             self._draw(record, speed, remaining)
+
+    def tells(self, step: int) -> bool:
+        """Whether this step has a line of its own; the same on all ranks."""
+        return step % self.every == 0 or step in (self.start_step + 1, self.total_steps)
 
     def note(self, text: str) -> None:
         """Print a line, above the bar if there is one."""

@@ -32,6 +32,7 @@ from dtrain.config import Config
 from dtrain.errors import UserError
 from dtrain.launch import assembly, configuration, environment, pictures
 from dtrain.launch.progress import Progress
+from dtrain.launch.traffic import Traffic, table
 from dtrain.trainer import StepRecord, Trainer
 
 
@@ -48,14 +49,23 @@ def run(config: Config, source: Path) -> None:
         if folder.finished:
             return
         started, first_step = time.perf_counter(), None
+        traffic, first, told = Traffic(trainer.mesh), trainer.step, False
         for record in trainer.run():
             first_step = first_step or time.time()
             folder.record(record)
             progress.update(record)
+            if not told and progress.tells(record.step):
+                told = True
+                for line in table(traffic.rows(record.step - first), "communication per step, until now"):
+                    progress.note(line)
             every = config.checkpoint.every
             if every and (record.step % every == 0 or record.step == trainer.total_steps):
                 folder.save()
-        for line in folder.close(time.perf_counter() - started, first_step):
+        collectives = traffic.rows(trainer.step - first)
+        if trainer.step > first + 1:
+            for line in table(collectives, f"communication per step, mean of {trainer.step - first} steps"):
+                progress.note(line)
+        for line in folder.close(time.perf_counter() - started, first_step, collectives):
             progress.note(line)
 
 
@@ -175,7 +185,7 @@ class RunFolder:
             "tokens_per_second": sum(each.tokens for each in self._since) / seconds,
             "step_seconds": seconds / len(self._since),
             "tokens": record.step * record.tokens,
-            "memory_bytes": int(self.comm.all_reduce(np.array([peak_memory()]), "max")[0]),
+            "memory_bytes": self._largest(peak_memory()),
         }
         if record.validation_loss is not None:
             row["validation_loss"] = record.validation_loss
@@ -184,15 +194,25 @@ class RunFolder:
         if self.comm.rank == 0:
             self._append(json.dumps(row) + "\n")
 
+    def _largest(self, number: int) -> int:
+        with self.comm.counters.purpose("log"):
+            return int(self.comm.all_reduce(np.array([number]), "max")[0])
+
     def save(self) -> None:
         """Write a checkpoint. Collective."""
         config = self.trainer.config
         model = {**msgspec.to_builtins(config.model), "data_vocabulary": self.trainer.data.vocabulary}
         extra = {"model": model, "layout": self.trainer.mesh.sizes}
-        self.trainer.save(self.checkpoints, config.checkpoint.keep, extra)
+        with self.comm.counters.purpose("checkpoint"):
+            self.trainer.save(self.checkpoints, config.checkpoint.keep, extra)
 
-    def close(self, seconds: float, first_step: float | None) -> Iterator[str]:
-        """Write summary, picture and sample; returns what to tell. Every rank calls it, rank 0 does it."""
+    def close(
+        self, seconds: float, first_step: float | None, collectives: list[dict[str, Any]] | None = None
+    ) -> Iterator[str]:
+        """Write summary, picture and sample; returns what to tell. Every rank calls it, rank 0 does it.
+
+        collectives: what was communicated, per step, as `Traffic.rows` has it.
+        """
         if self.comm.rank != 0:
             return
         trainer, config = self.trainer, self.trainer.config
@@ -210,6 +230,7 @@ class RunFolder:
             "parameters": trainer.model.num_parameters(),
             "peak_memory_bytes_per_rank": last.get("memory_bytes"),
             "layout": {"ranks": self.comm.size, **trainer.mesh.sizes, "data_parallel": config.parallel.data_parallel},
+            "collectives": collectives or [],
             "versions": {"dtrain": __version__, "numpy": np.__version__, "python": platform.python_version()},
         }
         self._write_text("summary.json", json.dumps(summary, indent=2) + "\n")

@@ -122,6 +122,27 @@ def test_summary(job):
     assert summary["parameters"] == 256 * dim + SEQUENCE * dim + block + 2 * dim
 
 
+def test_the_traffic_of_a_step(job):
+    """The gradients once, half of them from the other rank and half back; the sums of the losses apart."""
+    ended, run = job
+    rows = json.loads((run / "summary.json").read_text())["collectives"]
+    if run.name == "alone":
+        assert rows == [] and "communication" not in ended.out
+        return
+    step = [row for row in rows if not row["purpose"]]
+    assert {(row["group"], row["collective"]) for row in step} == {("dp", "all_reduce")}
+    parameters = json.loads((run / "summary.json").read_text())["parameters"]
+    sent = sum(row["sent"] for row in step)
+    assert 4 * parameters <= sent == sum(row["received"] for row in step) < 4 * parameters * 1.1  # padded to lines
+    purposes = {row["purpose"]: row for row in rows if row["collective"] == "all_reduce"}
+    assert purposes["loss"]["calls"] == 1 and purposes["loss"]["sent"] == 16
+    assert purposes["validation"]["calls"] == 2 / STEPS
+    assert all(row["largest"][word] >= row[word] for row in rows for word in ("calls", "steps", "sent", "received"))
+    told = ended.out.index("communication per step, until now")
+    assert ended.out.index("step    1/20") < told < ended.out.index("step    2/20")
+    assert f"communication per step, mean of {STEPS} steps" in ended.out
+
+
 def test_the_unigram_entropy_is_that_of_the_text(alone, text):
     said = float(alone[0].out.split("unigram entropy ")[1].split()[0])
     counts = np.bincount(np.frombuffer(text.read_bytes(), np.uint8))
