@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import msgspec
 import numpy as np
@@ -40,7 +40,8 @@ __all__ = ["Piece", "Reader", "check_names", "latest", "save", "scan"]
 class Piece:
     """What a rank holds of a global tensor: the elements start .. start + array.shape of global_shape.
 
-    kind is "parameter", or "optimizer" for its state (which `dtrain checkpoint export` leaves out).
+    kind is "parameter", "optimizer" for its state, or "strategy" for what only that strategy looks for; `dtrain
+    checkpoint export` leaves out the last two.
     """
 
     name: str
@@ -128,7 +129,7 @@ def _plan(described: Sequence[Sequence[Sequence[Any]]]) -> _Plan:
     for rank, rows in enumerate(described):
         for name, kind, dtype, global_shape, start, shape in rows:
             tensor = (kind, dtype, tuple(global_shape))
-            if dtype not in CODES or kind not in ("parameter", "optimizer") or not len(global_shape) == len(start):
+            if dtype not in CODES or kind not in get_args(Kind) or not len(global_shape) == len(start):
                 raise ValueError(f"checkpoint: {name} on rank {rank}: {kind} {dtype} {global_shape} from {start}")
             if len(shape) != len(global_shape):
                 raise ValueError(f"checkpoint: {name} on rank {rank}: a slice {shape} of the shape {global_shape}")

@@ -48,7 +48,7 @@ class Reader:
         self._verified: set[tuple[str, str]] = set()
 
     def names(self, kind: str | None = None) -> list[str]:
-        """The names of all tensors, or of those of a kind: "parameter" or "optimizer"."""
+        """The names of all tensors, or of those of a kind: "parameter", "optimizer" or "strategy"."""
         return [name for name, entry in self.manifest.tensors.items() if kind in (None, entry.kind)]
 
     def entry(self, name: str) -> TensorEntry:
@@ -180,8 +180,8 @@ def latest(root: Path | str, warn: Callable[[str], None] | None = None) -> Path 
 
 
 def check_names(reader: Reader, expected: Mapping[str, tuple[Sequence[int], Any]]) -> None:
-    """UserError unless the checkpoint holds exactly the tensors name -> (global shape, dtype)."""
-    held = reader.manifest.tensors
+    """UserError unless the checkpoint holds exactly the tensors name -> (global shape, dtype), strategies' aside."""
+    held = {name: entry for name, entry in reader.manifest.tensors.items() if entry.kind != "strategy"}
     wanted = {name: f"{_dtype_name(kind)} {list(shape)}" for name, (shape, kind) in expected.items()}
     there = {name: f"{entry.dtype} {list(entry.shape)}" for name, entry in held.items()}
     missing = [name for name in wanted if name not in there]

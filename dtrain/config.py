@@ -299,6 +299,67 @@ class InverseSqrtConfig(_Schedule, frozen=True, kw_only=True, tag="inverse_sqrt"
 ScheduleConfig: TypeAlias = ConstantConfig | LinearConfig | CosineConfig | InverseSqrtConfig
 
 
+# --- compression of gradients -----------------------------------------------------------------------------------------
+
+
+class NoCompressionConfig(_Member, frozen=True, kw_only=True, tag="none"):
+    """Gradients travel as they are."""
+
+
+class _Compression(_Member, frozen=True, kw_only=True):
+    everywhere: bool = False
+    """false: compressed is what goes between nodes, after an exact sum inside each node. true: between all ranks of the
+    data axis, as if each were a node: to try it on one machine."""
+
+
+class Float16Config(_Compression, frozen=True, kw_only=True, tag="float16"):
+    """Rounded to float16, after scaling by a power of two; summed in float32."""
+
+
+class BFloat16Config(_Compression, frozen=True, kw_only=True, tag="bfloat16"):
+    """Rounded to bfloat16; summed in float32."""
+
+
+class Int8Config(_Compression, frozen=True, kw_only=True, tag="int8"):
+    """A signed byte per element and a float32 scale per block (Alistarh et al. 2017)."""
+
+    block: int = 256
+    """Elements that share a scale."""
+    rounding: Literal["stochastic", "nearest"] = "stochastic"
+    """stochastic: up or down by chance, right on average; nearest: the smaller error, but always to the same side."""
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        _at_least(1, "parallel.compression", block=self.block)
+
+
+class TopKConfig(_Compression, frozen=True, kw_only=True, tag="top_k"):
+    """Only the largest elements; what is left is added to the next step's gradient (Lin et al. 2018)."""
+
+    fraction: float = 0.01
+    """Share of the elements that is sent; an element costs twice its size, as its place is sent too."""
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        _require(0 < self.fraction <= 1, f"parallel.compression.fraction: {self.fraction}; must be above 0, at most 1")
+
+
+class PowerSGDConfig(_Compression, frozen=True, kw_only=True, tag="power_sgd"):
+    """Matrices as products of two thin ones; the rest is added to the next step's gradient (Vogels et al. 2019)."""
+
+    rank: int = 4
+    """Columns of the thin matrices."""
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        _at_least(1, "parallel.compression", rank=self.rank)
+
+
+CompressionConfig: TypeAlias = (
+    NoCompressionConfig | Float16Config | BFloat16Config | Int8Config | TopKConfig | PowerSGDConfig
+)
+
+
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
@@ -352,6 +413,8 @@ class ParallelConfig(_Section, frozen=True, kw_only=True):
     """naive: one all_reduce per parameter after the backward; ddp: buckets reduced while the backward goes on."""
     bucket_mb: float = 4.0
     """MiB of gradients that ddp reduces at once."""
+    compression: CompressionConfig = field(default_factory=NoCompressionConfig)
+    """How ddp sends gradients between nodes."""
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -365,6 +428,11 @@ class ParallelConfig(_Section, frozen=True, kw_only=True):
             allowed = f"allowed: 1 (axes that this version can split: {', '.join(PARALLEL_AXES)})"
             _require(axis in PARALLEL_AXES or size == 1, f"parallel.{axis}: {size}; {allowed}")
         _require(self.bucket_mb > 0, f"parallel.bucket_mb: {self.bucket_mb}; must be above 0")
+        _require(
+            self.data_parallel == "ddp" or self.compression.kind == "none",
+            f"parallel.compression.kind: {self.compression.kind}; only data_parallel: ddp compresses, "
+            f"not {self.data_parallel}",
+        )
 
 
 class CheckpointConfig(_Section, frozen=True, kw_only=True):
@@ -435,6 +503,12 @@ class Config(_Section, frozen=True, kw_only=True):
             f"name: {self.name}; must be the name of a folder",
         )
         _require(0 <= self.seed < 2**63, f"seed: {self.seed}; must be 0 or more and below 2^63")
+        compression = self.parallel.compression.kind
+        _require(
+            self.train.dtype not in ("float16", "bfloat16") or compression not in ("float16", "bfloat16"),
+            f"parallel.compression.kind: {compression}; saves nothing: train.dtype {self.train.dtype} has as many "
+            "bytes already. Allowed: none, int8, top_k, power_sgd",
+        )
         fitting = ("images", "table") if isinstance(self.model, MLPConfig) else ("text", "tokens")
         _require(
             self.data.kind in fitting,

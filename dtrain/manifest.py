@@ -31,7 +31,7 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Start and stop of a slice, per dim."""
-Kind = Literal["parameter", "optimizer"]
+Kind = Literal["parameter", "optimizer", "strategy"]
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
 

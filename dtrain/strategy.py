@@ -1,9 +1,10 @@
-"""What a strategy is: one way to use one axis of the mesh, seen by the trainer as four verbs.
+"""What a strategy is: one way to use one axis of the mesh, seen by the trainer as a few verbs.
 
     apply(model, mesh)           once: cut parameters, set layouts, attach callbacks; values need not exist yet
     no_sync()                    around the backward of every microbatch but the last
     reduce_gradients(model)      each step, after the last backward
     after_update(model)          each step, after the optimizer, e.g. gather what the owner updated
+    state(), load_state(reader)  what it carries from step to step, to and from checkpoints
 
 Strategies never know one another; what one leaves to the next is written in the parameters' layouts.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar
 
+from dtrain.checkpoint import Piece, Reader
 from dtrain.flat import FlatBuffers
 from dtrain.mesh import Mesh
 from dtrain.modules import Module
@@ -38,6 +40,13 @@ class Strategy:
 
     def after_update(self, model: Module) -> None:
         """Afterwards every parameter has its new value wherever it is used."""
+
+    def state(self) -> list[Piece]:
+        """What a checkpoint must hold, beside parameters and optimizer, for the next steps to be the same."""
+        return []
+
+    def load_state(self, reader: Reader) -> None:
+        """Take it back from a checkpoint, as far as it is there: another layout may have written it."""
 
 
 def unused_parameters(model: Module) -> list[str]:

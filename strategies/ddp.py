@@ -8,19 +8,22 @@
 
 The buffer comes from `comm.empty`: on one node it lies in a shared window and is reduced in place, without a copy.
 Buckets are posted in one fixed order on all ranks, whatever order they fill in. Sent per step and rank: 2 (n-1)/n Ψ.
+With a `Compressor` it is the one who sums a bucket; then the buffer lies where it says.
 
 Reference: Li et al., PyTorch Distributed (VLDB 2020): buckets, hooks, no_sync, unused parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 from dtrain.arrays import Array
-from dtrain.collectives import Work, wait_all
-from dtrain.flat import FlatBuffers
+from dtrain.checkpoint import Piece, Reader
+from dtrain.collectives import Communicator, Work, wait_all
+from dtrain.flat import FlatBuffers, FlatGroup
 from dtrain.mesh import Mesh
 from dtrain.modules import Module
 from dtrain.strategy import Strategy, UnusedParametersError, unused_parameters
@@ -32,9 +35,37 @@ MEBIBYTE = 1 << 20
 class Bucket:
     """A slice of the flat gradients and the parameters in it that this step has not delivered yet."""
 
-    gradient: Array
+    group: FlatGroup
+    where: slice
     names: tuple[str, ...]
     missing: set[str]
+
+    @property
+    def gradient(self) -> Array:
+        """A view of the flat gradients."""
+        return self.group.grad[self.where]
+
+
+class Compressor(Protocol):
+    """Sums buckets over the ranks in another way than by all_reduce; `compression/between_nodes.py` is one."""
+
+    def open(self, comm: Communicator, mesh: Mesh) -> Communicator | None:
+        """Whose memory the flat buffers shall have; None: there is nothing to compress. Collective."""
+
+    def attach(self, buckets: Sequence[tuple[FlatGroup, slice]]) -> None:
+        """Make what is kept from step to step for these buckets, slices of flat gradients."""
+
+    def start(self, number: int) -> None:
+        """Begin the sum of a bucket; called in the same order on all ranks."""
+
+    def finish(self) -> None:
+        """Complete all sums that were begun, in place."""
+
+    def state(self) -> list[Piece]:
+        """What a checkpoint must hold for the next steps to be the same."""
+
+    def load_state(self, reader: Reader) -> None:
+        """Take it back from a checkpoint, as far as it is there."""
 
 
 class DistributedDataParallel(Strategy):
@@ -42,17 +73,28 @@ class DistributedDataParallel(Strategy):
 
     axis = "dp"
 
-    def __init__(self, bucket_mb: float = 4.0) -> None:
+    def __init__(self, bucket_mb: float = 4.0, compressor: Compressor | None = None) -> None:
         self.bucket_bytes = int(bucket_mb * MEBIBYTE)
+        self.compressor = compressor
         self.synchronise = True
+        self.posted = 0
         self.works: list[Work] = []
 
     def apply(self, model: Module, mesh: Mesh) -> Module:
         """Move parameters and gradients to flat buffers, watch the gradients."""
         self.comm = mesh["dp"]
         parameters = model.named_parameters()
-        self.flat = FlatBuffers(parameters, self.comm)
+        home = self.comm
+        if self.compressor is not None:
+            opened = self.compressor.open(self.comm, mesh)
+            if opened is None:
+                self.compressor = None
+            else:
+                home = opened
+        self.flat = FlatBuffers(parameters, home)
         self.buckets = make_buckets(self.flat, self.bucket_bytes)
+        if self.compressor is not None:
+            self.compressor.attach([(bucket.group, bucket.where) for bucket in self.buckets])
         for bucket in self.buckets:
             for name in bucket.names:
                 parameters[name].on_gradient(self._arrival(bucket, name))
@@ -71,12 +113,23 @@ class DistributedDataParallel(Strategy):
         """Post what the last backward did not complete, then wait for all buckets."""
         if names := unused_parameters(model):
             raise UnusedParametersError(names)
-        for bucket in self.buckets[len(self.works) :]:
+        for bucket in self.buckets[self.posted :]:
             self._post(bucket)
         wait_all(self.works)
-        self.works = []
+        if self.compressor is not None:
+            self.compressor.finish()
+        self.works, self.posted = [], 0
         for bucket in self.buckets:
             bucket.missing = set(bucket.names)
+
+    def state(self) -> list[Piece]:
+        """What the compressor keeps from step to step."""
+        return [] if self.compressor is None else self.compressor.state()
+
+    def load_state(self, reader: Reader) -> None:
+        """Give it back to the compressor."""
+        if self.compressor is not None:
+            self.compressor.load_state(reader)
 
     def _arrival(self, bucket: Bucket, name: str) -> Callable[[Array], None]:
         def arrived(gradient: Array) -> None:
@@ -88,13 +141,17 @@ class DistributedDataParallel(Strategy):
                     "Run all backwards but the last within no_sync()."
                 )
             bucket.missing.remove(name)
-            while len(self.works) < len(self.buckets) and not self.buckets[len(self.works)].missing:
-                self._post(self.buckets[len(self.works)])
+            while self.posted < len(self.buckets) and not self.buckets[self.posted].missing:
+                self._post(self.buckets[self.posted])
 
         return arrived
 
     def _post(self, bucket: Bucket) -> None:
-        self.works.append(self.comm.all_reduce_async(bucket.gradient, out=bucket.gradient))
+        if self.compressor is not None:
+            self.compressor.start(self.posted)
+        else:
+            self.works.append(self.comm.all_reduce_async(bucket.gradient, out=bucket.gradient))
+        self.posted += 1
 
 
 def make_buckets(flat: FlatBuffers, bucket_bytes: int) -> list[Bucket]:
@@ -110,6 +167,6 @@ def make_buckets(flat: FlatBuffers, bucket_bytes: int) -> list[Bucket]:
             names.append(name)
             start = group.slices[name].start if name != next(iter(group.slices)) else 0
             if (stop - start) * group.grad.itemsize >= bucket_bytes or start == 0:
-                buckets.append(Bucket(group.grad[start:stop], tuple(names), set(names)))
+                buckets.append(Bucket(group, slice(start, stop), tuple(names), set(names)))
                 names, stop = [], start
     return buckets

@@ -150,5 +150,5 @@ def test_buckets_tile_the_gradients(comm: Communicator) -> None:
         assert sum(bucket.gradient.size for bucket in strategy.buckets) == group.size
         group.grad[...] = 0
         for bucket in strategy.buckets:
-            bucket.gradient += 1
+            bucket.gradient[...] += 1
         np.testing.assert_array_equal(group.grad, 1)
