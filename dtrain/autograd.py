@@ -45,6 +45,7 @@ class Mode(threading.local):
     forward: bool = False  # carry tangents
     captured: dict[int, Tensor] | None = None  # under no_grad: collects the tensors that would have needed a gradient
     collecting: bool = False  # this walk returns gradients and leaves every `.grad` alone
+    deferred: list[Callable[[], None]] | None = None  # this walk leaves the gradients of weights for later
     scopes: list[str] | None = None  # while tracing: the names of the modules being called
 
 
@@ -114,6 +115,7 @@ class Node:
         "attributes", "dtype", "hooks", "inputs", "needs", "op", "order", "saved", "scope", "shape", "shapes",
         "version", "versions",
     )  # fmt: skip
+    trained = False
 
     def __init__(self, op: Op, inputs: Sequence[Tensor], attributes: dict[str, Any], saved: Any, output: Array) -> None:
         self.op = op
@@ -166,6 +168,29 @@ def backward(roots: Sequence[tuple[Tensor, Array]], *, retain_graph: bool = Fals
             _finish(leaf)
 
     _walk(roots, order, deliver, retain_graph)
+
+
+def split_backward(roots: Sequence[tuple[Tensor, Array]]) -> Callable[[], None]:
+    """The half of `backward` that others wait for: the gradients of inputs. The function returned does the other half.
+
+    Put off are the products for the gradients of parameters, of the ops that can compute them apart (`Op.splits`);
+    callbacks of the parameters come with them. The arrays that both halves need live until then. Both halves together
+    are one `backward`, to rounding: a parameter that is used several times may be summed in another order.
+    Reference: Qi et al., Zero bubble pipeline parallelism, arXiv:2401.10241, section 2.
+    """
+    before, mode.deferred = mode.deferred, []
+    later = mode.deferred
+    try:
+        backward(roots)
+    finally:
+        mode.deferred = before
+
+    def weights() -> None:
+        for work in later:
+            work()
+        later.clear()
+
+    return weights
 
 
 def gradients(
@@ -221,27 +246,72 @@ def _walk(
         if node.hooks is not None:
             for hook in node.hooks:
                 gradient = _replaced(hook(gradient), gradient)
-        results = node.op.vjp(node, gradient)
-        if len(results) != len(node.inputs):
-            raise GraphError(f"the vjp of {node.describe()} returned {len(results)} gradients, not {len(node.inputs)}")
-        for source, needed, shape, result in zip(node.inputs, node.needs, node.shapes, results, strict=True):
-            if not needed:
-                continue
-            if result is not None and result.shape != shape:
-                raise GraphError(
-                    f"the vjp of {node.describe()} returned a gradient of shape {result.shape} "
-                    f"for an input of shape {shape}"
-                )
+        weights = _put_off(node)
+        for source, result in _results(node, gradient):
             if type(source) is not Node:
-                deliver(source, result)  # type: ignore[arg-type]
+                if mode.deferred is not None and result is None:  # recomputed: its parts are put off, and so its end
+                    mode.deferred.append(functools.partial(deliver, source, None))  # type: ignore[arg-type]
+                else:
+                    deliver(source, result)  # type: ignore[arg-type]
             elif result is not None:
                 _add(waiting, owned, source, result)
             elif source not in waiting:
                 waiting[source] = np.zeros_like(gradient, shape=source.shape, dtype=source.dtype)
                 owned.add(source)
-        if not retain_graph:
-            node.saved = _FREED
-            node.inputs = ()
+        if weights is not None and mode.deferred is not None:
+            mode.deferred.append(functools.partial(_weights, node, gradient, weights, deliver, retain_graph))
+        elif not retain_graph:
+            _free(node)
+
+
+def _results(node: Node, gradient: Array) -> Iterator[tuple[Node | Tensor, Array | None]]:
+    """What the vjp gives to each of the inputs that need something."""
+    if not any(node.needs):
+        return
+    results = node.op.vjp(node, gradient)
+    if len(results) != len(node.inputs):
+        raise GraphError(f"the vjp of {node.describe()} returned {len(results)} gradients, not {len(node.inputs)}")
+    for source, needed, shape, result in zip(node.inputs, node.needs, node.shapes, results, strict=True):
+        if needed and result is not None and result.shape != shape:
+            raise GraphError(
+                f"the vjp of {node.describe()} returned a gradient of shape {result.shape} "
+                f"for an input of shape {shape}"
+            )
+        if needed:
+            yield source, result
+
+
+def _put_off(node: Node) -> tuple[bool, ...] | None:
+    """Take the parameters out of what this node needs now, and return what it needs later; None: nothing."""
+    if mode.deferred is None or not node.op.splits:
+        return None
+    weights = [needed and source.trained for needed, source in zip(node.needs, node.inputs, strict=True)]
+    if not any(weights):
+        return None
+    node.needs = tuple([needed and not weight for needed, weight in zip(node.needs, weights, strict=True)])
+    return tuple(weights)
+
+
+def _weights(
+    node: Node,
+    gradient: Array,
+    needs: tuple[bool, ...],
+    deliver: Callable[[Tensor, Array | None], None],
+    retain_graph: bool,
+) -> None:
+    """The half that was put off: the gradients of the parameters that enter this node."""
+    _check(node)
+    before, node.needs = node.needs, needs
+    for leaf, result in _results(node, gradient):
+        deliver(leaf, result)  # type: ignore[arg-type]
+    node.needs = tuple([now or later for now, later in zip(before, needs, strict=True)])
+    if not retain_graph:
+        _free(node)
+
+
+def _free(node: Node) -> None:
+    node.saved = _FREED
+    node.inputs = ()
 
 
 def _newest_first(roots: Sequence[tuple[Tensor, Array]], uses: dict[Tensor, int]) -> list[Node]:

@@ -45,3 +45,5 @@ class Op:
     vjp: Callable[..., tuple[Any, ...]]
     jvp: Callable[..., Any] | None = None
     flops: Callable[[tuple[Shape, ...], Shape, dict[str, Any]], int] = _one_per_element
+    splits: bool = False
+    """Whether the vjp computes for each input only what `node.needs` says, so that two calls share the work."""

@@ -31,6 +31,7 @@ class Tensor:
     """
 
     __slots__ = ("__weakref__", "buffer", "data", "grad", "hooks", "node", "requires_grad", "tangent", "version")
+    trained = False  # a parameter: nobody waits for its gradient, see `split_backward`
     __array_ufunc__ = None  # `array * tensor` goes to __rmul__ instead of making an array of objects
 
     def __init__(self, data: Any, requires_grad: bool = False) -> None:

@@ -52,7 +52,7 @@ def _matmul_flops(inputs: tuple[Shape, ...], output: Shape, attributes: dict[str
     return 2 * math.prod(output) * inputs[0][-1]
 
 
-MATMUL = Op("matmul", _matmul_forward, _matmul_vjp, _matmul_jvp, _matmul_flops)
+MATMUL = Op("matmul", _matmul_forward, _matmul_vjp, _matmul_jvp, _matmul_flops, splits=True)
 
 
 def _linear_forward(x: Array, weight: Array, bias: Array | None = None) -> tuple[Array, Any]:
@@ -90,7 +90,7 @@ def _linear_flops(inputs: tuple[Shape, ...], output: Shape, attributes: dict[str
     return math.prod(output) * (2 * inputs[1][1] + (len(inputs) == 3))
 
 
-LINEAR = Op("linear", _linear_forward, _linear_vjp, _linear_jvp, _linear_flops)
+LINEAR = Op("linear", _linear_forward, _linear_vjp, _linear_jvp, _linear_flops, splits=True)
 
 
 def _embedding_forward(weight: Array, ids: Array) -> tuple[Array, Any]:
