@@ -26,9 +26,15 @@ __all__ = ["Array", "Communicator", "Work", "run_threads", "single", "wait_all",
 
 def world() -> Communicator:
     """The communicator of all ranks that mpirun started. The first call initialises MPI."""
+    from dtrain.collectives.background import Background, wanted
     from dtrain.collectives.mpi import world_transport
+    from dtrain.collectives.progress import Progress
 
-    return Communicator(world_transport())
+    transport = world_transport()
+    progress = Progress()
+    if wanted(transport):
+        progress.background = Background(progress)
+    return Communicator(transport, progress=progress)
 
 
 def single() -> Communicator:

@@ -89,6 +89,7 @@ class Transport(Moves):
         self.hosts = [names[node] for node in nodes]
         self._comm = comm
         self.crowded = crowded
+        self.threaded = MPI.Query_thread() == MPI.THREAD_MULTIPLE
         self._names = names  # node -> host name
         self._closed = False
 

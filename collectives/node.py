@@ -16,6 +16,7 @@ Collectives of a communicator are numbered 1, 2, 3, ... in program order, the sa
   come to the next collective has finished reading this one.
 """
 
+import threading
 from collections import deque
 from typing import Any, Protocol
 
@@ -70,6 +71,9 @@ class Node:
         self._used = [-1, -1]  # the collective in which each half was used last
         self._number = 0
         self._pending: deque[Pending] = deque()
+        self._enqueued = 0  # the last work
+        self.closed = False
+        self._computing = threading.RLock()  # held by the thread that takes works from `_pending`
 
         def share(nbytes: int) -> Segment:
             self._meet()
@@ -85,10 +89,19 @@ class Node:
         transport.barrier()  # everybody's flags are zero before anybody's is one
         together.queues.append(self)
 
+    def finish(self) -> None:
+        """Return when all works started here are done, on all ranks."""
+        self.complete(self._number)
+        if self._enqueued:
+            self.await_reduced(self._enqueued)
+
     def close(self) -> None:
         """Collective: unmap everything."""
+        self.closed = True
         self.arena.close()
-        self._together.queues.remove(self)
+        with self._computing:
+            self._together.queues.remove(self)
+            self._pending.clear()
         self._halves.clear()
         self.peers.clear()
         for words in self._words:
@@ -196,6 +209,7 @@ class Node:
     def enqueue(self, work: Pending) -> None:
         """Publish the data of a work; its part is computed later, in the order of the numbers."""
         self._pending.append(work)
+        self._enqueued = work.number
         self.arrive(work.number)
 
     def has_pending(self) -> bool:
@@ -203,14 +217,20 @@ class Node:
         return bool(self._pending)
 
     def progress(self) -> None:
-        """Compute the parts of works whose sources have arrived. Never waits."""
-        while self._pending and self.have_arrived(self._pending[0].number, self._pending[0].sources):
-            self._compute()
+        """Compute the parts of works whose sources have arrived, unless another thread is at it. Never waits."""
+        if self._pending and self._computing.acquire(blocking=False):
+            try:
+                while self._pending and self.have_arrived(self._pending[0].number, self._pending[0].sources):
+                    self._compute()
+            finally:
+                self._computing.release()
 
     def complete(self, number: int) -> None:
         """Compute the parts of all works up to this number, waiting for the peers where needed."""
-        while self._pending and self._pending[0].number <= number:
-            self._compute()
+        with self._computing:
+            while self._pending and self._pending[0].number <= number:
+                self._compute()
+        self._together.check()
 
     def _compute(self) -> None:
         work = self._pending[0]

@@ -5,16 +5,21 @@
 
 Works in shared memory need the processor of every rank, and most MPI libraries move messages only inside their calls.
 Whoever waits therefore computes the slices that are ready and asks after the open requests; otherwise the picture above
-would be a deadlock. Invariant: `poll` never waits.
+would be a deadlock. Where it pays, a thread does the same while the rank computes (`background.py`).
+
+Invariants: `poll` never waits. A request is asked after by one thread at a time (MPI forbids two), and a slice is
+computed by one: whoever does not get the lock leaves it to the one who has it.
 """
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Protocol
 
 from dtrain.collectives.waiting import hand_over
 
 if TYPE_CHECKING:
+    from dtrain.collectives.background import Background
     from dtrain.collectives.work import Request
 
 
@@ -33,30 +38,55 @@ class Progress:
 
     def __init__(self) -> None:
         self.queues: list[Queue] = []
+        self.background: Background | None = None
+        self.failure: BaseException | None = None  # of the thread, raised where this rank waits
         self._requests: list[Request] = []
+        self._lock = threading.Lock()
 
     def watch(self, request: Request) -> None:
         """Ask after this request in every wait, until it has finished."""
-        self._requests.append(request)
+        with self._lock:
+            self._requests.append(request)
+
+    def wake(self) -> None:
+        """Something was started: the thread, if there is one, sees to it."""
+        if self.background is not None:
+            self.background.wake()
 
     def busy(self) -> bool:
         """Is there anything to help along?"""
-        return bool(self._requests) or any(queue.has_pending() for queue in self.queues)
+        return bool(self._requests) or any(queue.has_pending() for queue in tuple(self.queues))
 
     def poll(self) -> None:
         """Help everything along; never waits."""
-        for queue in self.queues:
+        for queue in tuple(self.queues):
             queue.progress()
-        if self._requests:
-            self._requests = [request for request in self._requests if not request.test()]
+        if self._requests and self._lock.acquire(blocking=False):
+            try:
+                self._requests = [request for request in self._requests if not request.test()]
+            finally:
+                self._lock.release()
+        self.check()
+
+    def check(self) -> None:
+        """Raise what went wrong in the thread."""
+        if self.failure is not None and (self.background is None or not self.background.is_me()):
+            raise self.failure
+
+    def test(self, request: Request) -> bool:
+        """Has the request finished? Never waits."""
+        with self._lock:
+            return request.test()
 
     def wait(self, request: Request) -> None:
         """Return when the request has finished; meanwhile the rest goes on."""
-        while any(queue.has_pending() for queue in self.queues):
-            if request.test():
+        while any(queue.has_pending() for queue in tuple(self.queues)):
+            if self.test(request):
                 break
             self.poll()
             hand_over()
+        with self._lock:  # from here on it is this thread's alone
+            if request in self._requests:
+                self._requests.remove(request)
         request.wait()
-        if request in self._requests:
-            self._requests.remove(request)
+        self.check()

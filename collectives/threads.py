@@ -75,6 +75,7 @@ class Transport:
 
     name = "threads"
     shares = False  # threads share everything already; windows are for processes
+    threaded = True
     crowded = False
 
     def __init__(self, room: _Room, rank: int) -> None:

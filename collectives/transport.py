@@ -34,6 +34,7 @@ class Transport(Protocol):
     nodes: list[int]  # of each rank: equal numbers share memory
     name: str
     shares: bool  # whether `share` works between ranks of one node
+    threaded: bool  # whether several threads of a rank may call it at once
     crowded: bool  # more ranks of the job on this node than cores they may use
 
     def barrier(self) -> None: ...
@@ -83,6 +84,7 @@ class Alone:
     size = 1
     name = "alone"
     shares = False
+    threaded = True
     crowded = False
 
     def __init__(self) -> None:

@@ -111,11 +111,15 @@ class WindowWork:
 
     def test(self) -> bool:
         """Has everybody finished? Computes this rank's parts of the works that are ready; never waits."""
+        if self._node.closed:
+            return True
         self._node.progress()
         return self._node.have_reduced(self.number, self._users)
 
     def wait(self) -> None:
         """Return when everybody has finished with my array."""
+        if self._node.closed:
+            return
         self._node.complete(self.number)
         self._node.progress()
         self._node.await_reduced(self.number, self._users)

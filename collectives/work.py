@@ -77,7 +77,7 @@ class Watched(Request):
         self._progress = progress
 
     def test(self) -> bool:
-        return self._request.test()
+        return self._progress.test(self._request)
 
     def wait(self) -> None:
         self._progress.wait(self._request)
