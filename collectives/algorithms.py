@@ -43,6 +43,10 @@ WINDOW_BYTES = 128 * 1024
 WINDOW_REDUCE_BYTES = SMALL_BYTES
 
 
+# Over several nodes: from here by both levels, below by the MPI library.
+HIERARCHY_BYTES = 64 * 1024
+
+
 def _alone(call: Call) -> bool:
     return call.transport.size == 1
 
@@ -56,16 +60,28 @@ def _on_node(call: Call) -> bool:
 
 
 def _in_window(call: Call) -> bool:
-    return call.place is not None
+    return call.node is not None and call.place is not None
 
 
 def _in_place_in_window(call: Call) -> bool:
-    return call.place is not None and call.in_place
+    return call.node is not None and call.place is not None and call.in_place
 
 
 def _even_on_node(call: Call) -> bool:
     """All blocks of all ranks are equally long."""
     return call.node is not None and call.alike and call.counts[0] == call.counts[-1]
+
+
+def _over_nodes(call: Call) -> bool:
+    return call.levels is not None
+
+
+def _even_over_nodes(call: Call) -> bool:
+    return call.levels is not None and call.alike and call.counts[0] == call.counts[-1]
+
+
+def _far(call: Call) -> bool:
+    return max(call.source.nbytes, call.target.nbytes) >= HIERARCHY_BYTES
 
 
 def _reduces(call: Call) -> bool:
@@ -133,8 +149,16 @@ def _copy(call: Call) -> None:
 
 COPY = Algorithm(_copy, _alone, volume=volumes.nothing)
 
+
+def _hierarchical(
+    start: Callable[[Call], Request], volume: Formula, possible: Callable[[Call], bool] = _over_nodes
+) -> Algorithm:
+    return Algorithm(lambda call: start(call).wait(), possible, _far, volume, start)
+
+
 ALL_REDUCE: dict[str, Algorithm] = {
     "copy": COPY,
+    "hierarchical": _hierarchical(ways.hierarchical_all_reduce, volumes.unknown),
     "window": _window(ways.window_all_reduce, volumes.window_all_reduce, _in_place_in_window, _long_reduce),
     "staged": Algorithm(ways.staged_all_reduce, _on_node, _short, volumes.staged_all_reduce),
     "native": Algorithm(ways.native_all_reduce, _reduces, _always, volumes.least_all_reduce, ways.start_all_reduce),
@@ -143,6 +167,7 @@ ALL_REDUCE: dict[str, Algorithm] = {
 
 REDUCE_SCATTER: dict[str, Algorithm] = {
     "copy": COPY,
+    "hierarchical": _hierarchical(ways.hierarchical_reduce_scatter, volumes.unknown),
     "window": _window(ways.window_reduce_scatter, volumes.window_reduce_scatter, preferred=_long),
     "staged": Algorithm(ways.staged_reduce_scatter, _on_node, _short, volumes.staged_reduce_scatter),
     "native": Algorithm(
@@ -153,6 +178,7 @@ REDUCE_SCATTER: dict[str, Algorithm] = {
 
 ALL_GATHER: dict[str, Algorithm] = {
     "copy": COPY,
+    "hierarchical": _hierarchical(ways.hierarchical_all_gather, volumes.unknown),
     "window": _window(ways.window_all_gather, volumes.window_all_gather, preferred=_long_gather),
     "staged": Algorithm(ways.staged_all_gather, _on_node, _short_gather, volumes.staged_gather),
     "native": Algorithm(ways.native_all_gather, _several, _always, volumes.least_all_gather, ways.start_all_gather),
@@ -160,6 +186,7 @@ ALL_GATHER: dict[str, Algorithm] = {
 
 BROADCAST: dict[str, Algorithm] = {
     "copy": COPY,
+    "hierarchical": _hierarchical(ways.hierarchical_broadcast, volumes.unknown),
     "window": _window(ways.window_broadcast, volumes.window_from_root, preferred=_long),
     "staged": Algorithm(ways.staged_broadcast, _on_node, _short_broadcast, volumes.staged_broadcast),
     "native": Algorithm(ways.native_broadcast, _several, _always, volumes.least_broadcast, ways.start_broadcast),
@@ -175,6 +202,7 @@ REDUCE: dict[str, Algorithm] = {
 
 ALL_TO_ALL: dict[str, Algorithm] = {
     "copy": COPY,
+    "hierarchical": _hierarchical(ways.hierarchical_all_to_all, volumes.unknown, _even_over_nodes),
     "window": _window(ways.window_all_to_all, volumes.window_all_to_all, preferred=_long_all_to_all),
     "staged": Algorithm(ways.staged_all_to_all, _even_on_node, _short_gather, volumes.staged_all_to_all),
     "native": Algorithm(ways.native_all_to_all, _several, _always, volumes.all_to_all, ways.start_all_to_all),
@@ -213,4 +241,5 @@ def choose(table: dict[str, Algorithm], name: str, call: Call) -> tuple[str, Alg
 
 def choose_start(table: dict[str, Algorithm], call: Call) -> tuple[str, Algorithm] | None:
     """The first row that is possible and can be started without waiting; None: there is none."""
-    return next((item for item in table.items() if item[1].start is not None and item[1].possible(call)), None)
+    rows = ((name, row) for name, row in table.items() if row.start is not None and row.possible(call))
+    return next(((name, row) for name, row in rows if name != "hierarchical" or row.preferred(call)), None)

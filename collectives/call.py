@@ -1,6 +1,6 @@
 """One call of a collective, in the flat form in which the algorithms get it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,7 @@ from dtrain.collectives.arena import Place
 from dtrain.collectives.dtypes import Array
 
 if TYPE_CHECKING:
+    from dtrain.collectives.levels import Levels
     from dtrain.collectives.node import Node
     from dtrain.collectives.transport import Transport
 
@@ -32,6 +33,7 @@ class Call:
     target_place: Place | None = None  # on the root of reduce and gather
     in_place: bool = False  # target is source
     alike: bool = False  # all_to_all: all ranks have the same counts
+    levels: "Callable[[], Levels | None] | None" = None  # None: one node, or one rank on every node
 
     @property
     def at_root(self) -> bool:
@@ -48,6 +50,13 @@ class Call:
         """The shared memory, and the place of the source there."""
         assert self.node is not None and self.place is not None
         return self.node, self.place
+
+    @property
+    def both_levels(self) -> "Levels":
+        """The levels, which there are; the first call is collective."""
+        levels = None if self.levels is None else self.levels()
+        assert levels is not None
+        return levels
 
     @property
     def stage(self) -> "Node":

@@ -180,6 +180,7 @@ class Communicator(Reductions, Movement):
         if elements is None:
             elements = call.source.size or call.target.size
         something = self.size > 1 and (elements or (not call.alike and name == "all_to_all"))
+        self._bring_levels(call)
         found = algorithms.choose_start(table, call) if something else None
         if found is None:
             return self._defer(blocking, result)
@@ -199,7 +200,7 @@ class Communicator(Reductions, Movement):
             self._progress.poll()
             return Work(request, finish)
         self.counters.add(name, chosen, nbytes, row.volume(call))
-        if chosen != "window":
+        if chosen not in ("window", "hierarchical"):
             return self._watch(request, lambda: deliver(call.target, result))
         self._progress.poll()  # the slices of earlier works whose last rank has come meanwhile
         return Work(request, lambda: deliver(call.target, result))

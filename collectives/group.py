@@ -8,10 +8,12 @@ import numpy as np
 
 from dtrain.collectives import algorithms, staged
 from dtrain.collectives.algorithms import Algorithm
-from dtrain.collectives.arena import Place
+from dtrain.collectives.arena import Arena, Place
 from dtrain.collectives.call import Call
+from dtrain.collectives.conveyor import Conveyor
 from dtrain.collectives.counters import Counters, Last, Volume
 from dtrain.collectives.dtypes import Array
+from dtrain.collectives.levels import Levels, has_levels
 from dtrain.collectives.node import Node
 from dtrain.collectives.progress import Progress
 from dtrain.collectives.transport import Transport
@@ -41,9 +43,10 @@ class Group:
         """In tables and messages; a mesh gives the names of its axes."""
         self.counters = Counters()
         self._timeout = timeout_seconds(timeout)
-        # Several nodes: the MPI library does it all. Windows and network together will be one more algorithm.
         self._shares = transport.shares and 1 < self.size == self.local_size
         self._node: Node | None = None
+        self._has_levels = has_levels(transport)
+        self._levels: Levels | None = None
         self._progress = progress or Progress()
         self._deferred: deque[Deferred] = deque()
 
@@ -56,6 +59,22 @@ class Group:
         if self._node is None and self._shares:
             self._node = Node(self.transport, Patience(self.transport.crowded, self._timeout), self._progress)
         return self._node
+
+    @property
+    def levels(self) -> Levels | None:
+        """Both levels of a communicator over several nodes: `inner`, the ranks of my node, and `lane`, those that are
+        on their nodes what I am on mine. None on one node, or where every node has one rank. The first access is
+        collective.
+        """
+        if self._levels is None and self._has_levels:
+            self._drain()
+            patience = Patience(self.transport.crowded, self._timeout)
+            name = f"rank {self.rank} of {self.size}"
+            self._levels = Levels(self.transport, patience, self._progress, self._part, name)
+        return self._levels
+
+    def _part(self, color: int) -> Any:
+        return self.split(color)
 
     @property
     def last(self) -> Last | None:
@@ -87,7 +106,10 @@ class Group:
         if self._node is not None:
             self._node.close()
             self._node = None
-        self._shares = False
+        if self._levels is not None:
+            self._levels.close()
+            self._levels = None
+        self._shares = self._has_levels = False
         self.transport.close()
 
     def abort(self, code: int) -> NoReturn:
@@ -97,19 +119,21 @@ class Group:
     def empty(self, shape: int | Sequence[int], dtype: Any = np.float32) -> Array:
         """A new array of undefined content, in the node's shared memory if possible: the home of what travels often.
 
-        Every rank gets its own array; the peers see it, so that collectives on it (or on slices; for reductions the
-        same slice on all ranks) need no copy. All ranks must bring arrays from here then, or none. The array may die
-        at any time, on each rank for itself; its memory is used again when it is dead on all.
+        Every rank gets its own array; the peers on its node see it, so that collectives on it (or on slices; for
+        reductions the same slice on all ranks) need no copy. All ranks must bring arrays from here then, or none. The
+        array may die at any time, on each rank for itself; its memory is used again when it is dead on all.
         """
         form = (shape,) if isinstance(shape, int) else tuple(shape)
         if any(length < 0 for length in form):
             raise ValueError(f"shape={shape}: allowed: lengths from 0")
         if np.dtype(dtype).hasobject:
             raise ValueError(f"dtype={dtype}: Python objects cannot travel")
-        if self.node is None:
+        arena = self._arena(make=True)
+        if arena is None:
             return np.empty(form, dtype)
         self._settle()
-        return self.node.arena.allocate(form, np.dtype(dtype))
+        self._drain()
+        return arena.allocate(form, np.dtype(dtype))
 
     def barrier(self) -> None:
         """Return when all ranks have come here."""
@@ -118,6 +142,7 @@ class Group:
             staged.barrier(self.node)
             self.counters.add("barrier", "staged", 0, BARRIER)
         elif self.size > 1:
+            self._drain()
             self.transport.barrier()
             self.counters.add("barrier", "native", 0, BARRIER)
 
@@ -129,15 +154,37 @@ class Group:
         """Do and count a call; nothing where there is nothing to move (`empty`, by default: no element)."""
         if (not (call.source.size or call.target.size)) if empty is None else empty:
             return
+        self._bring_levels(call)
         chosen, row = algorithms.choose(table, algorithm, call)
+        if call.node is None and chosen != "hierarchical":
+            self._drain()
         row.run(call)
         self.counters.add(name, chosen, max(call.source.nbytes, call.target.nbytes), row.volume(call))
 
+    def _bring_levels(self, call: Call) -> None:
+        if self._has_levels:
+            call.levels = lambda: self.levels
+
+    def _drain(self) -> None:
+        """Finish what is under way between nodes, of all communicators: inside the MPI library nobody moves it on."""
+        for queue in list(self._progress.queues):
+            if isinstance(queue, Conveyor):
+                queue.drain()
+
     # Places in the window
+
+    def _arena(self, make: bool = False) -> Arena | None:
+        """The shared memory of this node, if there is any yet or `make`."""
+        if self._has_levels:
+            levels = self.levels if make else self._levels
+            return None if levels is None else levels.node.arena
+        node = self.node if make else self._node
+        return None if node is None else node.arena
 
     def _place(self, array: Array) -> Place | None:
         """Where the bytes of array lie in the window; None: elsewhere."""
-        return None if self._node is None or not array.dtype.isnative else self._node.arena.place(array)
+        arena = self._arena()
+        return None if arena is None or not array.dtype.isnative else arena.place(array)
 
     def _sum_place(self, array: Array) -> Place | None:
         """`_place`, if the peers can address single elements there."""
@@ -159,5 +206,6 @@ class Group:
     def _meet(self) -> None:
         """Before what the MPI library does alone: nobody may still wait for a slice that this rank computes."""
         self._settle()
+        self._drain()
         if self._node is not None:
             staged.barrier(self._node)

@@ -4,7 +4,7 @@ A function that returns a request has started the collective; the others have do
 """
 # ruff: noqa: D103 (names and types say all there is to say about these functions)
 
-from dtrain.collectives import exchange, staged, window, window_moves
+from dtrain.collectives import exchange, hierarchy, staged, window, window_moves
 from dtrain.collectives.call import Call
 from dtrain.collectives.dtypes import Array
 from dtrain.collectives.window import WindowWork
@@ -92,6 +92,30 @@ def staged_all_to_all(call: Call) -> None:
 
 def staged_broadcast(call: Call) -> None:
     staged.broadcast(call.stage, call.target, call.root)
+
+
+# Over several nodes
+
+
+def hierarchical_all_reduce(call: Call) -> Request:
+    place = call.place if call.in_place else None
+    return hierarchy.start_all_reduce(call.both_levels, call.source, call.target, place, call.op)
+
+
+def hierarchical_reduce_scatter(call: Call) -> Request:
+    return hierarchy.start_reduce_scatter(call.both_levels, call.source, call.target, call.place, call.counts, call.op)
+
+
+def hierarchical_all_gather(call: Call) -> Request:
+    return hierarchy.start_all_gather(call.both_levels, call.source, call.target, call.counts)
+
+
+def hierarchical_broadcast(call: Call) -> Request:
+    return hierarchy.start_broadcast(call.both_levels, call.target, call.root)
+
+
+def hierarchical_all_to_all(call: Call) -> Request:
+    return hierarchy.start_all_to_all(call.both_levels, call.apart, call.target, call.counts[0])
 
 
 # By the transport
