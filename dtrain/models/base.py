@@ -1,8 +1,8 @@
-"""What the trainer and the strategies know of a model: logits, a summed loss, a count of targets, a list of blocks."""
+"""What trainer and strategies know of a model: logits, a summed loss, a count of targets, and its three parts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -28,22 +28,46 @@ class Sizes(Protocol):
 
 
 class Model(Module):
-    """A module from inputs to logits; `forward(inputs, context=None)`. Its `blocks` follow one another."""
+    """A module from inputs to logits, in three parts that a strategy may place apart: `enter`, `blocks`, `leave`.
+
+        inputs ── enter ──► x ── blocks[0] ── … ── blocks[-1] ──► x ── leave ──► logits ── cross_entropy ──► loss
+
+    What goes from block to block is one tensor of one shape. `entrance` and `exit` name the modules with the parameters
+    of the two ends; all others are those of `blocks`.
+    """
 
     blocks: list[Module]
     recompute = False
     """Keep only the inputs of each block for the backward, and compute the rest again."""
 
+    entrance: tuple[str, ...] = ()
+    exit: tuple[str, ...] = ()
+
+    enter: Callable[[Array, Context | None], Tensor]
+    leave: Callable[[Tensor], Tensor]
+
+    def forward(self, inputs: Array, context: Context | None = None) -> Tensor:
+        """Logits, in the shape of the targets and one dim more."""
+        return self.leave(self.through_blocks(self.enter(inputs, context), context))
+
     def loss(self, batch: Mapping[str, Array], context: Context | None = None) -> Tensor:
         """The SUM of the cross-entropies (nats) of all targets; targets of -1 do not count."""
-        return F.cross_entropy(self(batch["inputs"], context), batch["targets"], ignore=IGNORED, reduction="sum")
+        return self.loss_from(self.through_blocks(self.enter(batch["inputs"], context), context), batch)
+
+    def loss_from(self, x: Tensor, batch: Mapping[str, Array]) -> Tensor:
+        """The loss, from what leaves the last block."""
+        return self.cross_entropy(self.leave(x), batch["targets"])
+
+    def cross_entropy(self, logits: Tensor, targets: Array) -> Tensor:
+        """The sum over all targets but those of -1."""
+        return F.cross_entropy(logits, targets, ignore=IGNORED, reduction="sum")
 
     def count(self, batch: Mapping[str, Array]) -> int:
         """How many targets a loss of this batch sums over."""
         return int(np.count_nonzero(batch["targets"] != IGNORED))
 
-    def through_blocks(self, x: Tensor, context: Context | None) -> Tensor:
-        """One block after the other, each recomputed in the backward if that is asked for."""
-        for block in self.blocks:
+    def through_blocks(self, x: Tensor, context: Context | None, blocks: Sequence[Module] | None = None) -> Tensor:
+        """One block after the other (default: all), each recomputed in the backward if that is asked for."""
+        for block in self.blocks if blocks is None else blocks:
             x = F.checkpoint(lambda x, block=block: block(x, context), x) if self.recompute else block(x, context)
         return x

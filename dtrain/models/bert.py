@@ -22,12 +22,14 @@ from dtrain.config import BERTConfig
 from dtrain.models.base import IGNORED, Sizes
 from dtrain.models.blocks import STD, make_norm
 from dtrain.models.transformer import Transformer
-from dtrain.modules import Context, Linear
+from dtrain.modules import Linear
 from dtrain.tensor import Tensor
 
 
 class BERT(Transformer):
     """Ids (B, T) -> logits of the token that belongs at each place (B, T, vocabulary)."""
+
+    exit = ("norm", "transform", "transform_norm", "head")
 
     def __init__(self, config: BERTConfig, sizes: Sizes, dtype: Any = np.float32) -> None:
         super().__init__(config, sizes, causal=False, dtype=dtype)
@@ -37,17 +39,14 @@ class BERT(Transformer):
         self.head = Linear(config.dim, self.vocabulary, config.bias, STD, dtype, weight=shared)
         self.assign_names()
 
-    def predict(self, hidden: Tensor) -> Tensor:
+    def leave(self, x: Tensor) -> Tensor:
         """Hidden states (..., dim) -> logits (..., vocabulary)."""
-        return self.head(self.transform_norm(F.gelu(self.transform.product(hidden), self.transform.bias)))
+        hidden = self.transform.product(self.norm(x))
+        return self.head(self.transform_norm(F.gelu(hidden, self.transform.bias)))
 
-    def forward(self, inputs: Array, context: Context | None = None) -> Tensor:
-        """Ids (B, T), T <= sequence -> (B, T, vocabulary)."""
-        return self.predict(self.hidden(inputs, context))
-
-    def loss(self, batch: Mapping[str, Array], context: Context | None = None) -> Tensor:
-        """The SUM of the cross-entropies (nats) of the asked positions."""
-        hidden, targets = self.hidden(batch["inputs"], context), batch["targets"].reshape(-1)
+    def loss_from(self, x: Tensor, batch: Mapping[str, Array]) -> Tensor:
+        """The loss of the asked positions; the others never become logits."""
+        targets = batch["targets"].reshape(-1)
         asked = np.flatnonzero(targets != IGNORED)
-        rows = F.embedding(hidden.reshape(-1, hidden.shape[-1]), asked)
-        return F.cross_entropy(self.predict(rows), targets[asked], reduction="sum")
+        rows = F.embedding(x.reshape(-1, x.shape[-1]), asked)
+        return self.cross_entropy(self.leave(rows), targets[asked])

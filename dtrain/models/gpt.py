@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from dtrain.arrays import Array
 from dtrain.config import GPTConfig
 from dtrain.models.base import Sizes
 from dtrain.models.blocks import STD
 from dtrain.models.transformer import Transformer
-from dtrain.modules import Context, Linear
+from dtrain.modules import Linear
 from dtrain.tensor import Tensor
 
 
@@ -31,6 +30,6 @@ class GPT(Transformer):
         self.head = Linear(config.dim, self.vocabulary, bias=False, std=STD, dtype=dtype, weight=shared)
         self.assign_names()
 
-    def forward(self, inputs: Array, context: Context | None = None) -> Tensor:
-        """Ids (B, T), T <= sequence -> (B, T, vocabulary)."""
-        return self.head(self.hidden(inputs, context))
+    def leave(self, x: Tensor) -> Tensor:
+        """Hidden states (..., dim) -> logits (..., vocabulary)."""
+        return self.head(self.norm(x))

@@ -38,6 +38,8 @@ class Layer(Module):
 class MLP(Model):
     """Features (B, ...) -> logits of the classes (B, classes)."""
 
+    exit = ("head",)
+
     def __init__(self, config: MLPConfig, sizes: Sizes, dtype: Any = np.float32) -> None:
         widths = [sizes.features, *config.hidden]
         self.dtype = np.dtype(dtype)
@@ -45,10 +47,14 @@ class MLP(Model):
         self.head = Linear(widths[-1], sizes.vocabulary, config.bias, _std(widths[-1], "head"), dtype)
         self.assign_names()
 
-    def forward(self, inputs: Array, context: Context | None = None) -> Tensor:
-        """Features (B, ...) of any real dtype -> (B, classes)."""
+    def enter(self, inputs: Array, context: Context | None = None) -> Tensor:
+        """Features (B, ...) of any real dtype -> (B, features)."""
         rows = inputs.reshape(len(inputs), math.prod(inputs.shape[1:]))
-        return self.head(self.through_blocks(Tensor(rows.astype(self.dtype, copy=False)), context))
+        return Tensor(rows.astype(self.dtype, copy=False))
+
+    def leave(self, x: Tensor) -> Tensor:
+        """From the last hidden layer (B, width) to logits (B, classes)."""
+        return self.head(x)
 
 
 def _std(inputs: int, activation: str) -> float:

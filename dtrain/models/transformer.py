@@ -18,6 +18,9 @@ from dtrain.tensor import Tensor
 class Transformer(Model):
     """Ids (B, T) -> hidden states (B, T, dim), for any T up to `sequence`."""
 
+    entrance = ("embedding", "positions", "dropout")
+    exit: tuple[str, ...] = ("norm", "head")
+
     def __init__(self, config: TransformerConfig, sizes: Sizes, causal: bool, dtype: Any = np.float32) -> None:
         self.sequence = config.sequence
         self.vocabulary = sizes.vocabulary if config.vocabulary is None else config.vocabulary
@@ -34,7 +37,7 @@ class Transformer(Model):
         self.blocks: list[Module] = [Block(config, causal, angles, dtype) for _ in range(config.layers)]
         self.norm = make_norm(config, dtype)
 
-    def embed(self, inputs: Array, context: Context | None = None) -> Tensor:
+    def enter(self, inputs: Array, context: Context | None = None) -> Tensor:
         """Ids (B, T) -> what goes into the first block, (B, T, dim)."""
         length = inputs.shape[1]
         if length > self.sequence:
@@ -46,7 +49,3 @@ class Transformer(Model):
             table: Tensor = self.positions.weight
             x = x + (table if length == self.sequence else table[:length])
         return self.dropout(x, context)
-
-    def hidden(self, inputs: Array, context: Context | None = None) -> Tensor:
-        """Ids (B, T) -> normed hidden states (B, T, dim)."""
-        return self.norm(self.through_blocks(self.embed(inputs, context), context))
