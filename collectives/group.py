@@ -9,6 +9,7 @@ import numpy as np
 from dtrain.collectives import algorithms, staged
 from dtrain.collectives.algorithms import Algorithm
 from dtrain.collectives.arena import Arena, Place
+from dtrain.collectives.background import Background
 from dtrain.collectives.call import Call
 from dtrain.collectives.conveyor import Conveyor
 from dtrain.collectives.counters import Counters, Last, Volume
@@ -111,6 +112,12 @@ class Group:
             self._levels = None
         self._shares = self._has_levels = False
         self.transport.close()
+
+    def use_progress_thread(self, on: bool) -> None:
+        """Switch the thread of `background.py` on or off, on this rank, for all communicators of its world."""
+        if self._progress.background is not None:
+            self._progress.background.stop()
+        self._progress.background = Background(self._progress) if on else None
 
     def abort(self, code: int) -> NoReturn:
         """End all ranks of the job at once with exit status `code`; not collective."""

@@ -117,7 +117,40 @@ def _run(
         raise SystemExit(1)
 
 
+def _overlap(
+    collectives: str, sizes: str, factor: float, iterations: int, private: bool, json_path: Path | None
+) -> None:
+    from dtrain.errors import UserError
+    from dtrain.launch import bench_overlap
+
+    names = tuple(part.strip() for part in collectives.split(","))
+    wrong = [name for name in names if name not in bench_overlap.COLLECTIVES]
+    if wrong:
+        raise UserError(f"--collectives: {wrong[0]!r}; allowed: {', '.join(bench_overlap.COLLECTIVES)}")
+    bench_overlap.bench(names, parse_sizes(sizes, factor), iterations, private, json_path)
+
+
+OVERLAP = click.Command(
+    "overlap",
+    callback=_overlap,
+    params=[
+        click.Option(["--collectives"], default="all_reduce", show_default=True, help="Names by commas."),
+        click.Option(
+            ["--sizes"], default="256K:16M", show_default=True, help="From:to, or a list by commas; bytes, K, M, G."
+        ),
+        click.Option(["--factor"], default=4.0, show_default=True, help="From one size to the next."),
+        click.Option(["--iterations"], default=60, show_default=True, type=click.IntRange(12), help="Timed, of each."),
+        click.Option(["--private"], is_flag=True, help="Arrays in ordinary memory; default: in the shared window."),
+        click.Option(["--json", "json_path"], type=click.Path(path_type=Path), help="Write everything to this file."),
+    ],
+    help="Measure how much of a started collective is hidden behind matmuls: compute alone, communication alone, both "
+    "together, overlap = 1 - (both - compute) / communication; with the progress thread off and on, in turns. Under "
+    "mpirun.",
+    short_help="What of a started collective is hidden behind computing.",
+)
+
 COMMANDS = [
+    OVERLAP,
     *(_command(name, formula.summary) for name, formula in COLLECTIVES.items()),
     _command("p2p", "messages between two ranks, latency and bandwidth of each class of links"),
     _command("all", "all collectives, and messages between two ranks"),
