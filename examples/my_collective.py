@@ -56,7 +56,7 @@ def main() -> None:
     Path("two_rings.svg").write_text(draw_svg(mine[4]), encoding="utf-8")
 
     arrays = [np.arange(10.0) * (rank + 1) for rank in range(4)]
-    results = run_threads(4, lambda comm: execute(comm, mine[4], arrays[comm.rank]))
+    results = run_threads(4, lambda comm: execute(comm.transport, mine[4], arrays[comm.rank]))
     print("on 4 ranks:", results[0], all(np.array_equal(result, sum(arrays)) for result in results))
 
 

@@ -1,42 +1,267 @@
-"""Run a schedule between real ranks, over the point-to-point messages of a communicator.
+"""Runs a schedule between ranks: messages of a transport, sums as soon as what they add has arrived.
 
-    rank 0   send c0 │ c0' │ c0''    ─►      messages longer than `segment_bytes` are cut; all of a step are under way
-             recv c3 │ c3' │ c3''    ◄─      at once, and a segment is added while the next ones arrive
+    run = Run(plan, transport, source, target, op, tag)
+    run.test()      goes on as far as it can without waiting; True: finished
+    run.wait()      goes on until it is finished
 
-The result has the bits of `interpreter.interpret`: the order of every sum is that of the schedule, whatever the timing.
-Chunks lie in the input (if nothing is written there), in the result, or in one scratch buffer; chunks that lie side by
-side travel as one.
+What happens in which order is the plan's business (`plan.py`). The result has the bits of `interpreter.interpret`:
+every sum is taken in the order that the schedule says, whatever the timing and the segments. Partial sums travel in the
+dtype of the arrays: float16 and bfloat16 are added in float32 and rounded once per step, so a sum over p ranks is
+rounded p - 1 times on a ring, lg p times on a tree, once by `direct` and `gather_reduce`. A float32 on the wire would
+double the bytes.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 
-from dtrain.collectives.dtypes import Array, operation, reduce_rows, starts
-from dtrain.collectives.schedules.schedule import Receive, Schedule, Step
+from dtrain.collectives.dtypes import Array, accumulator, operation, reduce_rows
+from dtrain.collectives.schedules.plan import ARRIVING, SCRATCH, SEGMENT_BYTES, Plan, Span, Sum, make_plan
+from dtrain.collectives.schedules.schedule import Schedule
+from dtrain.collectives.waiting import SPINS, CollectiveTimeout, hand_over
+from dtrain.collectives.work import Request
 
-SEGMENT_BYTES = 1 << 20
-
-Run = tuple[Array, int, int]  # elements start to stop of a buffer
-
-
-class _Work(Protocol):
-    def wait(self) -> Any: ...
+YIELD_SECONDS = 0.02  # a long message moves only while both ends look after it: no naps before
+NAP_SECONDS = 100e-6
 
 
-class Messenger(Protocol):
-    """What is needed of a communicator."""
+class Messages(Protocol):
+    """What is needed of a transport."""
 
     rank: int
     size: int
 
-    def send_async(self, array: Any, destination: int, tag: int = 0) -> _Work: ...
-    def recv_async(self, out: Array, source: int, tag: int = 0) -> _Work: ...
+    def start_send(self, source: Array, destination: int, tag: int) -> Request: ...
+    def start_recv(self, target: Array, source: int, tag: int) -> Request: ...
+
+
+class Memory:
+    """Buffers for scratch and arrivals, kept for the next call: fresh memory costs a page fault for every 4 KiB."""
+
+    def __init__(self, most: int = 64 << 20) -> None:
+        self._free: list[Array] = []
+        self._most = most
+
+    def take(self, nbytes: int) -> Array:
+        """At least so many bytes."""
+        fitting = [i for i, buffer in enumerate(self._free) if buffer.size >= nbytes]
+        if fitting:
+            return self._free.pop(min(fitting, key=lambda i: self._free[i].size))
+        return np.empty(nbytes, np.uint8)
+
+    def give(self, buffer: Array) -> None:
+        """Back again; the smallest are dropped when too much lies here."""
+        self._free.append(buffer)
+        self._free.sort(key=lambda other: -other.size)
+        while len(self._free) > 1 and sum(other.size for other in self._free) > self._most:
+            self._free.pop()
+        if self._free[0].size > self._most:
+            self._free.clear()
+
+
+class Run(Request):
+    """One schedule under way on one rank."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        transport: Messages,
+        source: Array,
+        target: Array,
+        op: str = "sum",
+        tag: int = 0,
+        memory: Memory | None = None,
+        arrived: Callable[[int], None] | None = None,
+    ) -> None:
+        """Start: receives are posted, and what can leave has left.
+
+        source: the given chunks; target: room for the wanted ones; the same array only with a plan made in_place.
+        arrived: called with a peer's rank after each of its messages, before its data is used; may raise.
+        """
+        self.plan, self.transport, self.tag = plan, transport, tag
+        self.dtype = dtype = source.dtype
+        self._ufunc = operation(op, dtype) if op else None
+        self._direct = accumulator(dtype) is dtype
+        self._quiet = dtype.kind in "fc" or not self._direct
+        self._memory = memory or Memory()
+        self._arrived = arrived
+        self._taken = [self._memory.take(plan.lengths[kind] * dtype.itemsize) for kind in (SCRATCH, ARRIVING)]
+        own = [octets[: plan.lengths[kind] * dtype.itemsize] for kind, octets in zip((2, 3), self._taken, strict=True)]
+        self._buffers = [source, target, *(octets.view(dtype) for octets in own)]
+        self._receives: list[Request | None] = [None] * len(plan.arriving)
+        self._sends: dict[int, Request] = {}  # under way
+        self._posted = 0
+        self._sent = bytearray(len(plan.leaving))  # whether it has been given to the transport
+        self.done_events = 0
+        self.finished = False
+        self._post()
+        for copy in plan.copies:
+            self._add(copy)
+        self._send(plan.at_once)
+
+    def test(self) -> bool:
+        """Go on as far as possible; True: this rank is done, and its arrays may be used."""
+        if self.finished:
+            return True
+        events = self.plan.events
+        while self.done_events < len(events):
+            receive, sends, sums, _, leaving = events[self.done_events]
+            if receive >= 0:
+                if receive >= self._posted and not self._post_until(receive):
+                    return False
+                request = self._receives[receive]
+                if request is not None:
+                    if not request.test():
+                        return False
+                    self._receives[receive] = None
+                    if self._arrived is not None:
+                        self._arrived(self.plan.arriving[receive].peer)
+            if sends and not self._have_left(sends):
+                return False
+            if sums:
+                if self._quiet:
+                    with np.errstate(all="ignore"):
+                        for each in sums:
+                            self._add(each)
+                else:
+                    for each in sums:
+                        self._add(each)
+            self.done_events += 1
+            if leaving:
+                self._send(leaving)
+            self._post()
+        if self._sends and not self._have_left(tuple(self._sends)):
+            return False
+        self._close()
+        return True
+
+    def wait(self) -> None:
+        """Go on until it is finished; the transport's requests know by themselves when to give up."""
+        while not self.test():
+            self.pending().wait()
+
+    def wait_patiently(
+        self, spin: bool, timeout: float, others: Callable[[], None], late: Callable[[float, str], None]
+    ) -> None:
+        """`wait`, while others are helped along; `late` is asked from time to time, CollectiveTimeout in the end.
+
+        spin: whether every rank has a core of its own.
+        """
+        spins = SPINS if spin else 0
+        while not self.test():
+            if spins:
+                spins -= 1
+                continue
+            before, began, asked = self._state(), time.monotonic(), 0.0
+            while not self.test() and self._state() == before:
+                others()
+                waited = time.monotonic() - began
+                if waited > max(YIELD_SECONDS, 2 * asked):
+                    asked = waited
+                    late(waited, self.where())
+                if waited > timeout:
+                    raise CollectiveTimeout(
+                        f"rank {self.transport.rank} of {self.transport.size} waited {waited:.0f} s {self.where()}\n"
+                        "the time limit is DTRAIN_TIMEOUT seconds (0: none)"
+                    )
+                if waited < YIELD_SECONDS:
+                    hand_over()
+                else:
+                    time.sleep(NAP_SECONDS)
+
+    def pending(self) -> Request:
+        """What it waits for."""
+        if self.done_events < len(self.plan.events):
+            event = self.plan.events[self.done_events]
+            if 0 <= event.receive < self._posted and (request := self._receives[event.receive]) is not None:
+                return request
+            if event.receive >= self._posted:  # its room is taken by a send
+                waits = self.plan.arriving[self._posted].sends
+            else:
+                waits = event.sends
+            return next(self._sends[send] for send in waits if send in self._sends)
+        return next(iter(self._sends.values()))
+
+    def where(self) -> str:
+        """What it waits for, in words."""
+        plan = self.plan
+        if self.done_events < len(plan.events):
+            event = plan.events[self.done_events]
+            if 0 <= event.receive < self._posted and self._receives[event.receive] is not None:
+                peer = plan.arriving[event.receive].peer
+                return f"for a message from rank {peer} in step {event.step + 1} of {plan.steps}"
+        peers = sorted({plan.leaving[send].peer for send in self._sends})
+        return f"until rank {' and rank '.join(map(str, peers))} took what was sent there"
+
+    # Parts of it
+
+    def _state(self) -> tuple[int, int, int]:
+        return self.done_events, self._posted, len(self._sends)
+
+    def _post(self) -> None:
+        """Post the receives whose room is free; in order, as the sender sends."""
+        arriving, done = self.plan.arriving, self.done_events
+        while self._posted < len(arriving):
+            peer, span, after, sends = arriving[self._posted]
+            if after > done or (sends and not self._have_left(sends)):
+                return
+            self._receives[self._posted] = self.transport.start_recv(self._view(span), peer, self.tag)
+            self._posted += 1
+
+    def _post_until(self, receive: int) -> bool:
+        self._post()
+        return receive < self._posted
+
+    def _send(self, sends: Sequence[int]) -> None:
+        for send in sends:
+            peer, spans = self.plan.leaving[send]
+            if len(spans) == 1:
+                content = self._view(spans[0])
+            else:
+                content = np.concatenate([np.empty(0, self.dtype), *map(self._view, spans)])
+            self._sends[send] = self.transport.start_send(content, peer, self.tag)
+            self._sent[send] = 1
+
+    def _have_left(self, sends: Sequence[int]) -> bool:
+        for send in sends:
+            request = self._sends.get(send)
+            if request is None:
+                if not self._sent[send]:
+                    return False
+            elif request.test():
+                del self._sends[send]
+            else:
+                return False
+        return True
+
+    def _view(self, span: Span) -> Array:
+        buffer, start, stop = span
+        return self._buffers[buffer][start:stop]
+
+    def _add(self, each: Sum) -> None:
+        into = self._view(each.into)
+        sources = each.sources
+        if len(sources) == 1:
+            np.copyto(into, self._view(sources[0]))
+            return
+        assert self._ufunc is not None
+        if len(sources) == 2 and self._direct:
+            self._ufunc(self._view(sources[0]), self._view(sources[1]), out=into)
+        else:
+            reduce_rows(self._ufunc, [self._view(source) for source in sources], into)
+
+    def _close(self) -> None:
+        self.finished = True
+        for buffer in self._taken:
+            self._memory.give(buffer)
+        self._taken.clear()
+        self._buffers.clear()
 
 
 def execute(
-    comm: Messenger,
+    transport: Messages,
     schedule: Schedule,
     array: Array,
     counts: int | Sequence[int] | Array | None = None,
@@ -50,146 +275,20 @@ def execute(
     Collective. array: its given chunks, 1-D and contiguous (length 0 where it has none; its dtype counts then too).
     counts: see `Specification.lengths`; default: the length of array, where that is the same on all ranks.
     """
-    if comm.size != schedule.size:
-        raise ValueError(f"{schedule.collective} {schedule.name}: for {schedule.size} ranks; here are {comm.size}")
-    lengths = schedule.specification.lengths(len(array) if counts is None else counts)
-    steps = schedule.of(comm.rank)
-    places, result = _places(schedule, comm.rank, steps, array, lengths, out)
-    segment = max(1, segment_bytes // array.dtype.itemsize)
-    with np.errstate(all="ignore"):
-        for step in steps:
-            _run(comm, step, places, op, segment, tag)
-    return result
-
-
-def _places(
-    schedule: Schedule, rank: int, steps: Sequence[Step], array: Array, lengths: Array, out: Array | None
-) -> tuple[dict[int, Run], Array]:
-    """Where each place lies, filled with the input; and the result."""
-    spec, parts = schedule.specification, schedule.parts
-    wanted, given = list(spec.wanted(rank)), list(spec.given(rank))
-    written = {chunk for step in steps for receive in step.receives for chunk in receive.chunks}
-    written |= {fold.into for step in steps for fold in step.folds}
-
-    def lay(buffer: Array, chunks: Sequence[int]) -> dict[int, Run]:
-        sizes = [int(lengths[chunk % parts]) for chunk in chunks]
-        return {c: (buffer, s, s + n) for c, s, n in zip(chunks, starts(sizes), sizes, strict=True)}
-
-    total = sum(int(lengths[chunk]) for chunk in wanted)
-    result = np.empty(total, array.dtype) if out is None else out
-    if result.shape != (total,) or result.dtype != array.dtype:
-        raise ValueError(f"out has shape {result.shape} and dtype {result.dtype}; expected ({total},), {array.dtype}")
-    source = lay(array, given)
-    if len(array) != sum(stop - start for _, start, stop in source.values()):
-        raise ValueError(
-            f"{schedule.collective}: rank {rank}: array has {len(array)} elements, not those of its chunks"
-        )
-    if out is not None and wanted != given and np.may_share_memory(out, array):
-        source = lay(array.copy(), given)
-    places = lay(result, wanted)
-    kept = {chunk: run for chunk, run in source.items() if chunk not in places and chunk not in written}
-    extra = sorted((written | set(given)) - set(places) - set(kept))
-    scratch = np.empty(sum(int(lengths[chunk % parts]) for chunk in extra), array.dtype)
-    places |= kept | lay(scratch, extra)
-    for chunk, (buffer, start, stop) in source.items():
-        home, at, end = places[chunk]
-        if home is not buffer:
-            home[at:end] = buffer[start:stop]
-    return places, result
-
-
-def _run(comm: Messenger, step: Step, places: dict[int, Run], op: str, segment: int, tag: int) -> None:
-    """One step: all messages are posted first, so that no order of the ranks can block another."""
-    sent = {chunk for send in step.sends for chunk in send.chunks}
-    landing = [chunk for receive in step.receives if receive.reduce for chunk in receive.chunks]
-    alone = len(set(landing)) == len(landing)
-    arriving: list[tuple[_Work, Receive, list[Array], Array]] = []
-    together: dict[int, list[tuple[int, Array]]] = {}  # place -> what arrives from whom, where it is more than one
-    for receive in step.receives:
-        whole = np.empty(0)
-        if receive.reduce and not alone:
-            whole, parts = _whole(places, receive.chunks)
-            for chunk, part in zip(receive.chunks, parts, strict=True):
-                together.setdefault(chunk, []).append((receive.peer, part))
-        start = 0
-        for views in _segments(places, receive.chunks, segment):
-            length = sum(map(len, views))
-            if len(whole):
-                buffer = whole[start : start + length]
-            elif len(views) == 1 and not receive.reduce:
-                buffer = views[0]
-            else:
-                buffer = np.empty(length, views[0].dtype)
-            start += length
-            arriving.append((comm.recv_async(buffer, receive.peer, tag), receive, views, buffer))
-    leaving = [
-        comm.send_async(views[0] if len(views) == 1 else np.concatenate(views), send.peer, tag)
-        for send in step.sends
-        for views in _segments(places, send.chunks, segment)
-    ]
-    if sent & set(landing):  # the sums go where messages are still read
-        for work in leaving:
-            work.wait()
-    for work, receive, views, buffer in arriving:
-        work.wait()
-        if receive.reduce and alone:
-            for view, part in zip(views, _split(buffer, views), strict=True):
-                _add(op, comm.rank, [(receive.peer, part)], view)
-        elif not receive.reduce and len(views) > 1:
-            for view, part in zip(views, _split(buffer, views), strict=True):
-                view[...] = part
-    for chunk, arrivals in together.items():
-        _add(op, comm.rank, arrivals, _view(places[chunk]))
-    for work in leaving:
-        work.wait()
-    for fold in step.folds:
-        sources = [_view(places[chunk]) for chunk in fold.chunks]
-        reduce_rows(operation(op, sources[0].dtype), sources, _view(places[fold.into]))
-
-
-def _add(op: str, rank: int, arrivals: Sequence[tuple[int, Array]], own: Array) -> None:
-    """Own = the arrivals and own, folded in the order of the ranks."""
-    values = sorted([*arrivals, (rank, own)], key=lambda pair: pair[0])
-    reduce_rows(operation(op, own.dtype), [value for _, value in values], own)
-
-
-def _whole(places: dict[int, Run], chunks: Sequence[int]) -> tuple[Array, list[Array]]:
-    """Memory for the content of these chunks, and its parts."""
-    views = [_view(places[chunk]) for chunk in chunks]
-    whole = np.empty(sum(map(len, views)), views[0].dtype)
-    return whole, _split(whole, views)
-
-
-def _segments(places: dict[int, Run], chunks: Sequence[int], segment: int) -> Iterator[list[Array]]:
-    """The content of the chunks, cut after every `segment` elements; each piece as views of memory without gaps.
-
-    Both ends cut alike, as they agree on the lengths, though their chunks may lie differently.
-    """
-    runs: list[Run] = []
-    for buffer, start, stop in (places[chunk] for chunk in chunks):
-        if runs and runs[-1][0] is buffer and runs[-1][2] == start:
-            runs[-1] = (buffer, runs[-1][1], stop)
-        elif stop > start:
-            runs.append((buffer, start, stop))
-    piece: list[Array] = []
-    room = segment
-    for buffer, start, stop in runs:
-        while start < stop:
-            end = min(stop, start + room)
-            piece.append(buffer[start:end])
-            room -= end - start
-            start = end
-            if room == 0:
-                yield piece
-                piece, room = [], segment
-    if piece:
-        yield piece
-
-
-def _split(buffer: Array, views: Sequence[Array]) -> list[Array]:
-    return [buffer[s : s + len(view)] for s, view in zip(starts([len(v) for v in views]), views, strict=True)]
-
-
-def _view(run: Run) -> Array:
-    buffer, start, stop = run
-    return buffer[start:stop]
+    rank, spec = transport.rank, schedule.specification
+    if transport.size != schedule.size:
+        raise ValueError(f"{schedule.collective} {schedule.name}: for {schedule.size} ranks; here are {transport.size}")
+    lengths = spec.lengths(len(array) if counts is None else counts)
+    given, wanted = spec.given(rank), spec.wanted(rank)
+    in_place = out is array and given == wanted
+    plan = make_plan(schedule, rank, lengths, array.dtype.itemsize, in_place, segment_bytes)
+    before, after = plan.lengths[:2]
+    target = np.empty(after, array.dtype) if out is None else out
+    if target.shape != (after,) or target.dtype != array.dtype:
+        raise ValueError(f"out has shape {target.shape} and dtype {target.dtype}; expected ({after},), {array.dtype}")
+    if len(array) != before:
+        raise ValueError(f"{schedule.collective}: rank {rank}: array has {len(array)} elements, its chunks {before}")
+    if not in_place and np.may_share_memory(array, target):
+        array = array.copy()
+    Run(plan, transport, array, target, op if spec.reduces else "", tag).wait()
+    return target
