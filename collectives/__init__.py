@@ -25,16 +25,22 @@ __all__ = ["Array", "Communicator", "Work", "run_threads", "single", "wait_all",
 
 
 def world() -> Communicator:
-    """The communicator of all ranks that mpirun started. The first call initialises MPI."""
+    """The communicator of all ranks that mpirun started. The first call initialises MPI.
+
+    What was measured on this machine (`tuning.py`) decides in it what `auto` is.
+    """
+    from dtrain import __version__
+    from dtrain.collectives import mpi, tuning
     from dtrain.collectives.background import Background, wanted
-    from dtrain.collectives.mpi import world_transport
     from dtrain.collectives.progress import Progress
 
-    transport = world_transport()
+    transport, brought = mpi.world_transport(lambda: tuning.pack(tuning.find(mpi.library, __version__)))
     progress = Progress()
     if wanted(transport):
         progress.background = Background(progress)
-    return Communicator(transport, progress=progress)
+    comm = Communicator(transport, progress=progress)
+    comm.tune(tuning.unpack(brought))
+    return comm
 
 
 def single() -> Communicator:

@@ -5,7 +5,7 @@ program (size, nodes, count, dtype, whether the arrays lie in the shared window)
 a difference is noticed and reported (`CollectiveMismatch`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -222,9 +222,18 @@ SCATTER: dict[str, Algorithm] = {
 }
 
 
-def choose(table: dict[str, Algorithm], name: str, call: Call) -> tuple[str, Algorithm]:
-    """The row called `name`, or for "auto" the first that is possible and preferred; ValueError for what cannot be."""
+def choose(
+    table: dict[str, Algorithm], name: str, call: Call, measured: Sequence[str] = ()
+) -> tuple[str, Algorithm]:
+    """The row called `name`; ValueError for what cannot be.
+
+    "auto": the first of those `measured` (from the best to the worst) that is possible; where nothing was measured, the
+    first row that is possible and preferred.
+    """
     if name == "auto":
+        for best in measured:
+            if best in table and table[best].possible(call):
+                return best, table[best]
         return next(item for item in table.items() if item[1].possible(call) and item[1].preferred(call))
     if name not in table:
         raise ValueError(f"algorithm={name!r}: not an algorithm; allowed: auto, {', '.join(table)}")

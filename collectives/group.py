@@ -18,6 +18,7 @@ from dtrain.collectives.levels import Levels, has_levels
 from dtrain.collectives.node import Node
 from dtrain.collectives.progress import Progress
 from dtrain.collectives.transport import Transport
+from dtrain.collectives.tuning import Table, Tuning
 from dtrain.collectives.waiting import Patience, timeout_seconds
 from dtrain.collectives.work import Deferred, Work
 
@@ -43,6 +44,8 @@ class Group:
         self.name = "world"
         """In tables and messages; a mesh gives the names of its axes."""
         self.counters = Counters()
+        self.tuning: Tuning | None = None
+        """What was measured on this machine; None: `auto` goes by the built-in rule."""
         self._timeout = timeout_seconds(timeout)
         self._shares = transport.shares and 1 < self.size == self.local_size
         self._node: Node | None = None
@@ -96,7 +99,12 @@ class Group:
         child = type(self)(part, self._timeout, self._progress)
         child.name = f"{self.name}/{color}" if name is None else name
         child.counters.follow(self.counters)
+        child.tune(None if self.tuning is None else self.tuning.table)
         return child
+
+    def tune(self, table: Table | None) -> None:
+        """Let this table decide what `auto` is, here and in what is split from here; all ranks give the same one."""
+        self.tuning = None if table is None or self.size == 1 else Tuning(table, self.transport.nodes)
 
     def close(self) -> None:
         """Give all memory and handles back; the communicator is not used afterwards.
@@ -162,7 +170,8 @@ class Group:
         if (not (call.source.size or call.target.size)) if empty is None else empty:
             return
         self._bring_levels(call)
-        chosen, row = algorithms.choose(table, algorithm, call)
+        measured = () if self.tuning is None or algorithm != "auto" else self.tuning.order(name, call)
+        chosen, row = algorithms.choose(table, algorithm, call, measured)
         if call.node is None and chosen != "hierarchical":
             self._drain()
         row.run(call)

@@ -222,8 +222,8 @@ def _same(source: Array, target: Array) -> bool:
     return source is target or source.__array_interface__["data"][0] == target.__array_interface__["data"][0]
 
 
-def world_transport() -> Transport:
-    """The transport between all ranks of the job; the first call initialises MPI."""
+def world_transport(bring: Callable[[], bytes] = bytes) -> tuple[Transport, bytes]:
+    """The transport between all ranks of the job, and what rank 0 brings for all; the first call initialises MPI."""
     comm = MPI.COMM_WORLD
     # Who shares memory with me, what is that machine called, and which of its cores may we use? All in rows of one
     # length.
@@ -232,9 +232,10 @@ def world_transport() -> Transport:
     shared.Bcast(leader, 0)
     shared.Free()
     name, mask = MPI.Get_processor_name().encode(), sum(1 << core for core in cores())
-    lengths = np.array([len(name), (mask.bit_length() + 7) // 8], np.int64)
+    brought = bring() if comm.rank == 0 else b""
+    lengths = np.array([len(name), (mask.bit_length() + 7) // 8, len(brought)], np.int64)
     comm.Allreduce(MPI.IN_PLACE, lengths, MPI.MAX)
-    width, mask_bytes = lengths.tolist()
+    width, mask_bytes, brought_bytes = lengths.tolist()
     row = int(leader[0]).to_bytes(8, "little") + mask.to_bytes(mask_bytes, "little") + name.ljust(width)
     everyone = np.empty((comm.size, len(row)), np.uint8)
     comm.Allgather(np.frombuffer(row, np.uint8), everyone)
@@ -247,8 +248,12 @@ def world_transport() -> Transport:
     for other in here:
         usable |= int.from_bytes(other[8 : 8 + mask_bytes], "little")
     crowded = len(here) > usable.bit_count()
+    if brought_bytes:
+        content = np.frombuffer(brought.ljust(brought_bytes), np.uint8).copy()
+        comm.Bcast(content, 0)
+        brought = content.tobytes()
     # A duplicate, so that messages of other libraries on COMM_WORLD never meet ours.
-    return Transport(comm.Dup(), nodes, names, crowded)
+    return Transport(comm.Dup(), nodes, names, crowded), brought
 
 
 # The end of a failed job: these need no communicator, and harm none, because only they use COMM_WORLD itself.
