@@ -1,4 +1,4 @@
-"""Flat buffers: all parameters of a rank in one array per dtype, all their gradients in another.
+"""Flat buffers: all parameters of a rank in one array per group that lies alike, all their gradients in another.
 
     data │ norm.weight │ qkv.bias │ … │ embedding │ qkv.weight │ … │ 0 0 │     one array of comm.empty
     grad │      "      │    "     │ … │     "     │     "      │ … │ 0 0 │
@@ -16,16 +16,29 @@ in both arrays: sums and updates may run straight over it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from dtrain.collectives import Communicator
+from dtrain.arrays import Array
+from dtrain.collectives import Communicator, single
+from dtrain.layout import Only, Partial, Shard
+from dtrain.mesh import Mesh
 from dtrain.parameter import Parameter
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
+
+
+Kind = tuple[np.dtype[Any], tuple[str, ...], tuple[str, ...], tuple[tuple[str, tuple[int, ...]], ...]]
+
+
+def kind(parameter: Parameter) -> Kind:
+    """(dtype, axes that cut it, axes over which its gradient is summed, (axis, coordinates) where alone it is)."""
+    layout, gradient = parameter.layout, parameter.gradient_layout
+    only = tuple((axis, layout.coordinates(axis)) for axis in sorted(layout.axes(Only)))
+    return parameter.dtype, tuple(sorted(layout.axes(Shard))), tuple(sorted(gradient.axes(Partial))), only
 
 
 @dataclass(frozen=True)
@@ -41,13 +54,32 @@ class Piece:
     """Of the array: the parameter's where all of it is here, else flat."""
 
 
-class FlatGroup:
-    """The parameters of one dtype: `data` and `grad` are flat and of one length, `slices` say what is where."""
+@dataclass(frozen=True)
+class Block:
+    """A block of a whole tensor: the elements start .. start + array.shape of global_shape; `array` is a view."""
 
-    def __init__(self, parameters: Mapping[str, Parameter], comm: Communicator, pad_to: int) -> None:
+    name: str
+    array: Array
+    start: tuple[int, ...]
+    global_shape: tuple[int, ...]
+
+
+class FlatGroup:
+    """Parameters that lie alike: `data` and `grad` are flat and of one length, `slices` say what is where.
+
+    Of one dtype, cut over the same axes (`cut_axes`), with gradients to be summed over the same axes (`partial_axes`),
+    held by the same coordinates (`only`). So all ranks that replicate the group have equal offsets, and a sum over them
+    is one collective on a slice.
+    """
+
+    owned_over: tuple[str, ...] = ()
+    """The axes over which `owned` is cut: () or ("dp",)."""
+
+    def __init__(self, parameters: Mapping[str, Parameter], comm: Communicator, pad_to: int, mesh: Mesh | None) -> None:
         ordered = sorted(parameters, key=lambda name: parameters[name].ndim >= 2)  # stable
         self.parameters = {name: parameters[name] for name in ordered}
-        self.dtype: np.dtype[Any] = next(iter(self.parameters.values())).dtype
+        self.mesh = mesh
+        self.dtype, self.cut_axes, self.partial_axes, self.only = kind(next(iter(self.parameters.values())))
         self.shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
         self.slices: dict[str, slice] = {}
         unit, end = max(1, ALIGNMENT // self.dtype.itemsize), 0
@@ -59,6 +91,12 @@ class FlatGroup:
         self.size = -(-end // unit) * unit
         matrices = [where.start for name, where in self.slices.items() if len(self.shapes[name]) >= 2]
         self.first_matrix = min(matrices, default=self.size)
+        self.owned = slice(0, self.size)
+        """What this rank updates, norms and saves."""
+        self.allocate(comm)
+
+    def allocate(self, comm: Communicator) -> None:
+        """Make the arrays and move the parameters into them. Collective."""
         self.data = comm.empty(self.size, self.dtype)
         self.grad = comm.empty(self.size, self.dtype)
         self.data[...] = 0
@@ -71,6 +109,39 @@ class FlatGroup:
             parameter.data = view
             parameter.buffer = self.grad[where].reshape(parameter.shape)
             parameter.grad = None
+
+    @property
+    def owned_data(self) -> Array:
+        """The parameters that this rank updates."""
+        return self.data[self.owned]
+
+    @property
+    def owned_grad(self) -> Array:
+        """Their gradients, after the strategies have reduced them."""
+        return self.grad[self.owned]
+
+    @property
+    def replicating_axes(self) -> tuple[str, ...]:
+        """The axes of the mesh along which all ranks hold the same of this group."""
+        held = self.mesh.axes if self.mesh is not None else ()
+        return tuple(axis for axis in held if axis not in self.cut_axes and axis not in dict(self.only))
+
+    def replicas(self) -> tuple[int, int]:
+        """(index of this rank, number) among the ranks that own the same: together they count it once."""
+        if self.mesh is None:
+            return 0, 1
+        axes = [axis for axis in self.replicating_axes if axis not in self.owned_over]
+        index, count = self.mesh.index(*axes), self.mesh.size(*axes)
+        for axis, coordinates in self.only:
+            index = index * len(coordinates) + coordinates.index(self.mesh.coordinates[axis])
+            count *= len(coordinates)
+        return index, count
+
+    @property
+    def complement(self) -> Communicator:
+        """The ranks that together own each parameter of the group exactly once. The first access is collective."""
+        axes = (*self.cut_axes, *self.owned_over)
+        return single() if self.mesh is None or not axes else self.mesh[axes]
 
     def runs(self, part: slice) -> list[tuple[slice, bool]]:
         """The part as (slice relative to it, whether it is decayed): at most one run of vectors, one of matrices."""
@@ -89,37 +160,72 @@ class FlatGroup:
                 pieces.append(Piece(name, slice(start - part.start, stop - part.start), inside, shape))
         return pieces
 
+    def blocks(self, array: Array, part: slice) -> Iterator[Block]:
+        """The blocks of whole parameters in an array that holds `part` (data, or state as long as the part)."""
+        for piece in self.pieces(part):
+            parameter, there = self.parameters[piece.name], array[piece.where]
+            end = 0
+            for held in boxes_within(self.shapes[piece.name], piece.inside.start, piece.inside.stop):
+                shape = tuple(each.stop - each.start for each in held)
+                view = there[end : end + math.prod(shape)].reshape(shape)
+                end += view.size
+                for box in parameter.boxes:
+                    common = [_overlap(a, b) for a, b in zip(held, box.local, strict=True)]
+                    if all(low < high for low, high in common):
+                        inside = tuple(slice(a - h.start, b - h.start) for (a, b), h in zip(common, held, strict=True))
+                        start = tuple(
+                            whole.start + a - local.start
+                            for (a, _), local, whole in zip(common, box.local, box.whole, strict=True)
+                        )
+                        yield Block(piece.name, view[inside] if inside else view, start, parameter.whole)
+        for name, parameter in self.parameters.items():
+            if 0 in parameter.whole:  # no rank has a piece of it, but a checkpoint knows it
+                yield Block(name, array[:0].reshape(parameter.whole), (0,) * len(parameter.whole), parameter.whole)
+
 
 class FlatBuffers:
-    """The flat buffers of a model, one group per dtype."""
+    """The flat buffers of a model: a group for each dtype, way of being cut and way of being summed."""
 
-    def __init__(self, parameters: Mapping[str, Parameter], comm: Communicator, pad_to: int = 1) -> None:
+    group_type: type[FlatGroup] = FlatGroup
+
+    def __init__(
+        self, parameters: Mapping[str, Parameter], comm: Communicator, pad_to: int = 1, mesh: Mesh | None = None
+    ) -> None:
         """Move the parameters (with their values) into flat buffers of `comm.empty`: a collective call.
 
         Parameters without values yet are 0 until `initialise`. The length of each buffer is a multiple of `pad_to`
-        elements. Gradients that are present are forgotten.
+        elements. Gradients that are present are forgotten. Without a mesh, all ranks that matter hold the same. Names
+        are those that the parameters have in the whole model.
         """
+        parameters = {parameter.name or path: parameter for path, parameter in parameters.items()}
+        self.mesh = mesh
         self.fresh = {name for name, parameter in parameters.items() if parameter.is_placeholder}
-        by_dtype: dict[Any, dict[str, Parameter]] = {}
+        by_kind: dict[Kind, dict[str, Parameter]] = {}
         for name, parameter in parameters.items():
-            by_dtype.setdefault(parameter.dtype, {})[name] = parameter
-        self.parameters = dict(parameters)
-        self.groups = [FlatGroup(members, comm, pad_to) for members in by_dtype.values()]
+            by_kind.setdefault(kind(parameter), {})[name] = parameter
+        self.parameters = parameters
+        # One order on all ranks, also where each has other parameters: what is summed over an axis meets there.
+        kinds = sorted(by_kind, key=lambda each: (each[2], each[3], each[1], str(each[0])))
+        self.groups = [self.group_type(by_kind[each], comm, pad_to, mesh) for each in kinds]
+        if mesh is not None:
+            mesh.open(axes for group in self.groups for axes in _meetings(group))
 
-    def initialise(self, seed: int, comm: Communicator) -> None:
-        """Give all ranks of `comm` the same values: initial ones where there are none yet, else those of rank 0.
+    def initialise(self, seed: int, comm: Communicator | None = None) -> None:
+        """Give the ranks that replicate a group the same values: initial ones where there are none yet, else those of
+        the first of them. Without `comm`, the mesh knows them.
 
         Each rank draws a share of the initial values and the sum makes them whole (the others hold zeros, so it is
         exact): eight ranks do not draw everything eight times. Collective.
         """
         for group in self.groups:
+            peers = comm or (single() if self.mesh is None else self.mesh[group.replicating_axes])
             for name, parameter in group.parameters.items():
-                drawer = group.slices[name].start * comm.size // group.size if name in self.fresh else 0
-                if drawer != comm.rank:
+                drawer = group.slices[name].start * peers.size // group.size if name in self.fresh else 0
+                if drawer != peers.rank:
                     parameter.data[...] = 0
                 elif name in self.fresh:
                     parameter.data[...] = parameter.initial_values(seed)
-            comm.all_reduce(group.data, out=group.data)
+            peers.all_reduce(group.data, out=group.data)
         self.fresh.clear()
         self.changed()
 
@@ -143,3 +249,54 @@ class FlatBuffers:
         """Tell the tape that all parameters have new values: a graph that used the old ones refuses its backward."""
         for parameter in self.parameters.values():
             parameter.version += 1
+
+
+def boxes_within(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[slice, ...]]:
+    """Elements start .. stop of a flattened array as blocks of it, in order: a rest of a row, whole rows, a rest."""
+    size = math.prod(shape)
+    if start >= stop:
+        return
+    if (start, stop) == (0, size):
+        yield tuple(slice(0, length) for length in shape)
+        return
+    row = math.prod(shape[1:])
+    first, last = -(-start // row), stop // row  # the whole rows
+    if first > last:
+        for rest in boxes_within(shape[1:], start - last * row, stop - last * row):
+            yield (slice(last, last + 1), *rest)
+        return
+    for rest in boxes_within(shape[1:], start - (first - 1) * row, row) if start % row else ():
+        yield (slice(first - 1, first), *rest)
+    if first < last:
+        yield (slice(first, last), *(slice(0, length) for length in shape[1:]))
+    for rest in boxes_within(shape[1:], 0, stop - last * row) if stop % row else ():
+        yield (slice(last, last + 1), *rest)
+
+
+def reduce_partial(flat: FlatBuffers) -> None:
+    """Sum the gradients that are Partial over axes of the mesh by their `gradient_layout`: one collective per group and
+    communicator. After the data-parallel sum, on what this rank owns. Collective."""
+    for group in flat.groups:
+        if group.mesh is None or not group.partial_axes:
+            continue
+        flat.fill_missing()
+        gradient, only = group.owned_grad, dict(group.only)
+        whole = tuple(axis for axis in group.partial_axes if axis not in only)
+        comms: list[Communicator | None] = [group.mesh[whole]] if whole else []
+        comms += [group.mesh.among(axis, only[axis]) for axis in group.partial_axes if axis in only]
+        for comm in comms:
+            if comm is not None and comm.size > 1:
+                comm.all_reduce(gradient, out=gradient)
+
+
+def _meetings(group: FlatGroup) -> Iterator[tuple[str, ...]]:
+    """The axes whose communicators a group needs: they are made by all ranks in one order."""
+    only = dict(group.only)
+    yield group.replicating_axes
+    yield (*group.cut_axes, *group.owned_over)
+    yield tuple(axis for axis in group.partial_axes if axis not in only)
+    yield from ((axis,) for axis in only)
+
+
+def _overlap(a: slice, b: slice) -> tuple[int, int]:
+    return max(a.start, b.start), min(a.stop, b.stop)

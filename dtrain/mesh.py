@@ -19,7 +19,7 @@ section 3.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,73 +31,132 @@ ORDER = "tp-cp-ep-dp-pp"
 SHOWN_RANKS = 64  # rows of the table in the log
 
 
-class Mesh:
-    """The grid of all ranks of `comm`. `sizes` and `coordinates` (of this rank) go by axis, slowest first."""
+class Grid:
+    """The places of `num_ranks` ranks, without any communication: `sizes` go by axis, slowest first."""
+
+    def __init__(self, num_ranks: int, sizes: Mapping[str, int], order: str = ORDER) -> None:
+        """dp=-1: what the other axes leave. A UserError names the axis that does not fit, and what would."""
+        axes = tuple(reversed(order.split("-")))
+        if sorted(axes) != sorted(ORDER.split("-")):
+            raise UserError(f"parallel.order: {order}; must name each axis once, fastest first, such as {ORDER}")
+        complete = filled(dict.fromkeys(("pp", "dp", "cp", "ep", "tp"), 1) | dict(sizes), num_ranks)
+        self.num_ranks = num_ranks
+        self.axes = axes
+        self.sizes = {axis: complete[axis] for axis in axes}
+        self._grid = np.arange(num_ranks).reshape(list(self.sizes.values()))
+
+    def coordinates_of(self, rank: int) -> dict[str, int]:
+        """The place of a rank, by axis."""
+        place = np.unravel_index(rank, list(self.sizes.values()))
+        return {axis: int(coordinate) for axis, coordinate in zip(self.axes, place, strict=True)}
+
+    def size(self, *axes: str) -> int:
+        """How many ranks these axes have together; 1 without an axis."""
+        return math.prod(self.sizes[axis] for axis in self.sorted(axes))
+
+    def groups(self, *axes: str) -> list[list[int]]:
+        """The ranks that differ along these axes only, a list for each group, ordered by their first rank."""
+        names = self.sorted(axes)
+        inner = [self.axes.index(axis) for axis in names]
+        outer = [i for i in range(len(self.axes)) if i not in inner]
+        groups: list[list[int]] = self._grid.transpose(outer + inner).reshape(-1, self.size(*names)).tolist()
+        return groups
+
+    def rows(self, hosts: Sequence[str]) -> list[dict[str, Any]]:
+        """One row per rank: rank, its coordinate on every axis, host."""
+        return [{"rank": rank, **self.coordinates_of(rank), "host": hosts[rank]} for rank in range(self.num_ranks)]
+
+    def table(self, hosts: Sequence[str], shown: int = SHOWN_RANKS) -> Iterator[str]:
+        """The rows as lines of text, with the axes that are longer than 1; then the groups along each of these."""
+        columns = ["rank", *[axis for axis in self.axes if self.sizes[axis] > 1 or axis == "dp"], "host"]
+        yield "mesh   " + " ".join(f"{axis}={size}" for axis, size in self.sizes.items())
+        yield "       " + "".join(f"{column:<6}" for column in columns).rstrip()
+        for row in self.rows(hosts)[:shown]:
+            yield "       " + "".join(f"{row[column]!s:<6}" for column in columns).rstrip()
+        if self.num_ranks > shown:
+            yield f"       … and {self.num_ranks - shown} more ranks"
+        for axis in columns[1:-1] if len(columns) > 3 else ():
+            groups = self.groups(axis)
+            told = " ".join(
+                "[" + " ".join(map(str, ranks)) + "]" for ranks in groups[: max(1, shown // len(groups[0]))]
+            )
+            yield f"{axis:<6} {told}{' …' if len(groups) > max(1, shown // len(groups[0])) else ''}"
+
+    def sorted(self, axes: Sequence[str]) -> tuple[str, ...]:
+        """These axes, slowest first; KeyError for one that the mesh does not have."""
+        for axis in axes:
+            if axis not in self.axes:
+                raise KeyError(f"{axis}: no axis of the mesh; axes: {', '.join(self.axes)}")
+        return tuple(axis for axis in self.axes if axis in axes)
+
+
+class Mesh(Grid):
+    """The grid of all ranks of `comm`, with the `coordinates` of this rank and its communicators."""
 
     def __init__(
         self, comm: Communicator, pp: int = 1, dp: int = 1, cp: int = 1, ep: int = 1, tp: int = 1, order: str = ORDER
     ) -> None:
         """dp=-1: what the other axes leave. A UserError names the axis that does not fit, and what would."""
-        axes = tuple(reversed(order.split("-")))
-        if sorted(axes) != sorted(ORDER.split("-")):
-            raise UserError(f"order: {order}; must name each axis once, fastest first, such as {ORDER}")
-        wanted = {"pp": pp, "dp": dp, "cp": cp, "ep": ep, "tp": tp}
-        sizes = filled(wanted, comm.size)
+        super().__init__(comm.size, {"pp": pp, "dp": dp, "cp": cp, "ep": ep, "tp": tp}, order)
         self.comm = comm
-        self.axes = axes
-        self.sizes = {axis: sizes[axis] for axis in axes}
         self.coordinates = self.coordinates_of(comm.rank)
-        self._grid = np.arange(comm.size).reshape(list(self.sizes.values()))
-        self._communicators: dict[tuple[str, ...], Communicator] = {}
-        longer = [axis for axis in axes if sizes[axis] > 1]
+        self._communicators: dict[tuple[Any, ...], Communicator | None] = {}
+        longer = [axis for axis in self.axes if self.sizes[axis] > 1]
         if len(longer) == 1:  # then the ranks of this axis are all ranks
             comm.name = longer[0]
 
     def __getitem__(self, axes: str | tuple[str, ...]) -> Communicator:
         """The ranks that differ from mine along these axes only, in the order of rank. Collective the first time."""
-        names = self._sorted((axes,) if isinstance(axes, str) else axes)
+        names = self.sorted((axes,) if isinstance(axes, str) else axes)
         if names not in self._communicators:
             self._communicators[names] = self._make(names)
-        return self._communicators[names]
+        found = self._communicators[names]
+        assert found is not None
+        return found
 
     def communicators(self) -> list[Communicator]:
         """`comm` and those that were made for axes until now, each once; those of one rank are left out."""
-        several = [self.comm, *(part for part in self._communicators.values() if part.size > 1)]
-        return list(dict.fromkeys(several))
+        made = [part for part in self._communicators.values() if part is not None and part.size > 1]
+        return list(dict.fromkeys([self.comm, *made]))
 
-    def coordinates_of(self, rank: int) -> dict[str, int]:
-        """The place of a rank of `comm`, by axis."""
-        place = np.unravel_index(rank, list(self.sizes.values()))
-        return {axis: int(coordinate) for axis, coordinate in zip(self.axes, place, strict=True)}
+    def index(self, *axes: str) -> int:
+        """My rank among those that differ from me along these axes only, without making a communicator."""
+        index = 0
+        for axis in self.sorted(axes):
+            index = index * self.sizes[axis] + self.coordinates[axis]
+        return index
 
-    def groups(self, *axes: str) -> list[list[int]]:
-        """The ranks of every communicator that mesh[axes] gives to somebody, ordered by their first rank."""
-        names = self._sorted(axes)
-        inner = [self.axes.index(axis) for axis in names]
-        outer = [i for i in range(len(self.axes)) if i not in inner]
-        size = math.prod(self.sizes[axis] for axis in names)
-        groups: list[list[int]] = self._grid.transpose(outer + inner).reshape(-1, size).tolist()
-        return groups
+    def among(self, axis: str, coordinates: Sequence[int]) -> Communicator | None:
+        """The ranks of mesh[axis] at these coordinates, in order; None on the others. Collective over mesh[axis]
+        the first time."""
+        names = (axis, *coordinates)
+        if len(coordinates) == self.size(axis):
+            return self[axis]
+        if names not in self._communicators:
+            mine = self.coordinates[axis] in coordinates
+            line = self[axis]
+            self._communicators[names] = line.split(0 if mine else None, name=f"{axis}{list(coordinates)}")
+        return self._communicators[names]
 
-    def rows(self) -> list[dict[str, Any]]:
+    def open(self, wanted: Iterable[tuple[str, ...]]) -> None:
+        """Make the communicators mesh[axes] that any rank wants, on all: for ranks that want different ones, as the
+        stages of a pipeline do. Collective over the mesh."""
+        named = {self.sorted(axes) for axes in wanted}
+        for axes in sorted({tuple(axes) for each in self.comm.all_gather_object(sorted(named)) for axes in each}):
+            self[axes]
+
+    def rows(self, hosts: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """One row per rank: rank, its coordinate on every axis, host."""
-        hosts = self.comm.hosts
-        return [{"rank": rank, **self.coordinates_of(rank), "host": hosts[rank]} for rank in range(self.comm.size)]
+        return super().rows(self.comm.hosts if hosts is None else hosts)
 
-    def table(self) -> Iterator[str]:
-        """The rows as lines of text, with the axes that are longer than 1."""
-        columns = ["rank", *[axis for axis in self.axes if self.sizes[axis] > 1 or axis == "dp"], "host"]
-        yield "mesh   " + " ".join(f"{axis}={size}" for axis, size in self.sizes.items())
-        yield "       " + "".join(f"{column:<6}" for column in columns).rstrip()
-        for row in self.rows()[:SHOWN_RANKS]:
-            yield "       " + "".join(f"{row[column]!s:<6}" for column in columns).rstrip()
-        if self.comm.size > SHOWN_RANKS:
-            yield f"       … and {self.comm.size - SHOWN_RANKS} more ranks"
+    def table(self, hosts: Sequence[str] | None = None, shown: int = SHOWN_RANKS) -> Iterator[str]:
+        """The rows as lines of text, then the groups."""
+        return super().table(self.comm.hosts if hosts is None else hosts, shown)
 
     def close(self) -> None:
         """Give back the communicators that the mesh made; `comm` stays open."""
         for communicator in self._communicators.values():
-            if communicator is not self.comm:
+            if communicator is not None and communicator is not self.comm:
                 communicator.close()
         self._communicators = {}
 
@@ -111,12 +170,6 @@ class Mesh:
         part = self.comm.split(color, name="+".join(names))
         assert part is not None
         return part
-
-    def _sorted(self, axes: tuple[str, ...]) -> tuple[str, ...]:
-        for axis in axes:
-            if axis not in self.axes:
-                raise KeyError(f"{axis}: no axis of the mesh; axes: {', '.join(self.axes)}")
-        return tuple(axis for axis in self.axes if axis in axes)
 
 
 def filled(sizes: Mapping[str, int], num_ranks: int) -> dict[str, int]:

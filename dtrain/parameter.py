@@ -9,7 +9,7 @@ layout.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from dtrain import random
 from dtrain.arrays import Array
-from dtrain.layout import REPLICATED, Layout
+from dtrain.layout import REPLICATED, Box, Layout, Partial, Place, Shard
 from dtrain.tensor import Tensor
 
 
@@ -49,20 +49,50 @@ class Parameter(Tensor):
     Until `materialise` its `data` is a read-only placeholder of the right shape and dtype without memory behind it.
     """
 
-    __slots__ = ("initial", "layout", "name", "whole")
+    __slots__ = ("boxes", "gradient_layout", "initial", "layout", "name", "whole")
+    trained = True
 
     def __init__(self, shape: tuple[int, ...], initial: Normal | Constant, dtype: Any = np.float32) -> None:
         super().__init__(np.broadcast_to(np.zeros((), dtype), shape), requires_grad=True)
-        self.name = ""  # dotted path, given by the root module
+        self.name = ""  # dotted path in the whole model, given by its root before anything is cut
         self.layout: Layout = REPLICATED
+        self.gradient_layout: Layout = REPLICATED
+        """Partial on the axes over which the gradient must be summed after the backward, the data axis aside."""
         self.initial = initial
         self.whole = shape  # of the whole tensor, also where `data` is a slice of it
+        self.boxes = whole_boxes(shape)
+        """Which blocks of the whole tensor `data` holds."""
 
-    def initial_values(self, seed: int, part: Sequence[slice] = ()) -> Array:
-        """The values at the start, of the whole tensor or of a part of it: one slice (step 1) per leading dim."""
+    def cut(self, mesh: Place, layout: Layout) -> None:
+        """Keep only what this rank holds by `layout`, which replaces the parameter's: values too, if there are any.
+
+        ValueError where the parameter is cut already (add the axis to its layout and cut once) or the layout does not
+        fit its shape or is partial.
+        """
+        if self.layout.axes(Shard):
+            raise ValueError(f"{self} is cut already: give all axes that cut it in one layout")
+        if layout.axes(Partial):
+            raise ValueError(
+                f"{self}: cut({layout}): a parameter is not a sum; `gradient_layout` says that of gradients"
+            )
+        boxes, shape = layout.boxes(mesh, self.whole), layout.local_shape(mesh, self.whole)
+        if self.is_placeholder:
+            self.data = np.broadcast_to(np.zeros((), self.dtype), shape)
+        else:
+            self.data = _assembled(shape, self.dtype, boxes, lambda box: self.data[box.whole])
+        self.layout, self.boxes, self.grad, self.buffer = layout, boxes, None, None
+
+    def initial_values(self, seed: int, part: Sequence[slice] | None = None) -> Array:
+        """The values at the start of what this rank holds, a function of (seed, name, place in the whole tensor).
+
+        `part`: of these slices of the whole tensor instead, one (step 1) per leading dim.
+        """
         if not self.name:
             raise ValueError("a parameter without a name has no initial values: call assign_names() of the root")
-        return self.initial.values(seed, self.name, self.whole, self.dtype, part)
+        if part is not None:
+            return self.initial.values(seed, self.name, self.whole, self.dtype, part)
+        draw = lambda box: self.initial.values(seed, self.name, self.whole, self.dtype, box.whole)  # noqa: E731
+        return _assembled(self.shape, self.dtype, self.boxes, draw)
 
     @property
     def is_placeholder(self) -> bool:
@@ -71,3 +101,18 @@ class Parameter(Tensor):
 
     def __repr__(self) -> str:
         return f"Parameter({self.name or 'unnamed'}, {self.dtype}{list(self.shape)}, {self.layout})"
+
+
+def whole_boxes(shape: tuple[int, ...]) -> list[Box]:
+    """The one box of a tensor that nothing cuts; none of a tensor without elements."""
+    slices = tuple(slice(0, length) for length in shape)
+    return [] if 0 in shape else [Box(slices, slices)]
+
+
+def _assembled(shape: tuple[int, ...], dtype: Any, boxes: Sequence[Box], values: Callable[[Box], Array]) -> Array:
+    if len(boxes) == 1:
+        return np.ascontiguousarray(values(boxes[0])).reshape(shape)
+    array = np.empty(shape, dtype)
+    for box in boxes:
+        array[box.local] = values(box)
+    return array

@@ -2,6 +2,7 @@
 
     apply(model, mesh)           once: cut parameters, set layouts, attach callbacks; values need not exist yet
     no_sync()                    around the backward of every microbatch but the last
+    execute, evaluate            a strategy that runs the microbatches itself, as a pipeline does; else None
     reduce_gradients(model)      each step, after the last backward
     after_update(model)          each step, after the optimizer, e.g. gather what the owner updated
     state(), load_state(reader)  what it carries from step to step, to and from checkpoints
@@ -11,13 +12,20 @@ Strategies never know one another; what one leaves to the next is written in the
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
+from dtrain.arrays import Array
 from dtrain.checkpoint import Piece, Reader
 from dtrain.flat import FlatBuffers
 from dtrain.mesh import Mesh
-from dtrain.modules import Module
+from dtrain.modules import Context, Module
+
+if TYPE_CHECKING:
+    from dtrain.trainer import Trainer
+
+Microbatch = tuple[dict[str, Array], Context]
 
 
 class Strategy:
@@ -25,7 +33,13 @@ class Strategy:
 
     axis: ClassVar[str]
     flat: FlatBuffers | None = None
-    """The flat buffers, if this strategy decides where the parameters lie."""
+    """The flat buffers, if this strategy decides where the parameters lie. It must be the last that cuts any."""
+    execute: Callable[[Trainer, list[Microbatch]], tuple[float, float]] | None = None
+    """A method that does forward and backward of all microbatches of a step instead of `Trainer.execute`; returns (sum
+    of the losses, number of targets) of this rank, (0, 0) where another stage counts them. All backwards but the last run
+    within `trainer.no_sync()`, and that of a loss begins with `trainer.loss_gradient`."""
+    evaluate: Callable[[Trainer, Iterable[Microbatch]], tuple[float, float]] | None = None
+    """The same for the forward alone, under no_grad."""
 
     def apply(self, model: Module, mesh: Mesh) -> Module:
         """Make the model of one process this rank's part of it; returns the model to train."""
@@ -40,6 +54,10 @@ class Strategy:
 
     def after_update(self, model: Module) -> None:
         """Afterwards every parameter has its new value wherever it is used."""
+
+    def notes(self) -> list[str]:
+        """What the user should know before the first step, a line each."""
+        return []
 
     def state(self) -> list[Piece]:
         """What a checkpoint must hold, beside parameters and optimizer, for the next steps to be the same."""

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,15 @@ from dtrain.collectives import single
 from dtrain.config import Config
 from dtrain.data import Data, Dataset, Sampler, masked, share
 from dtrain.errors import UserError
-from dtrain.flat import FlatBuffers
+from dtrain.flat import Block, FlatBuffers, reduce_partial
 from dtrain.mesh import Mesh
 from dtrain.models import Model
 from dtrain.modules import Context
-from dtrain.strategy import Strategy
+from dtrain.strategy import Microbatch, Strategy
 
 # Gradients of float16 are kept away from the smallest numbers (6e-8) by scaling the loss up, and down again before use.
 LOSS_SCALE = {"float16": 1024.0}
+BATCH_AXES = ("dp", "ep")  # ranks that differ along these axes have other samples
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +68,8 @@ class Trainer:
             model = strategy.apply(model, mesh)  # type: ignore[assignment]
         self.config, self.mesh, self.data, self.model, self.strategies = config, mesh, data, model, strategies
         flats = [strategy.flat for strategy in strategies if strategy.flat is not None]
-        self.flat = flats[0] if flats else FlatBuffers(model.named_parameters(), single())
-        self.flat.initialise(config.seed, mesh["dp"])
+        self.flat = flats[-1] if flats else FlatBuffers(model.named_parameters(), single(), mesh=mesh)
+        self.flat.initialise(config.seed)
         self.optimizer = optimizers.build(config.optimizer, self.flat)
         self.sampler = Sampler(len(data.train), config.seed)
         self.total_steps = config.train.steps
@@ -81,14 +83,15 @@ class Trainer:
     def train_step(self) -> StepRecord:
         """One step on the next global batch. Collective over the mesh."""
         start = time.perf_counter()
-        loss, count = self.execute(list(self.microbatches()))
+        loss, count = self._executor("execute", self.execute)(list(self.microbatches()))
         for strategy in self.strategies:
             strategy.reduce_gradients(self.model)
-        loss, count = self.total(loss, count)
+        reduce_partial(self.flat)
+        loss, count, squares = self.total(loss, count, optimizers.sum_squares(self.flat))
         self._refuse_divergence(loss)
 
         correction = self.expected_targets / (count * self.loss_scale)
-        norm = optimizers.global_norm(self.flat) * correction
+        norm = math.sqrt(squares) * correction
         scale = correction * optimizers.clip_factor(norm, self.config.optimizer.clip_norm)
         learning_rate = self.learning_rate(self.step + 1)
         self.optimizer.step(learning_rate, scale)
@@ -103,30 +106,57 @@ class Trainer:
 
     # The parts of a step
 
-    def microbatches(self) -> Iterator[tuple[dict[str, Array], Context]]:
+    def microbatches(self) -> Iterator[Microbatch]:
         """This rank's share of the next global batch, in portions of `train.micro_batch` samples."""
         start, count = share(self.consumed, self.config.train.global_batch, *self._data_rank())
         yield from self._portions(self.data.train, start, self.sampler.indices(start, count), self.config.seed)
 
-    def execute(self, microbatches: list[tuple[dict[str, Array], Context]]) -> tuple[float, float]:
+    def execute(self, microbatches: list[Microbatch]) -> tuple[float, float]:
         """Forward and backward of every microbatch; (sum of the losses, number of targets) on this rank."""
         loss = count = 0.0
         for i, (batch, context) in enumerate(microbatches):
-            with ExitStack() as stack:
-                if i < len(microbatches) - 1:
-                    for strategy in self.strategies:
-                        stack.enter_context(strategy.no_sync())
+            with nullcontext() if i == len(microbatches) - 1 else self.no_sync():
                 result = self.model.loss(batch, context)
-                result.backward(self.loss_scale / self.expected_targets)
+                result.backward(self.loss_gradient)
             loss += result.item()
             count += self.model.count(batch)
         return loss, count
 
-    def total(self, loss: float, count: float) -> tuple[float, float]:
-        """Sums over the data ranks."""
+    def evaluate(self, microbatches: Iterable[Microbatch]) -> tuple[float, float]:
+        """The forward alone; (sum of the losses, number of targets) on this rank."""
+        loss = count = 0.0
+        for batch, _ in microbatches:
+            loss += self.model.loss(batch).item()
+            count += self.model.count(batch)
+        return loss, count
+
+    def _executor(self, verb: str, plain: Callable[[Any], tuple[float, float]]) -> Callable[[Any], tuple[float, float]]:
+        """How microbatches are executed or evaluated: by the strategy that does it itself, or one after the other."""
+        for strategy in self.strategies:
+            if getattr(strategy, verb) is not None:
+                return partial(getattr(strategy, verb), self)
+        return plain
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Within this context, backwards only add up on this rank: for all microbatches but the last."""
+        with ExitStack() as stack:
+            for strategy in self.strategies:
+                stack.enter_context(strategy.no_sync())
+            yield
+
+    @property
+    def loss_gradient(self) -> float:
+        """What the backward of a microbatch's loss, a sum over targets, begins with."""
+        return self.loss_scale / self.expected_targets
+
+    def total(self, loss: float, count: float, squares: float = 0.0) -> tuple[float, float, float]:
+        """Sums over the mesh, in one collective. Ranks that differ in tp only have the same loss: it counts once."""
+        alone = self.mesh.coordinates["tp"] == 0
+        sums = np.array([loss * alone, count * alone, squares], np.float64)
         with self.mesh.comm.counters.purpose("loss"):  # apart from the gradients in the tables of traffic
-            sums = self.mesh["dp"].all_reduce(np.array([loss, count], np.float64))
-        return float(sums[0]), float(sums[1])
+            sums = self.mesh.comm.all_reduce(sums)
+        return float(sums[0]), float(sums[1]), float(sums[2])
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of `step` (from 1)."""
@@ -140,12 +170,9 @@ class Trainer:
         if not due or dataset is None:
             return None
         start, count = share(0, min(len(dataset), options.batches * self.config.train.global_batch), *self._data_rank())
-        loss = targets = 0.0
+        portions = self._portions(dataset, start, np.arange(start, start + count), self.config.seed + 1)
         with no_grad(), self.mesh.comm.counters.purpose("validation"):
-            for batch, _ in self._portions(dataset, start, np.arange(start, start + count), self.config.seed + 1):
-                loss += self.model.loss(batch).item()
-                targets += self.model.count(batch)
-            loss, targets = self.total(loss, targets)
+            loss, targets, _ = self.total(*self._executor("evaluate", self.evaluate)(portions))
         return loss / targets
 
     @property
@@ -158,11 +185,10 @@ class Trainer:
         return self.config.train.global_batch * getattr(self.config.model, "sequence", 1)
 
     def _data_rank(self) -> tuple[int, int]:
-        return self.mesh["dp"].rank, self.mesh["dp"].size
+        """(index, number) of those who have other samples; context and tensor ranks have parts of the same ones."""
+        return self.mesh.index(*BATCH_AXES), self.mesh.size(*BATCH_AXES)
 
-    def _portions(
-        self, dataset: Dataset, start: int, indices: Array, seed: int
-    ) -> Iterator[tuple[dict[str, Array], Context]]:
+    def _portions(self, dataset: Dataset, start: int, indices: Array, seed: int) -> Iterator[Microbatch]:
         size = self.config.train.micro_batch
         for first in range(0, len(indices), size):
             part = indices[first : first + size]
@@ -189,9 +215,9 @@ class Trainer:
     def save(self, root: Path, keep: int = 0, extra: dict[str, Any] | None = None) -> Path:
         """Write a checkpoint below `root`. Collective; returns its folder."""
         pieces = [
-            checkpoint.Piece(name, array, (0,) * array.ndim, array.shape, kind)
-            for kind, arrays in self._arrays().items()
-            for name, array in arrays.items()
+            checkpoint.Piece(block.name, block.array, block.start, block.global_shape, kind)
+            for kind, blocks in self._blocks().items()
+            for block in blocks
         ]
         pieces += [piece for strategy in self.strategies for piece in strategy.state()]
         state = {
@@ -207,15 +233,20 @@ class Trainer:
     def load(self, folder: Path) -> None:
         """Go on from the checkpoint in `folder`, whatever layout wrote it."""
         reader = checkpoint.Reader(folder)
-        arrays = {name: array for arrays in self._arrays().values() for name, array in arrays.items()}
-        checkpoint.check_names(reader, {name: (array.shape, array.dtype) for name, array in arrays.items()})
-        for name, array in arrays.items():
-            array[...] = reader.tensor(name)
+        blocks = [block for blocks in self._blocks().values() for block in blocks]
+        mine = {block.name: [block.global_shape, block.array.dtype.name] for block in blocks}
+        expected = {name: entry for held in self.mesh.comm.all_gather_object(mine) for name, entry in held.items()}
+        checkpoint.check_names(reader, {name: (shape, dtype) for name, (shape, dtype) in sorted(expected.items())})
+        for block in blocks:
+            reader.read(block.name, block.start, block.array.shape, out=block.array)
+        for strategy in self.strategies:
+            strategy.after_update(self.model)
         self.step, self.consumed = int(reader.state["step"]), int(reader.state["consumed"])
         self.optimizer.steps = int(reader.state["optimizer"]["steps"])
         for strategy in self.strategies:
             strategy.load_state(reader)
 
-    def _arrays(self) -> dict[str, dict[str, Array]]:
-        parameters = {name: parameter.data for name, parameter in self.model.named_parameters().items()}
-        return {"parameter": parameters, "optimizer": self.optimizer.per_parameter_state()}
+    def _blocks(self) -> dict[str, list[Block]]:
+        """What this rank owns of all tensors that a checkpoint holds."""
+        parameters = [block for group in self.flat.groups for block in group.blocks(group.owned_data, group.owned)]
+        return {"parameter": parameters, "optimizer": list(self.optimizer.blocks())}

@@ -61,6 +61,9 @@ class Compressor(Protocol):
     def finish(self) -> None:
         """Complete all sums that were begun, in place."""
 
+    def notes(self) -> list[str]:
+        """What it does here, for the log."""
+
     def state(self) -> list[Piece]:
         """What a checkpoint must hold for the next steps to be the same."""
 
@@ -75,7 +78,8 @@ class DistributedDataParallel(Strategy):
 
     def __init__(self, bucket_mb: float = 4.0, compressor: Compressor | None = None) -> None:
         self.bucket_bytes = int(bucket_mb * MEBIBYTE)
-        self.compressor = compressor
+        self.asked = compressor
+        self.compressor = compressor  # None from `apply` on, where it has nothing to compress
         self.synchronise = True
         self.posted = 0
         self.works: list[Work] = []
@@ -83,7 +87,6 @@ class DistributedDataParallel(Strategy):
     def apply(self, model: Module, mesh: Mesh) -> Module:
         """Move parameters and gradients to flat buffers, watch the gradients."""
         self.comm = mesh["dp"]
-        parameters = model.named_parameters()
         home = self.comm
         if self.compressor is not None:
             opened = self.compressor.open(self.comm, mesh)
@@ -91,13 +94,13 @@ class DistributedDataParallel(Strategy):
                 self.compressor = None
             else:
                 home = opened
-        self.flat = FlatBuffers(parameters, home)
+        self.flat = FlatBuffers(model.named_parameters(), home, mesh=mesh)
         self.buckets = make_buckets(self.flat, self.bucket_bytes)
         if self.compressor is not None:
             self.compressor.attach([(bucket.group, bucket.where) for bucket in self.buckets])
         for bucket in self.buckets:
             for name in bucket.names:
-                parameters[name].on_gradient(self._arrival(bucket, name))
+                self.flat.parameters[name].on_gradient(self._arrival(bucket, name))
         return model
 
     @contextmanager
@@ -121,6 +124,10 @@ class DistributedDataParallel(Strategy):
         self.works, self.posted = [], 0
         for bucket in self.buckets:
             bucket.missing = set(bucket.names)
+
+    def notes(self) -> list[str]:
+        """What the compressor does here."""
+        return [] if self.asked is None else self.asked.notes()
 
     def state(self) -> list[Piece]:
         """What the compressor keeps from step to step."""

@@ -24,7 +24,7 @@ class NaiveDataParallel(Strategy):
     def apply(self, model: Module, mesh: Mesh) -> Module:
         """Make the flat buffers, in memory of this rank alone."""
         self.comm = mesh["dp"]
-        self.flat = FlatBuffers(model.named_parameters(), single())
+        self.flat = FlatBuffers(model.named_parameters(), single(), mesh=mesh)
         return model
 
     def reduce_gradients(self, model: Module) -> None:

@@ -12,7 +12,7 @@ from dtrain.flat import FlatBuffers
 from dtrain.optimizers.adafactor import Adafactor
 from dtrain.optimizers.adam import Adam, AdamW
 from dtrain.optimizers.base import Optimizer
-from dtrain.optimizers.clipping import clip_factor, global_norm
+from dtrain.optimizers.clipping import clip_factor, global_norm, sum_squares
 from dtrain.optimizers.lamb import LAMB
 from dtrain.optimizers.sgd import SGD
 
@@ -30,4 +30,4 @@ def build(config: OptimizerConfig, flat: FlatBuffers, ranges: Sequence[slice] | 
     return OPTIMIZERS[config.kind](config, flat, ranges)
 
 
-__all__ = ["OPTIMIZERS", "Optimizer", "build", "clip_factor", "global_norm"]
+__all__ = ["OPTIMIZERS", "Optimizer", "build", "clip_factor", "global_norm", "sum_squares"]

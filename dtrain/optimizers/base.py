@@ -14,12 +14,13 @@ Invariant: (parameters, `per_parameter_state`, `steps`) is all there is; written
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
 
 from dtrain.arrays import Array
-from dtrain.flat import FlatBuffers, FlatGroup, Piece
+from dtrain.flat import Block, FlatBuffers, FlatGroup, Piece
 
 # Half-precision gradients are widened in blocks of this many elements: 4 MiB of float32 at a time.
 BLOCK = 1 << 20
@@ -28,12 +29,14 @@ BLOCK = 1 << 20
 class Part:
     """The part of one flat group that an optimizer updates; `state` arrays and `data` are as long as the part."""
 
-    def __init__(self, group: FlatGroup, where: slice) -> None:
-        self.group, self.where = group, where
+    def __init__(self, group: FlatGroup, where: slice | None = None) -> None:
+        """`where`: the elements of the group; default: what this rank owns of it."""
+        self.group, self.where = group, group.owned if where is None else where
+        where, owned = self.where, where is None
         self.runs = group.runs(where)
         self.pieces = group.pieces(where)
-        self.parameters = group.data[where]
-        self.gradients = group.grad[where]
+        self.parameters = group.owned_data if owned else group.data[where]
+        self.gradients = group.owned_grad if owned else group.grad[where]
         self.is_half = group.dtype.itemsize == 2
         self.data = self.parameters.astype(np.float32) if self.is_half else self.parameters
         self.state: dict[str, Array] = {"master": self.data} if self.is_half else {}
@@ -65,16 +68,17 @@ class Optimizer:
     """Updates flat parameters in place from flat gradients. Subclasses define `names` of flat state, and `update`."""
 
     names: ClassVar[tuple[str, ...]] = ()
-    by_parameter: ClassVar[bool] = False  # whether the update needs the whole of each parameter
+    by_parameter: ClassVar[bool] = False  # whether the update looks at parameters, not only at elements
+    unites: ClassVar[bool] = False  # whether it asks the other owners of a parameter that is owned in pieces
 
     def __init__(self, config: Any, flat: FlatBuffers, ranges: Sequence[slice] | None = None) -> None:
-        """`ranges`: the elements to update of each group of `flat`; default all. State exists only for them."""
+        """`ranges`: the elements to update of each group of `flat`; default what it owns. State exists only for them."""
         self.config, self.flat = config, flat
         self.steps = 0
-        wheres = [slice(0, group.size) for group in flat.groups] if ranges is None else ranges
+        wheres = [None] * len(flat.groups) if ranges is None else ranges
         self.parts = [Part(group, where) for group, where in zip(flat.groups, wheres, strict=True)]
         for part in self.parts:
-            for piece in part.pieces if self.by_parameter else ():
+            for piece in part.pieces if self.by_parameter and not (self.unites and part.group.owned_over) else ():
                 self._check_whole(piece, part)
             self.prepare(part)
 
@@ -114,9 +118,16 @@ class Optimizer:
             for name, array in part.state.items()
         }
 
+    def blocks(self) -> Iterator[Block]:
+        """The state as blocks of whole tensors "<parameter>.<name>"; write into the arrays to restore it."""
+        for part in self.parts:
+            for name, array in part.state.items():
+                for block in part.group.blocks(array, part.where):
+                    yield replace(block, name=f"{block.name}.{name}")
+
     def _check_whole(self, piece: Piece, part: Part) -> None:
         if piece.shape != part.group.shapes[piece.name]:
             raise ValueError(
                 f"{self.config.kind} needs whole parameters, but the range {part.where.start}:{part.where.stop} "
-                f"cuts {piece.name} {list(part.group.shapes[piece.name])}"
+                f"cuts {piece.name} {list(part.group.shapes[piece.name])}. Allowed here: sgd, adam, adamw"
             )

@@ -4,13 +4,14 @@
     p <- p - lr |p| / |u| u                           the trust ratio |p| / |u| is 1 where one of the norms is 0
 
 Vectors (biases, norms) are neither decayed nor scaled: their ratio is 1, as in the authors' code. A bias starts at 0,
-and its ratio would keep it there. The norm is that of the whole parameter, so ranges must not cut one.
+and its ratio would keep it there. The norm is that of the whole parameter: those who have pieces of it add them up.
 Reference: You et al., "Large batch optimization for deep learning: training BERT in 76 minutes", arXiv:1904.00962,
 algorithm 2.
 """
 
-import math
 from typing import ClassVar
+
+import numpy as np
 
 from dtrain import kernels
 from dtrain.arrays import Array
@@ -24,6 +25,7 @@ class LAMB(Optimizer):
     config: LAMBConfig
     names: ClassVar[tuple[str, ...]] = ("m", "v")
     by_parameter: ClassVar[bool] = True
+    unites: ClassVar[bool] = True
 
     def update(self, part: Part, learning_rate: float, scale: float) -> None:
         """Directions by one kernel call per run, then one scaled step per matrix and one for all vectors."""
@@ -31,12 +33,18 @@ class LAMB(Optimizer):
         direction = kernels.empty(part.data.shape, part.data.dtype)
         for where, decayed in part.blocks():
             self._direction(part, where, decayed, scale, direction[where])
-        for piece in part.pieces:
-            if len(piece.shape) >= 2:
-                p, u = part.data[piece.where], direction[piece.where]
-                p_norm, u_norm = math.sqrt(kernel.sum_squares(p)), math.sqrt(kernel.sum_squares(u))
+        matrices = [name for name, shape in part.group.shapes.items() if len(shape) >= 2]
+        squares = np.zeros((len(matrices), 2))  # of each matrix and its direction, by all who have a piece of it
+        pieces = {piece.name: piece.where for piece in part.pieces}
+        for i, name in enumerate(matrices):
+            if name in pieces:
+                p, u = part.data[pieces[name]], direction[pieces[name]]
+                squares[i] = kernel.sum_squares(p), kernel.sum_squares(u)
+        norms = np.sqrt(part.group.complement.all_reduce(squares)).tolist()
+        for name, (p_norm, u_norm) in zip(matrices, norms, strict=True):
+            if name in pieces:
                 ratio = p_norm / u_norm if p_norm > 0 and u_norm > 0 else 1.0
-                kernel.axpy(p, u, -learning_rate * ratio)
+                kernel.axpy(part.data[pieces[name]], direction[pieces[name]], -learning_rate * ratio)
         for where, decayed in part.runs:
             if not decayed:
                 kernel.axpy(part.data[where], direction[where], -learning_rate)
