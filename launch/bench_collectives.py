@@ -48,7 +48,8 @@ class Options:
     op: str = "sum"
     placings: tuple[str, ...] = (OUT_OF_PLACE, IN_PLACE)
     iterations: int | None = None
-    """Of each contestant; None: as many as fit into SECONDS."""
+    """Of each contestant; None: as many as fit into `seconds`."""
+    seconds: float = SECONDS
     warmup: int = 1
     """Runs before the timed ones of each block; the first of them is checked."""
     private: bool = False
@@ -131,7 +132,7 @@ def _measure_size(
             places = [Place(comm, count, op, placing, *slot) for slot in slots]
             runs = [bench_cases.call(collective, algorithm, place) for place in places]
             contestant = Contestant(algorithm, places[0], runs)
-            reason = _impossible(contestant)
+            reason = impossible(contestant)
             if not reason:
                 contestants.append(contestant)
             reasons.append(reason)
@@ -139,7 +140,7 @@ def _measure_size(
             outcome.notes.append(note)
     triads = [source for source, _ in slots] if _has_bound(comm, size) else []
     pattern = Pattern(memory.dtype, op, comm.size)
-    bandwidths = _run_blocks(comm, options, collective, contestants, pattern, triads)
+    bandwidths = run_blocks(comm, options, collective, contestants, pattern, triads)
     bandwidth = statistics.median(bandwidths) if bandwidths else None
     if bandwidth is not None:
         outcome.bandwidths[size] = bandwidth
@@ -178,7 +179,7 @@ def _chosen(comm: Communicator, options: Options, collective: str) -> list[str]:
     return [name for name in dict.fromkeys(options.algorithms or DEFAULT) if name in known]
 
 
-def _impossible(contestant: Contestant) -> str:
+def impossible(contestant: Contestant) -> str:
     """Run it once; return why it cannot run at all, or nothing. The answer is the same on all ranks."""
     try:
         contestant.runs[0]()
@@ -187,7 +188,7 @@ def _impossible(contestant: Contestant) -> str:
     return ""
 
 
-def _run_blocks(
+def run_blocks(
     comm: Communicator,
     options: Options,
     collective: str,
@@ -237,7 +238,7 @@ def _agreed_iterations(comm: Communicator, options: Options, each: Contestant) -
     mine = min(timed(comm, each.runs, 2))
     slowest = float(comm.all_gather(np.array([mine])).max())
     low, high = ITERATIONS
-    return max(low, min(high, int(SECONDS / BLOCKS / max(slowest, 1e-7))))
+    return max(low, min(high, int(options.seconds / BLOCKS / max(slowest, 1e-7))))
 
 
 def timed(comm: Communicator, runs: Sequence[Run], iterations: int) -> list[float]:

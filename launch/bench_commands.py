@@ -130,6 +130,39 @@ def _overlap(
     bench_overlap.bench(names, parse_sizes(sizes, factor), iterations, private, json_path)
 
 
+def _tune(collectives: str | None, sizes: str, factor: float, quick: bool, output: Path | None) -> None:
+    parsed = parse_sizes(sizes, 4 * factor if quick else factor)
+    from dtrain.launch import bench_tune
+
+    names = bench_tune.CHOOSABLE if collectives is None else tuple(part.strip() for part in collectives.split(","))
+    bench_tune.tune(names, parsed, quick, output)
+
+
+TUNE = click.Command(
+    "tune",
+    callback=_tune,
+    params=[
+        click.Option(["--collectives"], help="Names by commas; default: all that have algorithms."),
+        click.Option(
+            ["--sizes"], default="1K:64M", show_default=True, help="From:to, or a list by commas; bytes, K, M, G."
+        ),
+        click.Option(["--factor"], default=4.0, show_default=True, help="From one size to the next."),
+        click.Option(["--quick"], is_flag=True, help="All ranks as one group only, fewer sizes, short runs."),
+        click.Option(
+            ["--output", "-o"],
+            type=click.Path(path_type=Path),
+            help="Write the table to this file (DTRAIN_TUNING=FILE uses it); default: where every run looks for it, "
+            "`tuning` in the cache folder.",
+        ),
+    ],
+    help="Measure all algorithms of all collectives on this machine and write down which is the fastest for which group "
+    "of ranks, place and size: what algorithm=auto goes by from then on. Under mpirun, with the number of ranks to "
+    "train on: groups of all ranks, and of halves down to pairs. Prints the choice, its time in us, and how much faster "
+    "it is than the MPI library and than the built-in choice.",
+    short_help="Measure which algorithms are the fastest; auto goes by it.",
+)
+
+
 OVERLAP = click.Command(
     "overlap",
     callback=_overlap,
@@ -150,6 +183,7 @@ OVERLAP = click.Command(
 )
 
 COMMANDS = [
+    TUNE,
     OVERLAP,
     *(_command(name, formula.summary) for name, formula in COLLECTIVES.items()),
     _command("p2p", "messages between two ranks, latency and bandwidth of each class of links"),
