@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from dtrain.collectives import algorithms, staged
+from dtrain.collectives import algorithms, device_works, staged
 from dtrain.collectives.algorithms import Algorithm
 from dtrain.collectives.call import Call
 from dtrain.collectives.counters import Volume
+from dtrain.collectives.device import ON_GPU, on_gpu
 from dtrain.collectives.dtypes import Array
 from dtrain.collectives.forms import NOTHING, as_rows, check_pair, deliver, destination, flat, target_of
 from dtrain.collectives.group import BARRIER
@@ -37,6 +38,8 @@ class Communicator(Reductions, Movement):
 
     def all_reduce_async(self, array: Any, op: str = "sum", out: Array | None = None) -> Work:
         """`all_reduce`, started: array and out are left alone until `wait`."""
+        if type(array) is not np.ndarray and on_gpu(array):
+            return self.gpu.all_reduce_async(array, op, out)
         array = np.asarray(array)
         call, result = self._all_reduce_call(array, op, out)
         blocking = lambda: self.all_reduce(array, op, result)  # noqa: E731
@@ -46,6 +49,8 @@ class Communicator(Reductions, Movement):
         self, array: Any, op: str = "sum", out: Array | None = None, counts: Sequence[int] | None = None
     ) -> Work:
         """`reduce_scatter`, started."""
+        if type(array) is not np.ndarray and on_gpu(array):
+            return self.gpu.reduce_scatter_async(array, op, out, counts)
         array = as_rows(array)
         call, result = self._reduce_scatter_call(array, op, out, counts)
         blocking = lambda: self.reduce_scatter(array, op, result, counts=counts)  # noqa: E731
@@ -53,6 +58,8 @@ class Communicator(Reductions, Movement):
 
     def all_gather_async(self, array: Any, out: Array | None = None, counts: Sequence[int] | None = None) -> Work:
         """`all_gather`, started."""
+        if type(array) is not np.ndarray and on_gpu(array):
+            return self.gpu.all_gather_async(array, out, counts)
         array = as_rows(array)
         call, result = self._all_gather_call(array, out, counts)
         blocking = lambda: self.all_gather(array, result, counts)  # noqa: E731
@@ -60,6 +67,8 @@ class Communicator(Reductions, Movement):
 
     def broadcast_async(self, array: Any, root: int = 0, out: Array | None = None) -> Work:
         """`broadcast`, started."""
+        if type(array) is not np.ndarray and on_gpu(array):
+            return self.gpu.broadcast_async(array, root, out)
         call, result = self._broadcast_call(np.asarray(array), root, out)
         return self._start("broadcast", algorithms.BROADCAST, call, result, lambda: deliver(call.target, result))
 
@@ -71,6 +80,8 @@ class Communicator(Reductions, Movement):
         out_counts: Sequence[int] | None = None,
     ) -> Work:
         """`all_to_all`, started; counts without out_counts are exchanged first."""
+        if type(array) is not np.ndarray and on_gpu(array):
+            return self.gpu.all_to_all_async(array, out, counts, out_counts)
         array = as_rows(array)
         call, result = self._all_to_all_call(array, out, counts, out_counts)
         if not call.alike:
@@ -80,6 +91,8 @@ class Communicator(Reductions, Movement):
 
     def reduce_async(self, array: Any, op: str = "sum", root: int = 0, out: Array | None = None) -> Work:
         """`reduce`, started; on the other ranks `wait` returns an array without elements."""
+        if type(array) is not np.ndarray and on_gpu(array):
+            return self.gpu.reduce_async(array, op, root, out)
         array = np.asarray(array)
         call, result = self._reduce_call(array, op, root, out)
         blocking = lambda: _or_nothing(self.reduce(array, op, root, result))  # noqa: E731
@@ -89,6 +102,8 @@ class Communicator(Reductions, Movement):
         self, array: Any, root: int = 0, out: Array | None = None, counts: Sequence[int] | None = None
     ) -> Work:
         """`gather`, started; on the other ranks `wait` returns an array without elements."""
+        if type(array) is not np.ndarray and on_gpu(array):
+            return self.gpu.gather_async(array, root, out, counts)
         array = as_rows(array)
         call, result = self._gather_call(array, root, out, counts)
         blocking = lambda: _or_nothing(self.gather(array, root, result, counts))  # noqa: E731
@@ -98,7 +113,10 @@ class Communicator(Reductions, Movement):
         self, array: Any | None, root: int = 0, out: Array | None = None, counts: Sequence[int] | None = None
     ) -> Work:
         """`scatter`, started, once root has told the others what they get."""
-        call, result = self._scatter_call(array, root, out, counts)
+        form = self._scatter_form(array, root, counts)
+        if form[3] == ON_GPU:
+            return self.gpu.scatter_async(array, root, out, form)
+        call, result = self._scatter_call(array, root, out, form)
         moved = sum(call.counts)
 
         def blocking() -> Array:
@@ -122,7 +140,7 @@ class Communicator(Reductions, Movement):
 
     def send(self, array: Any, destination: int, tag: int = 0) -> None:
         """Send array to rank destination; returns when array may be changed again."""
-        if self._progress.busy():
+        if self._progress.busy() or (type(array) is not np.ndarray and on_gpu(array)):
             self.send_async(array, destination, tag).wait()
             return
         check_pair("destination", destination, tag, self.rank, self.size)
@@ -132,7 +150,7 @@ class Communicator(Reductions, Movement):
 
     def recv(self, out: Array, source: int, tag: int = 0) -> Array:
         """Receive into out, which has the shape and dtype of what rank source sends."""
-        if self._progress.busy():
+        if self._progress.busy() or (type(out) is not np.ndarray and on_gpu(out)):
             return self.recv_async(out, source, tag).wait()
         check_pair("source", source, tag, self.rank, self.size)
         target = target_of(destination(out, out.shape, out.dtype))
@@ -150,6 +168,8 @@ class Communicator(Reductions, Movement):
     def send_async(self, array: Any, destination: int, tag: int = 0) -> Work:
         """`send`, started: array is left alone until `wait`."""
         check_pair("destination", destination, tag, self.rank, self.size)
+        if type(array) is not np.ndarray and on_gpu(array):
+            return device_works.send_async(self, array, destination, tag)
         array = np.asarray(array)
         source = flat(array)
         self.counters.add("send", "message", source.nbytes, Volume(1, source.nbytes, 0))
@@ -158,6 +178,8 @@ class Communicator(Reductions, Movement):
     def recv_async(self, out: Array, source: int, tag: int = 0) -> Work:
         """`recv`, started: out is left alone until `wait`."""
         check_pair("source", source, tag, self.rank, self.size)
+        if type(out) is not np.ndarray and on_gpu(out):
+            return device_works.recv_async(self, out, source, tag)
         target = target_of(destination(out, out.shape, out.dtype))
         self.counters.add("recv", "message", target.nbytes, Volume(1, 0, target.nbytes))
         return self._watch(self.transport.start_recv(target, source, tag), lambda: deliver(target, out))

@@ -2,17 +2,19 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn, Self, cast
 
 import numpy as np
 
-from dtrain.collectives import algorithms, staged
+from dtrain.collectives import algorithms, device, staged
 from dtrain.collectives.algorithms import Algorithm
 from dtrain.collectives.arena import Arena, Place
 from dtrain.collectives.background import Background
 from dtrain.collectives.call import Call
 from dtrain.collectives.conveyor import Conveyor
 from dtrain.collectives.counters import Counters, Last, Volume
+from dtrain.collectives.device import on_gpu
+from dtrain.collectives.device_works import Device
 from dtrain.collectives.dtypes import Array
 from dtrain.collectives.levels import Levels, has_levels
 from dtrain.collectives.node import Node
@@ -53,6 +55,7 @@ class Group:
         self._levels: Levels | None = None
         self._progress = progress or Progress()
         self._deferred: deque[Deferred] = deque()
+        self._gpu: Device | None = None
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} rank {self.rank} of {self.size} over {self.transport.name}>"
@@ -85,6 +88,13 @@ class Group:
         """The collective that ran or was started last on this communicator: which, how, and on how many bytes."""
         return None if self.counters.last is None else Last(*self.counters.last)
 
+    @property
+    def gpu(self) -> Device:
+        """What moves CuPy arrays. The first access is collective."""
+        if self._gpu is None:
+            self._gpu = Device(cast(Any, self))
+        return self._gpu
+
     def split(self, color: int | None, key: int | None = None, name: str | None = None) -> Self | None:
         """The communicator of the ranks with my color, ordered by key (default: by rank); None where color is None.
 
@@ -111,6 +121,9 @@ class Group:
 
         Drop the arrays of `empty` before: their memory goes only when no rank has any of them any more.
         """
+        if self._gpu is not None:
+            self._gpu.close()
+            self._gpu = None
         self._meet()
         if self._node is not None:
             self._node.close()
@@ -131,18 +144,22 @@ class Group:
         """End all ranks of the job at once with exit status `code`; not collective."""
         self.transport.abort(code)
 
-    def empty(self, shape: int | Sequence[int], dtype: Any = np.float32) -> Array:
+    def empty(self, shape: int | Sequence[int], dtype: Any = np.float32, like: Any = None) -> Array:
         """A new array of undefined content, in the node's shared memory if possible: the home of what travels often.
 
         Every rank gets its own array; the peers on its node see it, so that collectives on it (or on slices; for
         reductions the same slice on all ranks) need no copy. All ranks must bring arrays from here then, or none. The
         array may die at any time, on each rank for itself; its memory is used again when it is dead on all.
+
+        like: a CuPy array asks for one on the current GPU instead; nothing there is shared.
         """
         form = (shape,) if isinstance(shape, int) else tuple(shape)
         if any(length < 0 for length in form):
             raise ValueError(f"shape={shape}: allowed: lengths from 0")
         if np.dtype(dtype).hasobject:
             raise ValueError(f"dtype={dtype}: Python objects cannot travel")
+        if like is not None and on_gpu(like):
+            return device.empty(form, np.dtype(dtype))  # type: ignore[no-any-return]
         arena = self._arena(make=True)
         if arena is None:
             return np.empty(form, dtype)

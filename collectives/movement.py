@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from dtrain.collectives import algorithms
+from dtrain.collectives import algorithms, device
 from dtrain.collectives.call import Call
+from dtrain.collectives.device import ON_GPU, on_gpu
 from dtrain.collectives.dtypes import Array, address, dtype_from_name, dtype_name, starts
 from dtrain.collectives.forms import (
     NOTHING,
@@ -38,6 +39,8 @@ class Movement(Group):
 
         counts: the first dims of all ranks, where they differ.
         """
+        if type(array) is not np.ndarray and on_gpu(array):
+            return self.gpu.all_gather(array, out, counts, algorithm)  # type: ignore[no-any-return]
         call, result = self._all_gather_call(as_rows(array), out, counts)
         self._settle()
         self._run("all_gather", algorithms.ALL_GATHER, algorithm, call)
@@ -56,12 +59,16 @@ class Movement(Group):
         counts: rows for each rank; by default n // size, and one more for the first n % size ranks (then n must be
         the same on all ranks). out_counts: rows from each rank; asked of the others when counts is given without it.
         """
+        if type(array) is not np.ndarray and on_gpu(array):
+            return self.gpu.all_to_all(array, out, counts, out_counts, algorithm)  # type: ignore[no-any-return]
         call, result = self._all_to_all_call(as_rows(array), out, counts, out_counts)
         self._run("all_to_all", algorithms.ALL_TO_ALL, algorithm, call, empty=call.alike and not len(call.source))
         return deliver(call.target, result)
 
     def broadcast(self, array: Any, root: int = 0, out: Array | None = None, algorithm: str = "auto") -> Array:
         """The array of rank root on every rank; the others pass one of its shape and dtype to be ignored."""
+        if type(array) is not np.ndarray and on_gpu(array):
+            return self.gpu.broadcast(array, root, out, algorithm)  # type: ignore[no-any-return]
         self._settle()
         call, result = self._broadcast_call(np.asarray(array), root, out)
         self._run("broadcast", algorithms.BROADCAST, algorithm, call)
@@ -76,6 +83,8 @@ class Movement(Group):
         algorithm: str = "auto",
     ) -> Array | None:
         """The arrays of all ranks along dim 0, as `all_gather`, on rank root; None on the others."""
+        if type(array) is not np.ndarray and on_gpu(array):
+            return self.gpu.gather(array, root, out, counts, algorithm)  # type: ignore[no-any-return]
         call, result = self._gather_call(as_rows(array), root, out, counts)
         self._run("gather", algorithms.GATHER, algorithm, call, empty=not sum(call.counts))
         return None if result is None else deliver(call.target, result)
@@ -84,7 +93,10 @@ class Movement(Group):
         self, array: Any | None, root: int = 0, out: Array | None = None, counts: Sequence[int] | None = None
     ) -> Array:
         """My block of the array (n, ...) of rank root, cut along dim 0 as in `reduce_scatter`; others may pass None."""
-        call, result = self._scatter_call(array, root, out, counts)
+        form = self._scatter_form(array, root, counts)
+        if form[3] == ON_GPU:
+            return self.gpu.scatter(array, root, out, form)  # type: ignore[no-any-return]
+        call, result = self._scatter_call(array, root, out, form)
         self._run("scatter", algorithms.SCATTER, "auto", call, empty=not sum(call.counts))
         return deliver(call.target, result)
 
@@ -163,18 +175,24 @@ class Movement(Group):
         call.target_place = self._place(target)
         return call, result
 
-    def _scatter_call(
-        self, array: Any | None, root: int, out: Array | None, counts: Sequence[int] | None
-    ) -> tuple[Call, Array]:
-        """Root tells the others what they get."""
+    def _scatter_form(self, array: Any | None, root: int, counts: Sequence[int] | None) -> list[Any]:
+        """What root tells the others: rows per rank, the shape of one, the dtype, where the array lies."""
         check_rank("root", root, self.size)
         self._settle()
         form: list[Any] | None = None
         if self.rank == root:
-            array = as_rows(array)
+            if type(array) is not np.ndarray and on_gpu(array):
+                array, place = device.as_rows(array), ON_GPU
+            else:
+                array = as_rows(array)
+                place = self.node and self._place(array)
             rows = rows_per_rank("counts", counts, len(array), self.size)
-            form = [rows, list(array.shape[1:]), dtype_name(array.dtype), self.node and self._place(array)]
-        rows, width, name, place = self.broadcast_object(form, root)
+            form = [rows, list(array.shape[1:]), dtype_name(np.dtype(array.dtype)), place]
+        told: list[Any] = self.broadcast_object(form, root)
+        return told
+
+    def _scatter_call(self, array: Any | None, root: int, out: Array | None, form: list[Any]) -> tuple[Call, Array]:
+        rows, width, name, place = form
         result = destination(out, (rows[self.rank], *width), dtype_from_name(name))
         if self.rank == root:
             source, target = apart(as_rows(array), result, place is not None)

@@ -11,6 +11,7 @@ import numpy as np
 from dtrain.collectives import algorithms, window
 from dtrain.collectives.arena import Place
 from dtrain.collectives.call import Call
+from dtrain.collectives.device import on_gpu
 from dtrain.collectives.dtypes import Array, operation
 from dtrain.collectives.forms import (
     NOTHING,
@@ -65,6 +66,8 @@ class Reductions(Group):
                 small.run(array, out)
                 self.counters.add("all_reduce", "staged", small.nbytes, small.volume)
                 return out
+        if type(array) is not np.ndarray and on_gpu(array):
+            return self.gpu.all_reduce(array, op, out, algorithm)  # type: ignore[no-any-return]
         array = np.asarray(array)
         call, result = self._all_reduce_call(array, op, out)
         self._settle()
@@ -81,6 +84,8 @@ class Reductions(Group):
         The result is valid until this rank calls this again with the same array; or, for arrays that do not come from
         `empty`, with one of the same size and dtype. Several nodes: an ordinary array, read-only as well.
         """
+        if type(array) is not np.ndarray and on_gpu(array):
+            return self.gpu.all_reduce(array, op, None, "auto")  # type: ignore[no-any-return]
         array = np.asarray(array)
         operation(op, array.dtype)
         self._settle()
@@ -122,6 +127,8 @@ class Reductions(Group):
 
         counts: the lengths of all blocks; by default n // size, and one more for the first n % size ranks.
         """
+        if type(array) is not np.ndarray and on_gpu(array):
+            return self.gpu.reduce_scatter(array, op, out, algorithm, counts)  # type: ignore[no-any-return]
         call, result = self._reduce_scatter_call(as_rows(array), op, out, counts)
         self._settle()
         self._run("reduce_scatter", algorithms.REDUCE_SCATTER, algorithm, call)
@@ -131,6 +138,8 @@ class Reductions(Group):
         self, array: Any, op: str = "sum", root: int = 0, out: Array | None = None, algorithm: str = "auto"
     ) -> Array | None:
         """The sum over ranks of array (any shape) on rank root; None on the others."""
+        if type(array) is not np.ndarray and on_gpu(array):
+            return self.gpu.reduce(array, op, root, out, algorithm)  # type: ignore[no-any-return]
         call, result = self._reduce_call(np.asarray(array), op, root, out)
         self._run("reduce", algorithms.REDUCE, algorithm, call)
         return None if result is None else deliver(call.target, result)
