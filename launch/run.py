@@ -85,6 +85,8 @@ def header(trainer: Trainer) -> Iterator[str]:
         f"model  {config.model.kind}, {trainer.model.num_parameters():,} parameters, {config.train.dtype}; "
         f"{config.optimizer.kind}, global batch {config.train.global_batch}, {trainer.total_steps} steps"
     )
+    for strategy in trainer.strategies:
+        yield from (f"{strategy.axis:<6} {note}" for note in strategy.notes())
 
 
 class RunFolder:

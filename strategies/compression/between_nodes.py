@@ -25,7 +25,7 @@ import numpy as np
 
 from dtrain.arrays import Array
 from dtrain.checkpoint import Piece, Reader
-from dtrain.collectives import Communicator, Work, wait_all
+from dtrain.collectives import Communicator, Work, single, wait_all
 from dtrain.flat import FlatGroup
 from dtrain.mesh import Mesh
 from dtrain.strategies.compression.interface import Compression, Part
@@ -43,21 +43,24 @@ class BetweenNodes:
         self.steps = 0
 
     def open(self, comm: Communicator, mesh: Mesh) -> Communicator | None:
-        """The communicator of my node; None where all ranks are on one. Collective over `comm`."""
+        """The communicator of my node, for shared memory; None where all ranks are on one. Collective over `comm`."""
         names = list(range(comm.size)) if self.everywhere else list(comm.transport.nodes)
         nodes = list(dict.fromkeys(names))
         self.num_nodes, self.node = len(nodes), nodes.index(names[comm.rank])
         if self.num_nodes == 1:
             return None
         self.drivers = min(names.count(node) for node in nodes)
-        local_rank = names[: comm.rank].count(names[comm.rank])
-        inner, lane = comm.split(self.node), comm.split(local_rank)
-        assert inner is not None and lane is not None
-        self.inner, self.lane = inner, lane
+        if self.everywhere:
+            self.inner, self.lane = single(), comm
+        else:
+            local_rank = names[: comm.rank].count(names[comm.rank])
+            inner, lane = comm.split(self.node), comm.split(local_rank)
+            assert inner is not None and lane is not None
+            self.inner, self.lane = inner, lane
         # Ranks that differ in other axes hold parts of parameters under the same names.
         others = {axis: mesh.coordinates[axis] for axis, size in mesh.sizes.items() if size > 1 and axis != "dp"}
         self.suffix = "".join(f".{axis}{coordinate}" for axis, coordinate in others.items())
-        return inner
+        return comm if self.everywhere else self.inner
 
     def attach(self, buckets: Sequence[tuple[FlatGroup, slice]]) -> None:
         """Cut every bucket, and make the state of my parts."""
@@ -96,6 +99,18 @@ class BetweenNodes:
     def uncompressed(self) -> int:
         """Bytes that it would send as they are: 2 (N-1)/N of its parts."""
         return sum(2 * (self.num_nodes - 1) * part.gradient.nbytes // self.num_nodes for part in self.parts)
+
+    def notes(self) -> list[str]:
+        """Between how many nodes, and how much less is sent."""
+        name = self.compression.name
+        if self.num_nodes == 1:
+            return [
+                f"{name}: all ranks are on one node, nothing is compressed; parallel.compression.everywhere=true does"
+            ]
+        sent, plain = self.sent(), self.uncompressed()
+        between = f"{self.num_nodes} {'ranks' if self.everywhere else 'nodes'}"
+        less = f"{sent / plain:.1%} of {plain:,}" if plain else "nothing to send"
+        return [f"{name} between {between}: this rank sends {sent:,} bytes a step, {less}"]
 
     # The stages of a bucket
 

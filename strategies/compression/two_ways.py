@@ -55,13 +55,9 @@ def sum_in_slices(codec: Codec, part: Part, lane: Communicator, step: int) -> It
     key = (step, part.number, lane.rank)
     slices = [codec.encode(values[cuts[rank] : cuts[rank + 1]], (*key, rank)) for rank in range(lane.size)]
     mine = lengths[lane.rank]
-    # all_to_all has no non-blocking form: messages to all others at once, then from all others
     received = np.empty((lane.size, mine), np.uint8)
-    received[lane.rank] = slices[lane.rank]
-    others = [(lane.rank + shift) % lane.size for shift in range(1, lane.size)]
-    works = [lane.recv_async(received[rank], rank, TAG) for rank in others if mine]
-    works += [lane.send_async(slices[rank], rank, TAG) for rank in others if lengths[rank]]
-    yield works
+    leaving = np.concatenate(slices)
+    yield [lane.all_to_all_async(leaving, received.reshape(-1), counts=lengths, out_counts=[mine] * lane.size)]
     total = np.zeros(cuts[lane.rank + 1] - cuts[lane.rank], part.wide)
     term = np.empty_like(total)
     for rank in range(lane.size):
@@ -74,6 +70,3 @@ def sum_in_slices(codec: Codec, part: Part, lane: Communicator, step: int) -> It
         codec.decode(gathered[start : start + lengths[rank]], values[cuts[rank] : cuts[rank + 1]])
         start += lengths[rank]
     part.gradient[...] = values
-
-
-TAG = 1066
