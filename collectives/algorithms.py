@@ -6,7 +6,7 @@ a difference is noticed and reported (`CollectiveMismatch`).
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -17,7 +17,10 @@ from dtrain.collectives.volumes import Formula
 from dtrain.collectives.window import WindowWork
 from dtrain.collectives.work import Request
 
-__all__ = ["Algorithm", "Call", "choose", "choose_start"]
+if TYPE_CHECKING:
+    from dtrain.collectives.scheduled import Own
+
+__all__ = ["TABLES", "Algorithm", "Call", "choose", "choose_start", "names"]
 
 
 class Algorithm(NamedTuple):
@@ -222,21 +225,59 @@ SCATTER: dict[str, Algorithm] = {
 }
 
 
+SCAN: dict[str, Algorithm] = {"copy": COPY}
+EXSCAN: dict[str, Algorithm] = {"copy": COPY}
+
+BARRIER: dict[str, Algorithm] = {
+    "copy": COPY,
+    "staged": Algorithm(ways.staged_barrier, _on_node),
+    "native": Algorithm(ways.native_barrier, _several),
+}
+
+TABLES: dict[str, dict[str, Algorithm]] = {
+    "all_reduce": ALL_REDUCE,
+    "reduce_scatter": REDUCE_SCATTER,
+    "all_gather": ALL_GATHER,
+    "all_to_all": ALL_TO_ALL,
+    "broadcast": BROADCAST,
+    "reduce": REDUCE,
+    "gather": GATHER,
+    "scatter": SCATTER,
+    "scan": SCAN,
+    "exscan": EXSCAN,
+    "barrier": BARRIER,
+}
+"""For scans, and beside the rows of the others, there are the schedules of the catalogue (`scheduled.py`)."""
+
+
+def names(collective: str) -> tuple[str, ...]:
+    """All names that `algorithm=` may have; a schedule may have parameters behind it."""
+    from dtrain.collectives import scheduled
+
+    return tuple(dict.fromkeys(("auto", *TABLES[collective], *scheduled.names(collective))))
+
+
 def choose(
-    table: dict[str, Algorithm], name: str, call: Call, measured: Sequence[str] = ()
+    table: dict[str, Algorithm], name: "str | Own", call: Call, measured: Sequence[str] = ()
 ) -> tuple[str, Algorithm]:
     """The row called `name`; ValueError for what cannot be.
 
     "auto": the first of those `measured` (from the best to the worst) that is possible; where nothing was measured, the
     first row that is possible and preferred.
+    What is in no row is a schedule: of the catalogue, maybe with parameters ("chain:segments=4"), or the user's own.
+    Where a row and a schedule have one name, the row is meant if it is possible.
     """
     if name == "auto":
         for best in measured:
             if best in table and table[best].possible(call):
                 return best, table[best]
-        return next(item for item in table.items() if item[1].possible(call) and item[1].preferred(call))
-    if name not in table:
-        raise ValueError(f"algorithm={name!r}: not an algorithm; allowed: auto, {', '.join(table)}")
+        rows = (item for item in table.items() if item[1].possible(call) and item[1].preferred(call))
+        return next(rows, None) or choose(table, "doubling", call)  # a scan: only schedules do it
+    if not isinstance(name, str) or name not in table or not (table[name].possible(call) or _alone(call)):
+        found = _schedule(table, name, call)
+        if found is not None:
+            return found
+    assert isinstance(name, str)
     if _alone(call):
         name = "copy"
     if not table[name].possible(call):
@@ -246,6 +287,21 @@ def choose(
             f"{call.transport.size} ranks; possible here: auto, {possible}"
         )
     return name, table[name]
+
+
+def _schedule(table: dict[str, Algorithm], name: "str | Own", call: Call) -> tuple[str, Algorithm] | None:
+    """A schedule as a row; None where only a row of the table has this name."""
+    from dtrain.collectives import scheduled
+
+    collective = next(each for each, rows in TABLES.items() if rows is table)
+    if isinstance(name, str) and name.partition(":")[0] not in scheduled.names(collective):
+        if name in table:
+            return None
+        raise ValueError(f"algorithm={name!r}: not an algorithm; allowed: {', '.join(names(collective))}")
+    choice = scheduled.find(collective, name)
+    if _alone(call):
+        return "copy", COPY
+    return choice.name, Algorithm(choice.run, _several, _always, choice.volume, choice.start)
 
 
 def choose_start(table: dict[str, Algorithm], call: Call) -> tuple[str, Algorithm] | None:

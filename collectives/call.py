@@ -10,8 +10,10 @@ from dtrain.collectives.arena import Place
 from dtrain.collectives.dtypes import Array
 
 if TYPE_CHECKING:
+    from dtrain.collectives.counters import Volume
     from dtrain.collectives.levels import Levels
     from dtrain.collectives.node import Node
+    from dtrain.collectives.scheduled import Channel
     from dtrain.collectives.transport import Transport
 
 
@@ -34,6 +36,8 @@ class Call:
     in_place: bool = False  # target is source
     alike: bool = False  # all_to_all: all ranks have the same counts
     levels: "Callable[[], Levels | None] | None" = None  # None: one node, or one rank on every node
+    channel: "Callable[[], Channel] | None" = None  # for schedules
+    moved: "Volume | None" = None  # by a schedule, once it is started
 
     @property
     def at_root(self) -> bool:

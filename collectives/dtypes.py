@@ -36,6 +36,18 @@ def operation(op: str, dtype: np.dtype[Any]) -> np.ufunc:
         raise ValueError(f"op={op!r}: not an operation; allowed: {', '.join(OPERATIONS)}") from None
 
 
+def neutral(op: str, dtype: np.dtype[Any]) -> Any:
+    """The number of this dtype that changes no sum (product, maximum, minimum)."""
+    if op in ("sum", "prod"):
+        return dtype.type(op == "prod")
+    if dtype.kind == "b":
+        return op == "min"
+    if dtype.kind in "iu":
+        return np.iinfo(dtype).min if op == "max" else np.iinfo(dtype).max
+    infinity = -np.inf if op == "max" else np.inf
+    return dtype.type(complex(infinity, infinity) if dtype.kind == "c" else infinity)
+
+
 @lru_cache(maxsize=64)
 def is_small_float(dtype: np.dtype[Any]) -> bool:
     """float16, or a float type of ml_dtypes (told by its module: only who makes such arrays imports that package)."""

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, Self, cast
+from typing import TYPE_CHECKING, Any, NoReturn, Self, cast
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from dtrain.collectives.transport import Transport
 from dtrain.collectives.tuning import Table, Tuning
 from dtrain.collectives.waiting import Patience, timeout_seconds
 from dtrain.collectives.work import Deferred, Work
+
+if TYPE_CHECKING:
+    from dtrain.collectives.scheduled import Channel, Own
 
 BARRIER = Volume(1, 0, 0)
 
@@ -56,6 +59,7 @@ class Group:
         self._progress = progress or Progress()
         self._deferred: deque[Deferred] = deque()
         self._gpu: Device | None = None
+        self._channel: Channel | None = None
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} rank {self.rank} of {self.size} over {self.transport.name}>"
@@ -121,9 +125,15 @@ class Group:
 
         Drop the arrays of `empty` before: their memory goes only when no rank has any of them any more.
         """
+        self._settle()
         if self._gpu is not None:
             self._gpu.close()
             self._gpu = None
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+        if self._node is not None:
+            self._node.finish()
         self._meet()
         if self._node is not None:
             self._node.close()
@@ -167,9 +177,15 @@ class Group:
         self._drain()
         return arena.allocate(form, np.dtype(dtype))
 
-    def barrier(self) -> None:
+    def barrier(self, algorithm: "str | Own" = "auto") -> None:
         """Return when all ranks have come here."""
         self._settle()
+        if algorithm != "auto":
+            nothing = np.empty(0, np.uint8)
+            self._run(
+                "barrier", algorithms.BARRIER, algorithm, Call(self.transport, self.node, nothing, nothing), empty=False
+            )
+            return
         if self.node is not None:
             staged.barrier(self.node)
             self.counters.add("barrier", "staged", 0, BARRIER)
@@ -181,7 +197,7 @@ class Group:
     # How a call is done
 
     def _run(
-        self, name: str, table: dict[str, Algorithm], algorithm: str, call: Call, empty: bool | None = None
+        self, name: str, table: dict[str, Algorithm], algorithm: "str | Own", call: Call, empty: bool | None = None
     ) -> None:
         """Do and count a call; nothing where there is nothing to move (`empty`, by default: no element)."""
         if (not (call.source.size or call.target.size)) if empty is None else empty:
@@ -195,8 +211,23 @@ class Group:
         self.counters.add(name, chosen, max(call.source.nbytes, call.target.nbytes), row.volume(call))
 
     def _bring_levels(self, call: Call) -> None:
+        call.channel = self._messages
         if self._has_levels:
             call.levels = lambda: self.levels
+
+    def _messages(self) -> "Channel":
+        """For schedules: made when the first one runs."""
+        if self._channel is None:
+            from dtrain.collectives.scheduled import Channel
+
+            def connect() -> Transport:
+                self._drain()
+                own = self.transport.split(0, self.rank)
+                assert own is not None
+                return own
+
+            self._channel = Channel(self.transport, connect, self._progress, self._timeout)
+        return self._channel
 
     def _drain(self) -> None:
         """Finish what is under way between nodes, of all communicators: inside the MPI library nobody moves it on."""

@@ -90,14 +90,19 @@ class Movement(Group):
         return None if result is None else deliver(call.target, result)
 
     def scatter(
-        self, array: Any | None, root: int = 0, out: Array | None = None, counts: Sequence[int] | None = None
+        self,
+        array: Any | None,
+        root: int = 0,
+        out: Array | None = None,
+        counts: Sequence[int] | None = None,
+        algorithm: str = "auto",
     ) -> Array:
         """My block of the array (n, ...) of rank root, cut along dim 0 as in `reduce_scatter`; others may pass None."""
         form = self._scatter_form(array, root, counts)
         if form[3] == ON_GPU:
             return self.gpu.scatter(array, root, out, form)  # type: ignore[no-any-return]
         call, result = self._scatter_call(array, root, out, form)
-        self._run("scatter", algorithms.SCATTER, "auto", call, empty=not sum(call.counts))
+        self._run("scatter", algorithms.SCATTER, algorithm, call, empty=not sum(call.counts))
         return deliver(call.target, result)
 
     # Small Python values: dict, list, str, int, float, bool, None; they travel as JSON

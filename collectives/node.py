@@ -194,11 +194,25 @@ class Node:
             return False
         return all(words[REDUCED] >= number for _, words in (self.peers if peers is None else peers))
 
-    def note(self, name: str, algorithm: str, op: str = "", array: Array | None = None) -> int:
-        """Number and publish a collective that runs elsewhere (in the MPI library), for the reports and checks."""
-        number = self.begin(name, algorithm, op, array)
+    def note(self, name: str, algorithm: str, op: str = "", array: Array | None = None, extra: int = 0) -> int:
+        """Number and publish a collective that runs elsewhere (by messages), for the reports and checks."""
+        number = self.begin(name, algorithm, op, array, extra=extra)
         self.arrive(number)
+        if number % (RING // 4) == 0:  # nobody here waits for anybody: a peer's record must not be overwritten unread
+            for rank, words in self.peers:
+                if words[ARRIVED] < number - RING // 2:
+                    self._wait(rank, words, ARRIVED, number - RING // 2)
         return number
+
+    def check(self, number: int, peer: int | None = None) -> None:
+        """CollectiveMismatch if a peer (default: any) has come to something else under this number. Never waits."""
+        slot = RECORDS + RECORD_WORDS * (number % RING)
+        if self._mine[slot] != number:
+            return  # so long ago that the record is overwritten
+        for rank, words in self.peers if peer is None else self.only(peer):
+            if words[ARRIVED] >= number and words[slot + SIGNATURE] != self._mine[slot + SIGNATURE]:
+                if words[slot] == number:
+                    raise self._mismatch(rank, number)
 
     def _meet(self) -> None:
         """Return when all ranks have come here: before what the MPI library does alone."""

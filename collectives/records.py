@@ -2,6 +2,7 @@
 
     word   0        1           2                  3       4       5       6       7
            number   signature   name, how, op      dtype   count   place   extra   aside
+                                (checksums)
 
 A ring of them lies in the control segment of each rank. The signature is a hash of the words 2 to 6, which must be
 equal on all ranks; `aside` is a place of this rank alone, which peers look up. The numbers are part of no file and may
@@ -9,6 +10,7 @@ change.
 """
 
 import struct
+import zlib
 from typing import Any
 
 import numpy as np
@@ -16,24 +18,13 @@ import numpy as np
 from dtrain.collectives.arena import Place
 
 RING, RECORD_WORDS = 256, 8
-NAMES = (
-    "barrier",
-    "all_reduce",
-    "all_reduce_shared",
-    "reduce_scatter",
-    "reduce",
-    "all_gather",
-    "all_to_all",
-    "broadcast",
-    "gather",
-    "scatter",
-)
-ALGORITHMS = ("none", "window", "staged", "native", "exchange")
 OPS = ("", "sum", "prod", "max", "min")
 NO_PLACE: Place = (-1, 0)
 SIGNATURE, ASIDE = 1, 7
+_BITS = (1 << 24) - 1
 
-_NUMBER = {word: number for words in (NAMES, ALGORITHMS, OPS) for number, word in enumerate(words)}
+_spelling: dict[int, str] = {}  # checksum -> word, of all words met so far
+_sums: dict[str, int] = {}
 _dtype_codes: dict[np.dtype[Any], int] = {}
 
 # signature, code, dtype, count, place, extra
@@ -45,7 +36,7 @@ def record(
     name: str, algorithm: str, op: str, dtype: np.dtype[Any] | None, count: int, place: Place, extra: int
 ) -> Record:
     """The words of a collective, all but its number and what is aside."""
-    code = _NUMBER[name] | _NUMBER[algorithm] << 8 | _NUMBER[op] << 16
+    code = _sum(name) | _sum(algorithm) << 24 | OPS.index(op) << 48
     kind = 0 if dtype is None else _dtype_code(dtype)
     where = packed(place)
     return hash((code, kind, count, where, extra)), code, kind, count, where, extra
@@ -66,14 +57,36 @@ def describe(words: memoryview, start: int, number: int) -> str:
     found, _, code, kind, count, where, _, _ = (words[start + word] for word in range(RECORD_WORDS))
     if found != number:
         return f"collective #{number}"
-    details = [f"algorithm {ALGORITHMS[code >> 8 & 255]}"]
-    if code >> 16:
-        details.append(OPS[code >> 16])
+    details = [f"algorithm {_word(code >> 24 & _BITS)}"]
+    if code >> 48:
+        details.append(OPS[code >> 48])
     if kind:
         details.append(f"{count} elements of dtype {chr(kind >> 8)}{kind & 255}")
     if where >= 0:
         details.append(f"at byte {where & (1 << 48) - 1} of segment {where >> 48}")
-    return f"{NAMES[code & 255]} #{number} ({', '.join(details)})"
+    return f"{_word(code & _BITS)} #{number} ({', '.join(details)})"
+
+
+def _sum(word: str) -> int:
+    """A word in 24 bits, the same in every process."""
+    found = _sums.get(word)
+    if found is None:
+        found = _sums[word] = zlib.crc32(word.encode()) & _BITS
+        _spelling[found] = word
+    return found
+
+
+def _word(number: int) -> str:
+    """The word, if this process has met it or it stands in a table; a peer may have an algorithm of its user's own."""
+    if number not in _spelling:
+        from dtrain.collectives.algorithms import TABLES
+        from dtrain.collectives.schedules.catalogue import ALGORITHMS
+
+        for tables in (TABLES, ALGORITHMS):
+            for name, rows in tables.items():
+                for word in (name, *rows, "barrier", "none", "all_reduce_shared"):
+                    _sum(word)
+    return _spelling.get(number, "of another name")
 
 
 def _dtype_code(dtype: np.dtype[Any]) -> int:

@@ -12,7 +12,7 @@ from dtrain.collectives import algorithms, window
 from dtrain.collectives.arena import Place
 from dtrain.collectives.call import Call
 from dtrain.collectives.device import on_gpu
-from dtrain.collectives.dtypes import Array, operation
+from dtrain.collectives.dtypes import Array, neutral, operation
 from dtrain.collectives.forms import (
     NOTHING,
     as_rows,
@@ -143,6 +143,28 @@ class Reductions(Group):
         call, result = self._reduce_call(np.asarray(array), op, root, out)
         self._run("reduce", algorithms.REDUCE, algorithm, call)
         return None if result is None else deliver(call.target, result)
+
+    def scan(self, array: Any, op: str = "sum", out: Array | None = None, algorithm: str = "auto") -> Array:
+        """The sum of the arrays of ranks 0 to mine, in this order."""
+        call, result = self._all_reduce_call(np.asarray(array), op, out)
+        self._settle()
+        self._run("scan", algorithms.SCAN, algorithm, call)
+        return deliver(call.target, result)
+
+    def exscan(self, array: Any, op: str = "sum", out: Array | None = None, algorithm: str = "auto") -> Array:
+        """The sum of the arrays of the ranks before mine; on rank 0 what changes no sum (0; of a product 1, and so on).
+
+        (MPI leaves rank 0's result undefined.)
+        """
+        call, result = self._all_reduce_call(np.asarray(array), op, out)
+        self._settle()
+        if self.size > 1:
+            self._run("exscan", algorithms.EXSCAN, algorithm, call)
+        else:
+            algorithms.choose(algorithms.EXSCAN, algorithm, call)  # refuses a wrong name
+        if self.rank == 0:
+            call.target[...] = neutral(op, call.target.dtype)
+        return deliver(call.target, result)
 
     # From arguments to calls
 

@@ -118,7 +118,15 @@ def hierarchical_all_to_all(call: Call) -> Request:
     return hierarchy.start_all_to_all(call.both_levels, call.apart, call.target, call.counts[0])
 
 
+def staged_barrier(call: Call) -> None:
+    staged.barrier(call.stage)
+
+
 # By the transport
+
+
+def native_barrier(call: Call) -> None:
+    call.met("barrier", "native", alike=False).barrier()
 
 
 def native_all_reduce(call: Call) -> None:

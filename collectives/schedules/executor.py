@@ -11,6 +11,7 @@ rounded p - 1 times on a ring, lg p times on a tree, once by `direct` and `gathe
 double the bytes.
 """
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -43,22 +44,25 @@ class Memory:
     def __init__(self, most: int = 64 << 20) -> None:
         self._free: list[Array] = []
         self._most = most
+        self._lock = threading.Lock()  # works may end in the thread of `background.py`
 
     def take(self, nbytes: int) -> Array:
         """At least so many bytes."""
-        fitting = [i for i, buffer in enumerate(self._free) if buffer.size >= nbytes]
-        if fitting:
-            return self._free.pop(min(fitting, key=lambda i: self._free[i].size))
+        with self._lock:
+            fitting = [i for i, buffer in enumerate(self._free) if buffer.size >= nbytes]
+            if fitting:
+                return self._free.pop(min(fitting, key=lambda i: self._free[i].size))
         return np.empty(nbytes, np.uint8)
 
     def give(self, buffer: Array) -> None:
         """Back again; the smallest are dropped when too much lies here."""
-        self._free.append(buffer)
-        self._free.sort(key=lambda other: -other.size)
-        while len(self._free) > 1 and sum(other.size for other in self._free) > self._most:
-            self._free.pop()
-        if self._free[0].size > self._most:
-            self._free.clear()
+        if buffer.size > self._most:
+            return
+        with self._lock:
+            self._free.append(buffer)
+            self._free.sort(key=lambda other: -other.size)
+            while sum(other.size for other in self._free) > self._most:
+                self._free.pop()
 
 
 class Run(Request):
@@ -113,11 +117,9 @@ class Run(Request):
                     return False
                 request = self._receives[receive]
                 if request is not None:
-                    if not request.test():
+                    if not self._has_arrived(request, self.plan.arriving[receive].peer):
                         return False
                     self._receives[receive] = None
-                    if self._arrived is not None:
-                        self._arrived(self.plan.arriving[receive].peer)
             if sends and not self._have_left(sends):
                 return False
             if sums:
@@ -143,9 +145,9 @@ class Run(Request):
             self.pending().wait()
 
     def wait_patiently(
-        self, spin: bool, timeout: float, others: Callable[[], None], late: Callable[[float, str], None]
+        self, spin: bool, timeout: float, others: Callable[[], None], look: Callable[[], None], what: str
     ) -> None:
-        """`wait`, while others are helped along; `late` is asked from time to time, CollectiveTimeout in the end.
+        """`wait`, while others are helped along; `look` is called when it takes long, CollectiveTimeout ends it.
 
         spin: whether every rank has a core of its own.
         """
@@ -160,11 +162,11 @@ class Run(Request):
                 waited = time.monotonic() - began
                 if waited > max(YIELD_SECONDS, 2 * asked):
                     asked = waited
-                    late(waited, self.where())
+                    look()
                 if waited > timeout:
                     raise CollectiveTimeout(
-                        f"rank {self.transport.rank} of {self.transport.size} waited {waited:.0f} s {self.where()}\n"
-                        "the time limit is DTRAIN_TIMEOUT seconds (0: none)"
+                        f"rank {self.transport.rank} of {self.transport.size} waited {waited:.0f} s {self.where()} "
+                        f"of {what}\nthe time limit is DTRAIN_TIMEOUT seconds (0: none)"
                     )
                 if waited < YIELD_SECONDS:
                     hand_over()
@@ -209,6 +211,18 @@ class Run(Request):
                 return
             self._receives[self._posted] = self.transport.start_recv(self._view(span), peer, self.tag)
             self._posted += 1
+
+    def _has_arrived(self, request: Request, peer: int) -> bool:
+        try:
+            if not request.test():
+                return False
+        except Exception:
+            if self._arrived is not None:
+                self._arrived(peer)  # has a better word for a message that is too long
+            raise
+        if self._arrived is not None:
+            self._arrived(peer)
+        return True
 
     def _post_until(self, receive: int) -> bool:
         self._post()
