@@ -3,6 +3,7 @@
     Group          ranks, split, close, empty             group.py
     Reductions     all_reduce, reduce_scatter, ...        reductions.py
     Movement       all_gather, broadcast, ...             movement.py
+    Plans          the same again, prepared               plans.py
     Communicator   their non-blocking twins, messages     here
 
 One rule for all collectives: arrays go in unchanged and a new array comes out, unless `out=` says where the result
@@ -25,13 +26,12 @@ from dtrain.collectives.device import ON_GPU, on_gpu
 from dtrain.collectives.dtypes import Array
 from dtrain.collectives.forms import NOTHING, as_rows, check_pair, deliver, destination, flat, target_of
 from dtrain.collectives.group import BARRIER
-from dtrain.collectives.movement import Movement
-from dtrain.collectives.reductions import Reductions
+from dtrain.collectives.plans import Plans
 from dtrain.collectives.window import WindowWork
 from dtrain.collectives.work import Request, Watched, Work
 
 
-class Communicator(Reductions, Movement):
+class Communicator(Plans):
     """`size` ranks, of which this process is number `rank`."""
 
     # Non-blocking twins: the same arguments, a `Work` as the result

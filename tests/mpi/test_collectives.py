@@ -126,6 +126,7 @@ def test_pieces(comm: Communicator, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(comm.transport), "limit", 64, raising=False)
     monkeypatch.setattr("dtrain.collectives.algorithms.STAGED_BYTES", -1)
     monkeypatch.setattr("dtrain.collectives.algorithms.STAGED_BROADCAST_BYTES", -1)
+    comm.forget()
     for count in (0, 1, 3, 16, 17, 1000):
         for dtype in (np.dtype("float32"), np.dtype("complex128"), np.dtype("float16")):
             arrays = inputs(comm.size, count, dtype)
