@@ -289,13 +289,13 @@ def reduce_partial(flat: FlatBuffers) -> None:
                 comm.all_reduce(gradient, out=gradient)
 
 
-def _meetings(group: FlatGroup) -> Iterator[tuple[str, ...]]:
-    """The axes whose communicators a group needs: they are made by all ranks in one order."""
+def _meetings(group: FlatGroup) -> Iterator[tuple[str | int, ...]]:
+    """The communicators that a group needs, as `Mesh.open` wants them named: made by all ranks in one order."""
     only = dict(group.only)
     yield group.replicating_axes
     yield (*group.cut_axes, *group.owned_over)
     yield tuple(axis for axis in group.partial_axes if axis not in only)
-    yield from ((axis,) for axis in only)
+    yield from ((axis, *only[axis]) for axis in group.partial_axes if axis in only)
 
 
 def _overlap(a: slice, b: slice) -> tuple[int, int]:

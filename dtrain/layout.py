@@ -16,7 +16,7 @@ Reference: the placements of PyTorch's DTensor; Xu et al., "GSPMD", arXiv:2105.0
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -109,6 +109,10 @@ class Layout:
     def __getitem__(self, axis: str) -> Placement:
         return self._placements.get(axis, Replicate())
 
+    def __iter__(self) -> Iterator[str]:
+        """The axes that are not Replicate, in the order of cutting."""
+        return iter(self._placements)
+
     def with_(self, **placements: Placement) -> Layout:
         """The same but for these axes."""
         return Layout(**(self._placements | placements))
@@ -124,7 +128,7 @@ class Layout:
     def runs(self, mesh: Place, shape: Sequence[int]) -> list[list[Run]]:
         """What of a tensor of global `shape` this rank of the mesh holds: per dim the runs of elements, in order.
 
-        An axis that the mesh does not have counts as size 1. ValueError where a dim does not exist or ranges do not fit.
+        An axis that the mesh does not have counts as size 1. ValueError where a dim or ranges do not fit.
         """
         held: list[list[Run]] = [[(0, length)] for length in shape]
         for axis in self.axes(Shard):
@@ -148,7 +152,7 @@ class Layout:
         return held
 
     def part(self, mesh: Place, shape: Sequence[int]) -> tuple[slice, ...]:
-        """Which slices of a tensor of global `shape` this rank holds, one per dim; ValueError where it is not one block."""
+        """Which slices of a tensor of global `shape` this rank holds, one per dim; ValueError if not one block."""
         held = self.runs(mesh, shape)
         if any(len(runs) > 1 for runs in held):
             raise ValueError(f"{self}: this rank holds several blocks of a tensor {tuple(shape)}; see Layout.boxes")

@@ -36,8 +36,8 @@ class Strategy:
     """The flat buffers, if this strategy decides where the parameters lie. It must be the last that cuts any."""
     execute: Callable[[Trainer, list[Microbatch]], tuple[float, float]] | None = None
     """A method that does forward and backward of all microbatches of a step instead of `Trainer.execute`; returns (sum
-    of the losses, number of targets) of this rank, (0, 0) where another stage counts them. All backwards but the last run
-    within `trainer.no_sync()`, and that of a loss begins with `trainer.loss_gradient`."""
+    of the losses, number of targets) of this rank, (0, 0) where another stage counts them. All backwards but the last
+    run within `trainer.no_sync()`, and that of a loss begins with `trainer.loss_gradient`."""
     evaluate: Callable[[Trainer, Iterable[Microbatch]], tuple[float, float]] | None = None
     """The same for the forward alone, under no_grad."""
 

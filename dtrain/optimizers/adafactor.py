@@ -13,7 +13,7 @@ Reference: Shazeer and Stern, "Adafactor: adaptive learning rates with sublinear
 
 import math
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 

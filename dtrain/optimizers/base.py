@@ -72,7 +72,7 @@ class Optimizer:
     unites: ClassVar[bool] = False  # whether it asks the other owners of a parameter that is owned in pieces
 
     def __init__(self, config: Any, flat: FlatBuffers, ranges: Sequence[slice] | None = None) -> None:
-        """`ranges`: the elements to update of each group of `flat`; default what it owns. State exists only for them."""
+        """`ranges`: the elements to update of each group of `flat`; default what it owns. State is of them only."""
         self.config, self.flat = config, flat
         self.steps = 0
         wheres = [None] * len(flat.groups) if ranges is None else ranges
