@@ -155,10 +155,10 @@ TUNE = click.Command(
             "`tuning` in the cache folder.",
         ),
     ],
-    help="Measure all algorithms of all collectives on this machine and write down which is the fastest for which group "
-    "of ranks, place and size: what algorithm=auto goes by from then on. Under mpirun, with the number of ranks to "
-    "train on: groups of all ranks, and of halves down to pairs. Prints the choice, its time in us, and how much faster "
-    "it is than the MPI library and than the built-in choice.",
+    help="Measure all algorithms of all collectives on this machine and write down which is the fastest for which "
+    "group of ranks, place and size: what algorithm=auto goes by from then on. Under mpirun, with the number of ranks "
+    "to train on: groups of all ranks, and of halves down to pairs. Prints the choice, its time in us, and how much "
+    "faster it is than the MPI library and than the built-in choice.",
     short_help="Measure which algorithms are the fastest; auto goes by it.",
 )
 

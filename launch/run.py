@@ -27,7 +27,7 @@ import msgspec
 import numpy as np
 
 from dtrain import __version__, cache, checkpoint, kernels
-from dtrain.collectives import world
+from dtrain.collectives import Communicator, world
 from dtrain.config import Config
 from dtrain.errors import UserError
 from dtrain.launch import assembly, configuration, environment, pictures
@@ -79,6 +79,8 @@ def header(trainer: Trainer) -> Iterator[str]:
         f"{threads} BLAS thread{'s' * (threads != '1')} per rank, kernels: {kernels.describe()}"
     )
     yield from mesh.table()
+    if mesh.comm.size > 1:
+        yield f"auto   {described(mesh.comm)}"
     yield f"data   {trainer.data.description}"
     yield f"       unigram entropy {trainer.data.entropy:.4f} nats: a model that learns falls below this loss"
     yield (
@@ -87,6 +89,13 @@ def header(trainer: Trainer) -> Iterator[str]:
     )
     for strategy in trainer.strategies:
         yield from (f"{strategy.axis:<6} {note}" for note in strategy.notes())
+
+
+def described(comm: Communicator) -> str:
+    """By what the algorithms of the collectives are chosen."""
+    if comm.tuning is not None:
+        return comm.tuning.table.describe()
+    return "algorithms of the collectives by the built-in rule; `dtrain bench tune` measures this machine"
 
 
 class RunFolder:
