@@ -103,6 +103,12 @@ def test_overrides(file, override, section, key, value):
     assert type(got) is type(value)
 
 
+def test_casts_of_gradients_that_are_half_already_are_refused(file):
+    wanted = ("train.dtype=bfloat16", "parallel.compression={kind: float16}")
+    assert "parallel.compression.kind: float16; saves nothing" in message(file, *wanted)
+    assert load(file, "train.dtype=bfloat16", "parallel.compression={kind: int8}").parallel.compression.block == 256
+
+
 def test_the_last_override_counts(file):
     assert load(file, "train.steps=1", "train.steps=2").train.steps == 2
 
@@ -163,6 +169,12 @@ def test_lines_of_keys():
         ("data.path=", ["data.path", "must name a file, a folder or a glob"]),
         ("parallel.dp=0", ["parallel.dp: 0", "-1 for what the other axes leave"]),
         ("parallel.tp=2", ["parallel.tp: 2", "allowed: 1"]),
+        ("parallel.compression={kind: topk}", ["parallel.compression.kind: 'topk'", "none, float16", "did you mean top_k?"]),
+        ("parallel.compression={kind: top_k, rank: 2}", ["parallel.compression.rank", "it is a key of power_sgd"]),
+        ("parallel.compression={kind: top_k, fraction: 0}", ["parallel.compression.fraction: 0", "above 0, at most 1"]),
+        ("parallel.compression={kind: int8, block: 0}", ["parallel.compression.block: 0", "1 or more"]),
+        ("parallel.compression={kind: power_sgd, rank: 0}", ["parallel.compression.rank: 0", "1 or more"]),
+        ("parallel={data_parallel: naive, compression: {kind: int8}}", ["compression.kind: int8", "ddp", "not naive"]),
         ("parallel.data_parallel=dpp", ["parallel.data_parallel: 'dpp'", "naive or ddp", "did you mean ddp?"]),
         ("name=a/b", ["name: a/b", "the name of a folder"]),
         ("name=3", ["name: 3", "must be text"]),
