@@ -295,7 +295,9 @@ def _meetings(group: FlatGroup) -> Iterator[tuple[str | int, ...]]:
     yield group.replicating_axes
     yield (*group.cut_axes, *group.owned_over)
     yield tuple(axis for axis in group.partial_axes if axis not in only)
-    yield from ((axis, *only[axis]) for axis in group.partial_axes if axis in only)
+    for axis in group.partial_axes:
+        if axis in only:
+            yield axis, *only[axis]
 
 
 def _overlap(a: slice, b: slice) -> tuple[int, int]:

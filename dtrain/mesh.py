@@ -138,12 +138,16 @@ class Mesh(Grid):
             self._communicators[names] = line.split(0 if mine else None, name=f"{axis}{list(coordinates)}")
         return self._communicators[names]
 
-    def open(self, wanted: Iterable[tuple[str, ...]]) -> None:
-        """Make the communicators mesh[axes] that any rank wants, on all: for ranks that want different ones, as the
-        stages of a pipeline do. Collective over the mesh."""
-        named = {self.sorted(axes) for axes in wanted}
-        for axes in sorted({tuple(axes) for each in self.comm.all_gather_object(sorted(named)) for axes in each}):
-            self[axes]
+    def open(self, wanted: Iterable[tuple[str | int, ...]]) -> None:
+        """Make the communicators that any rank wants, on all: for ranks that want different ones, as the stages of a
+        pipeline do. Wanted: the axes of mesh[axes], or (axis, *coordinates) of `among`. Collective over the mesh."""
+        everyone = self.comm.all_gather_object([list(names) for names in wanted])
+        for names in sorted({tuple(names) for each in everyone for names in each}, key=str):
+            coordinates = [name for name in names if isinstance(name, int)]
+            if coordinates:
+                self.among(names[0], coordinates)
+            else:
+                self[names]
 
     def rows(self, hosts: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """One row per rank: rank, its coordinate on every axis, host."""
