@@ -1,14 +1,14 @@
 """The collectives on CuPy arrays: over NCCL where every rank has a GPU of its own, else through pinned host memory.
 
-    comm.all_reduce(cupy array) ─► comm.gpu ─┬─ NCCL's own          all_reduce, reduce_scatter, reduce, broadcast, all_gather
+    comm.all_reduce(cupy array) ─► comm.gpu ─┬─ NCCL's own
                                              ├─ a schedule of the catalogue over NCCL's messages
                                              └─ GPU ─► pinned memory ─► the collective for NumPy arrays ─► GPU
 
-Arrays and `out=` follow the rules for NumPy arrays, results are CuPy arrays. A call returns when its work is enqueued on
-the current CuPy stream, as every function of CuPy does; the staged ways wait for the stream. Which of the two it is, all
-ranks find out together at the first collective of a communicator; rank 0 says in one line why NCCL is not used.
-float16 and bfloat16 are added by NCCL in their own precision; ask for a schedule (`algorithm="ring"`) for sums
-in float32. Not loaded, and nothing paid, where all arrays are NumPy's.
+Arrays and `out=` follow the rules for NumPy arrays, results are CuPy arrays. A call returns when its work is enqueued
+on the current CuPy stream, as every function of CuPy does; the staged ways wait for the stream. Which of the two it
+is, all ranks find out together at the first collective of a communicator; rank 0 says in one line why NCCL is not used.
+float16 and bfloat16 are added by NCCL in their own precision; ask for a schedule (`algorithm="ring"`) for sums in
+float32. CuPy is not looked for, and nothing paid, where all arrays are NumPy's.
 """
 
 import sys
@@ -144,8 +144,9 @@ class DeviceCollectives:
         result = self._destination(out, (sum(received), *array.shape[1:]), array.dtype)
         alike = counts is None and out_counts is None
         if self.hindrance is not None:
-            given = (None, None) if alike else (rows, received)
-            return self._through_host(lambda host, into: comm.all_to_all(host, into, *given, algorithm), array, result)
+            mine, theirs = (None, None) if alike else (rows, received)
+            run = lambda host, into: comm.all_to_all(host, into, mine, theirs, algorithm)  # noqa: E731
+            return self._through_host(run, array, result)
         source, target = self._pair(array, result)
         lengths, incoming = elements(rows, array.shape), elements(received, array.shape)
         call = Call(comm.transport, None, source, target, counts=lengths, out_counts=incoming)
@@ -156,7 +157,7 @@ class DeviceCollectives:
             others = [(comm.rank + shift) % comm.size for shift in range(1, comm.size)]
             nccl.exchange([(peer, sends[peer]) for peer in others], [(peer, receives[peer]) for peer in others])
 
-        # Only NCCL's own where the counts of the other ranks are not known here; whether there is anything to move, too.
+        # Where this rank does not know the counts of the others: NCCL's own, even if it has nothing to move itself.
         everyone = [lengths] * comm.size if alike else None
         empty = alike and not source.size
         self._run("all_to_all", algorithm, call, own, "", everyone, volumes.all_to_all, empty=empty)
@@ -231,7 +232,7 @@ class DeviceCollectives:
         root: int = 0,
         empty: bool | None = None,
     ) -> None:
-        """NCCL's own way if there is one and nothing else was asked for, else a schedule (counts None: there is none)."""
+        """NCCL's own way if there is one and no other was asked for, else a schedule (counts None: there is none)."""
         from dtrain.collectives import device_schedules
         from dtrain.collectives.schedules import catalogue
 
@@ -308,6 +309,7 @@ class DeviceCollectives:
 
 
 def as_rows(array: Any) -> Any:
+    """A CuPy array with a first dim: a single number becomes (1,)."""
     return array.reshape(1) if array.ndim == 0 else array
 
 

@@ -67,8 +67,10 @@ def _touched(steps: Iterable[Step]) -> set[int]:
     """The places that the steps name."""
     named: set[int] = set()
     for step in steps:
-        for message in (*step.sends, *step.receives):
-            named.update(message.chunks)
+        for send in step.sends:
+            named.update(send.chunks)
+        for receive in step.receives:
+            named.update(receive.chunks)
         for fold in step.folds:
             named.update((fold.into, *fold.chunks))
     return named

@@ -185,6 +185,7 @@ class Movement(Group):
         check_rank("root", root, self.size)
         self._settle()
         form: list[Any] | None = None
+        place: Any = None
         if self.rank == root:
             if type(array) is not np.ndarray and on_gpu(array):
                 array, place = device.as_rows(array), ON_GPU

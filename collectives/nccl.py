@@ -3,8 +3,8 @@
     rank 0  ── get_unique_id() ──►  all ranks, as a small object over the communicator
     every   ── NcclCommunicator(size, id, rank) ──  one per Communicator, made at the first collective on CuPy arrays
 
-NCCL wants one GPU per rank. What is moved travels as bytes, so every dtype is welcome; sums run in NCCL where it has the
-type and the operation (`reduction`), else by our own schedules over its messages (`device_schedules.py`).
+NCCL wants one GPU per rank. What is moved travels as bytes, so every dtype is welcome; sums run in NCCL where it has
+the type and the operation (`reduction`), else by our own schedules over its messages (`device_schedules.py`).
 Invariant: everything is enqueued on the current CuPy stream, nothing waits on the host.
 
 https://docs.nvidia.com/deeplearning/nccl/user-guide, https://docs.cupy.dev/en/stable/reference/generated/cupy.cuda.nccl
@@ -83,8 +83,8 @@ def reduction(dtype: np.dtype[Any], op: str) -> Reduction | None:
     if dtype.kind == "b":  # bytes of 0 and 1: or is max, and is min
         return Reduction(nccl.NCCL_UINT8, ops["max" if op in ("sum", "max") else "min"])
     if dtype.kind == "c":
-        real = {8: nccl.NCCL_FLOAT32, 16: nccl.NCCL_FLOAT64}
-        return Reduction(real[dtype.itemsize], ops[op], 2) if op == "sum" else None
+        real = nccl.NCCL_FLOAT32 if dtype.itemsize == 8 else nccl.NCCL_FLOAT64
+        return Reduction(real, ops[op], 2) if op == "sum" else None
     if dtype.kind in "iu":
         whole = {
             "i1": nccl.NCCL_INT8,
@@ -100,8 +100,8 @@ def reduction(dtype: np.dtype[Any], op: str) -> Reduction | None:
     elif dtype.name == "bfloat16":
         datatype = getattr(nccl, "NCCL_BFLOAT16", _BFLOAT16) if version() >= _BFLOAT16_SINCE else None
     else:
-        real = {"float16": nccl.NCCL_FLOAT16, "float32": nccl.NCCL_FLOAT32, "float64": nccl.NCCL_FLOAT64}
-        datatype = real.get(dtype.name)
+        floats = {"float16": nccl.NCCL_FLOAT16, "float32": nccl.NCCL_FLOAT32, "float64": nccl.NCCL_FLOAT64}
+        datatype = floats.get(dtype.name)
     return None if datatype is None else Reduction(datatype, ops[op])
 
 

@@ -6,10 +6,11 @@
 Streams are lazy where it matters: what is given to a stream other than the null stream runs when somebody waits for it
 (an event, `synchronize`, a copy to the host), so a missing wait shows as missing data. Refused with an error, where the
 real thing would hang, crash or deliver rubbish: pointers outside of an allocation or on another GPU, counts, types and
-roots that differ, buffers that overlap otherwise than NCCL allows, messages that nobody receives, unknown streams, arrays
-where NumPy arrays are expected, numbers that are no ints.
+roots that differ, buffers that overlap otherwise than NCCL allows, messages that nobody receives, unknown streams,
+arrays where NumPy arrays are expected, numbers that are no ints.
 """
 
+import bisect
 import queue
 import sys
 import threading
@@ -18,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -29,11 +30,12 @@ TYPES = dict(enumerate(["i1", "u1", "i4", "u4", "i8", "u8", "f2", "f4", "f8"]))
 DTYPES = {code: np.dtype(word) for code, word in TYPES.items()} | {9: np.dtype(ml_dtypes.bfloat16)}
 OPS = [np.add, np.multiply, np.maximum, np.minimum]
 _local = threading.local()
-_allocations: "weakref.WeakSet[_Allocation]" = weakref.WeakSet()
-_lock = threading.Lock()
+_starts: list[int] = []  # of all living allocations, ascending
+_allocations: "weakref.WeakValueDictionary[int, _Allocation]" = weakref.WeakValueDictionary()  # start -> itself
+_lock = threading.RLock()  # an allocation may die anywhere
 
 
-def use(gpu: int, device_name: str = "") -> None:
+def use(gpu: int) -> None:
     """The calling thread is a rank whose current GPU is this one."""
     _local.gpu, _local.stream, _local.group = gpu, Stream.null, None
 
@@ -43,7 +45,14 @@ class _Allocation:
         self.octets, self.gpu = octets, _local.gpu
         self.start = octets.__array_interface__["data"][0]
         with _lock:
-            _allocations.add(self)
+            bisect.insort(_starts, self.start)
+            _allocations[self.start] = self
+            weakref.finalize(self, _forget, self.start).atexit = False
+
+
+def _forget(start: int) -> None:
+    with _lock:
+        del _starts[bisect.bisect_left(_starts, start)]
 
 
 class _Pointer:
@@ -51,7 +60,7 @@ class _Pointer:
         self.ptr = ptr
 
 
-class ndarray:  # noqa: N801 - CuPy's name
+class ndarray:
     def __init__(self, values: Any, home: _Allocation) -> None:
         self._values, self._home = values, home
 
@@ -158,7 +167,7 @@ def _ufunc(function: Any) -> Callable[..., ndarray]:
 
 class Stream:
     null: "Stream"
-    known: "dict[int, Stream]" = {}
+    known: ClassVar[dict[int, "Stream"]] = {}
 
     def __init__(self, non_blocking: bool = False, lazy: bool = True) -> None:
         self._work: list[Callable[[], None]] = []
@@ -267,13 +276,13 @@ def get_unique_id() -> tuple[int, ...]:
     return name
 
 
-def groupStart() -> None:  # noqa: N802 - CuPy's name
+def groupStart() -> None:
     if _local.group is not None:
         raise NcclError("groups are not nested here")
     _local.group = []
 
 
-def groupEnd() -> None:  # noqa: N802
+def groupEnd() -> None:
     group, _local.group = _local.group, None
     if group is None:
         raise NcclError("groupEnd without groupStart")
@@ -287,7 +296,7 @@ def groupEnd() -> None:  # noqa: N802
 
 
 class NcclCommunicator:
-    def __init__(self, ndev: int, commId: tuple[int, ...], rank: int) -> None:  # noqa: N803
+    def __init__(self, ndev: int, commId: tuple[int, ...], rank: int) -> None:
         assert type(ndev) is int and type(rank) is int and type(commId) is tuple and len(commId) == 128
         if commId not in _rooms:
             raise NcclError("no such unique id")
@@ -308,18 +317,14 @@ class NcclCommunicator:
 
     # Collectives: (name, what must be equal on all ranks), my memory, what to do with the memory of all
 
-    def allReduce(  # noqa: N802
-        self, sendbuf: int, recvbuf: int, count: int, datatype: int, op: int, stream: int
-    ) -> None:
+    def allReduce(self, sendbuf: int, recvbuf: int, count: int, datatype: int, op: int, stream: int) -> None:
         self._check(sendbuf, recvbuf, count, datatype, op, stream)
         source, target = self._memory(sendbuf, count, datatype), self._memory(recvbuf, count, datatype)
         _disjoint_or(source, target, sendbuf == recvbuf)
         total = lambda all_: _sum(op, all_)  # noqa: E731
         self._give(stream, ("allReduce", count, datatype, op), source, target, total)
 
-    def reduce(
-        self, sendbuf: int, recvbuf: int, count: int, datatype: int, op: int, root: int, stream: int
-    ) -> None:
+    def reduce(self, sendbuf: int, recvbuf: int, count: int, datatype: int, op: int, root: int, stream: int) -> None:
         self._check(sendbuf, recvbuf, count, datatype, op, root, stream)
         source = self._memory(sendbuf, count, datatype)
         target = self._memory(recvbuf, count, datatype) if self._rank == root else None
@@ -328,9 +333,7 @@ class NcclCommunicator:
         total = lambda all_: _sum(op, all_)  # noqa: E731
         self._give(stream, ("reduce", count, datatype, op, root), source, target, total)
 
-    def reduceScatter(  # noqa: N802
-        self, sendbuf: int, recvbuf: int, recvcount: int, datatype: int, op: int, stream: int
-    ) -> None:
+    def reduceScatter(self, sendbuf: int, recvbuf: int, recvcount: int, datatype: int, op: int, stream: int) -> None:
         self._check(sendbuf, recvbuf, recvcount, datatype, op, stream)
         source = self._memory(sendbuf, recvcount * self._room.size, datatype)
         target = self._memory(recvbuf, recvcount, datatype)
@@ -345,7 +348,7 @@ class NcclCommunicator:
         target = self._memory(recvbuff, count, datatype)
         self._give(stream, ("broadcast", count, datatype, root), source, target, lambda all_: all_[root])
 
-    def allGather(self, sendbuf: int, recvbuf: int, count: int, datatype: int, stream: int) -> None:  # noqa: N802
+    def allGather(self, sendbuf: int, recvbuf: int, count: int, datatype: int, stream: int) -> None:
         self._check(sendbuf, recvbuf, count, datatype, stream)
         source = self._memory(sendbuf, count, datatype)
         target = self._memory(recvbuf, count * self._room.size, datatype)
@@ -419,12 +422,12 @@ class NcclCommunicator:
         dtype = DTYPES[datatype]
         nbytes = count * dtype.itemsize
         with _lock:
-            homes = list(_allocations)
-        for home in homes:
-            if home.start <= at and at + nbytes <= home.start + len(home.octets):
-                if home.gpu != self._gpu:
-                    raise NcclError(f"memory of GPU {home.gpu}, the communicator is on {self._gpu}")
-                return home.octets[at - home.start : at - home.start + nbytes].view(dtype)
+            position = bisect.bisect_right(_starts, at) - 1
+            home = _allocations.get(_starts[position]) if position >= 0 else None
+        if home is not None and at + nbytes <= home.start + len(home.octets):
+            if home.gpu != self._gpu:
+                raise NcclError(f"memory of GPU {home.gpu}, the communicator is on {self._gpu}")
+            return home.octets[at - home.start : at - home.start + nbytes].view(dtype)
         raise NcclError(f"{nbytes} bytes at {at}: outside of every allocation")
 
 
