@@ -24,17 +24,18 @@ if TYPE_CHECKING:
 __all__ = ["Array", "Communicator", "Work", "run_threads", "single", "wait_all", "world"]
 
 
-def world() -> Communicator:
+def world(tuned: bool = True) -> Communicator:
     """The communicator of all ranks that mpirun started. The first call initialises MPI.
 
-    What was measured on this machine (`tuning.py`) decides in it what `auto` is.
+    tuned: what was measured on this machine (`tuning.py`), if anything was, decides what `auto` is.
     """
     from dtrain import __version__
     from dtrain.collectives import mpi, tuning
     from dtrain.collectives.background import Background, wanted
     from dtrain.collectives.progress import Progress
 
-    transport, brought = mpi.world_transport(lambda: tuning.pack(tuning.find(mpi.library, __version__)))
+    found = (lambda: tuning.pack(tuning.find(mpi.library, __version__))) if tuned else bytes
+    transport, brought = mpi.world_transport(found)
     progress = Progress()
     if wanted(transport):
         progress.background = Background(progress)

@@ -55,7 +55,7 @@ def tune(
     for name in collectives:
         if name not in CHOOSABLE:
             raise UserError(f"--collectives {name}: not a collective with algorithms; allowed: {', '.join(CHOOSABLE)}")
-    comm = world()
+    comm = world(tuned=False)
     environment.check_world(comm.size)
     if comm.size == 1:
         raise UserError("bench tune: one rank has nothing to choose; mpirun -n RANKS dtrain bench tune")
@@ -63,7 +63,6 @@ def tune(
     key = tuning.key(mpi.library(), __version__)
     path = tuning.path(key) if path is None else path
     told(f"# {comm.size} ranks, {key['mpi']}, {key['processor']}; times in us")
-    comm.tune(None)
     measured: list[Measured] = []
     for name, group in groups(comm, quick):
         told(f"# {name}")
