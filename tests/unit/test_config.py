@@ -169,7 +169,7 @@ def test_lines_of_keys():
         ("data.path=", ["data.path", "must name a file, a folder or a glob"]),
         ("parallel.dp=0", ["parallel.dp: 0", "-1 for what the other axes leave"]),
         ("parallel.tp=2", ["parallel.tp: 2", "allowed: 1"]),
-        ("parallel.compression={kind: topk}", ["parallel.compression.kind: 'topk'", "none, float16", "did you mean top_k?"]),
+        ("parallel.compression={kind: topk}", ["compression.kind: 'topk'", "none, float16", "mean top_k?"]),
         ("parallel.compression={kind: top_k, rank: 2}", ["parallel.compression.rank", "it is a key of power_sgd"]),
         ("parallel.compression={kind: top_k, fraction: 0}", ["parallel.compression.fraction: 0", "above 0, at most 1"]),
         ("parallel.compression={kind: int8, block: 0}", ["parallel.compression.block: 0", "1 or more"]),
