@@ -14,7 +14,7 @@ from msgspec.structs import replace
 DType: TypeAlias = Literal["float32", "float64", "bfloat16", "float16"]
 
 # The axes that a strategy of this version uses; all others have size 1.
-PARALLEL_AXES = ("dp",)
+PARALLEL_AXES = ("dp", "pp")
 
 
 def _require(holds: bool, message: str) -> None:
@@ -435,6 +435,25 @@ class ParallelConfig(_Section, frozen=True, kw_only=True):
         )
 
 
+class PipelineConfig(_Section, frozen=True, kw_only=True):
+    """How microbatches go through the stages; of use where parallel.pp is above 1."""
+
+    schedule: str = "1f1b"
+    """naive, gpipe, 1f1b, interleaved, zb_h1, zb_v; or FILE.csv, or FILE.py:FUNCTION. See `dtrain show pipeline`."""
+    microbatches: int | None = None
+    """Of a data rank's share of a batch, instead of train.micro_batch; null: as many as that makes."""
+    chunks: int | None = None
+    """Stages per rank; null: what the schedule is made for (interleaved: 2)."""
+    cut: list[int] | None = None
+    """Blocks per stage, by hand; null: such that the slowest stage is as fast as can be."""
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        for name in ("microbatches", "chunks"):
+            if getattr(self, name) is not None:
+                _at_least(1, "pipeline", **{name: getattr(self, name)})
+
+
 class CheckpointConfig(_Section, frozen=True, kw_only=True):
     """When the state is written, and from where it goes on."""
 
@@ -492,6 +511,7 @@ class Config(_Section, frozen=True, kw_only=True):
     schedule: ScheduleConfig = field(default_factory=ConstantConfig)
     train: TrainConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
@@ -533,16 +553,29 @@ def check(config: Config, num_ranks: int) -> Config:
             f"Allowed: {num_ranks // others}, or -1 for what the other axes leave; or start {dp * others} ranks"
         )
     train = config.train
+    if parallel.pp > 1 and config.pipeline.microbatches is not None:
+        portions = dp * config.pipeline.microbatches
+        if train.global_batch % portions:
+            nearest = _nearest_multiples(train.global_batch, portions)
+            raise ValueError(
+                f"train.global_batch: {train.global_batch}; must be a multiple of parallel.dp x pipeline.microbatches "
+                f"= {dp} x {config.pipeline.microbatches} = {portions}, nearest: {nearest}"
+            )
+        train = replace(train, micro_batch=train.global_batch // portions)
     portion = dp * train.micro_batch
     if train.global_batch % portion:
-        below, above = train.global_batch // portion * portion, -(-train.global_batch // portion) * portion
         fits = _divisors(train.global_batch // dp) if train.global_batch % dp == 0 else []
         raise ValueError(
             f"train.global_batch: {train.global_batch}; must be a multiple of parallel.dp x train.micro_batch = "
-            f"{dp} x {train.micro_batch} = {portion}, nearest: {_listed([size for size in (below, above) if size])}"
+            f"{dp} x {train.micro_batch} = {portion}, nearest: {_nearest_multiples(train.global_batch, portion)}"
             + (f"; or train.micro_batch: {_listed(fits)}" if fits else "")
         )
-    return replace(config, parallel=replace(parallel, dp=dp))
+    return replace(config, parallel=replace(parallel, dp=dp), train=train)
+
+
+def _nearest_multiples(number: int, unit: int) -> str:
+    below, above = number // unit * unit, -(-number // unit) * unit
+    return _listed([multiple for multiple in (below, above) if multiple])
 
 
 def _divisors(number: int) -> list[int]:

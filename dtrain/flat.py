@@ -220,7 +220,7 @@ class FlatBuffers:
         for group in self.groups:
             peers = comm or (single() if self.mesh is None else self.mesh[group.replicating_axes])
             for name, parameter in group.parameters.items():
-                drawer = group.slices[name].start * peers.size // group.size if name in self.fresh else 0
+                drawer = group.slices[name].start * peers.size // max(1, group.size) if name in self.fresh else 0
                 if drawer != peers.rank:
                     parameter.data[...] = 0
                 elif name in self.fresh:

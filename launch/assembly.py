@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dtrain import models
 from dtrain.collectives import Communicator
-from dtrain.config import Config, MLPConfig, ParallelConfig
+from dtrain.config import Config, MLPConfig
 from dtrain.data import Data, open_data
 from dtrain.errors import UserError
 from dtrain.launch.configuration import for_ranks
@@ -35,12 +35,18 @@ def assemble(config: Config, comm: Communicator) -> Trainer:
     _refuse_different_data(data, comm)
     model = models.outline(config.model, data, dtype=config.train.dtype)
     model.recompute = config.train.recompute
-    return Trainer(config, mesh, data, model, strategies(parallel))
+    return Trainer(config, mesh, data, model, strategies(config))
 
 
-def strategies(parallel: ParallelConfig) -> list[Strategy]:
+def strategies(config: Config) -> list[Strategy]:
     """The strategies of a mesh, in the order in which they are applied; one process has none: it is the reference."""
+    parallel, pipeline = config.parallel, config.pipeline
     chosen: list[Strategy] = []
+    if parallel.pp > 1:
+        from dtrain.strategies.pipeline import PipelineParallel
+
+        microbatches = config.train.global_batch // parallel.dp // config.train.micro_batch
+        chosen.append(PipelineParallel(pipeline.schedule, microbatches, pipeline.chunks, pipeline.cut))
     if parallel.dp > 1:
         chosen.append(DATA_PARALLEL[parallel.data_parallel](parallel))
     return chosen

@@ -1,0 +1,113 @@
+"""A model in stages: which blocks a rank keeps, and what one stage computes.
+
+    stage 0          enter, blocks 0 1            rank 0, and with two chunks rank 0 has stage p too
+    stage 1                 blocks 2 3
+    stage S-1               blocks …, leave, loss
+
+What a rank has nothing to do with becomes `Absent`. A parameter lies on the ranks whose stages use it: on several where
+it is tied (an embedding that is also the head), and then its gradient is summed over these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+from dtrain.arrays import Array
+from dtrain.errors import UserError
+from dtrain.layout import Only, Partial
+from dtrain.mesh import Mesh
+from dtrain.models import Model
+from dtrain.modules import Context, Module
+from dtrain.parameter import Parameter
+from dtrain.strategies.pipeline.cut import balanced, by_hand
+from dtrain.tensor import Tensor
+
+
+class Absent(Module):
+    """A part of the model that is on other ranks."""
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """It cannot be called here."""
+        raise RuntimeError(f"{self.name} is on another stage of the pipeline")
+
+
+class Stage:
+    """One of the stages of this rank; `first` and `last` have the ends of the model."""
+
+    def __init__(self, model: Model, number: int, stages: int, blocks: Sequence[Module]) -> None:
+        self.model, self.blocks = model, blocks
+        self.first, self.last = number == 0, number == stages - 1
+
+    def parameters(self) -> list[Parameter]:
+        """Those that this stage computes with, as far as they are found by its modules."""
+        ends = [*(self.model.entrance if self.first else ()), *(self.model.exit if self.last else ())]
+        modules = [*self.blocks, *(getattr(self.model, name) for name in ends)]
+        return [p for module in modules if isinstance(module, Module) for p in module.named_parameters().values()]
+
+    def forward(self, x: Tensor | None, batch: dict[str, Array], context: Context | None) -> Tensor:
+        """From what came of the stage before (None: the first) to what goes to the next; of the last stage the loss."""
+        if x is None:
+            x = self.model.enter(batch["inputs"], context)
+        x = self.model.through_blocks(x, context, self.blocks)
+        return self.model.loss_from(x, batch) if self.last else x
+
+
+def split(model: Model, mesh: Mesh, rank_of: Sequence[int], sizes: Sequence[int] | None) -> dict[int, Stage]:
+    """Cut the model into len(rank_of) stages, of which stage s goes to rank_of[s] of mesh["pp"]; those of this rank.
+
+    sizes: blocks per stage, by hand; None: balanced by the number of parameters that each block multiplies with.
+    """
+    stages, rank = len(rank_of), mesh.coordinates["pp"]
+    if sizes is None:
+        if stages > len(model.blocks):
+            raise UserError(f"parallel.pp: {stages} stages need as many blocks; the model has {len(model.blocks)}")
+        sizes = balanced(costs(model), stages)
+    sizes = by_hand(sizes, len(model.blocks), stages)
+    ends = list(accumulate(sizes))
+    place = [stage for stage, size in enumerate(sizes) for _ in range(size)]  # the stage of each block
+
+    homes: dict[Parameter, set[int]] = {}
+    for name, part in list(model.parts()):
+        attribute, _, index = name.partition(".")
+        if attribute == "blocks":
+            ranks = {rank_of[place[int(index)]]}
+        elif attribute in model.entrance or attribute in model.exit:
+            ranks = {rank_of[0]} if attribute in model.entrance else set()
+            ranks |= {rank_of[-1]} if attribute in model.exit else set()
+        else:
+            raise UserError(
+                f"parallel.pp: {type(model).__name__}.{name} is neither a block nor of its entrance or exit"
+            )
+        for parameter in part.named_parameters().values() if isinstance(part, Module) else [part]:
+            homes.setdefault(parameter, set()).update(ranks)
+        if rank not in ranks and isinstance(part, Module):
+            absent = Absent()
+            absent.name = part.name
+            if attribute == "blocks":
+                model.blocks[int(index)] = absent
+            else:
+                setattr(model, attribute, absent)
+    for parameter, ranks in homes.items():
+        if len(ranks) < mesh.size("pp"):
+            parameter.cut(mesh, parameter.layout.with_(pp=Only(tuple(sorted(ranks)))))
+        if len(ranks) > 1:
+            parameter.gradient_layout = parameter.gradient_layout.with_(pp=Partial())
+    return {
+        number: Stage(model, number, stages, model.blocks[end - size : end])
+        for number, (size, end) in enumerate(zip(sizes, ends, strict=True))
+        if rank_of[number] == rank
+    }
+
+
+def costs(model: Model) -> list[float]:
+    """What each block costs: the numbers it multiplies with, and for the first and the last those of the ends.
+
+    An embedding is a look-up and costs nothing; a head is a product with as many numbers as the vocabulary has rows.
+    """
+    blocks = [float(sum(p.size for p in block.named_parameters().values() if p.ndim > 1)) for block in model.blocks]
+    for name in model.exit:
+        part = getattr(model, name)
+        if isinstance(part, Module):
+            blocks[-1] += sum(p.size for p in part.named_parameters().values() if p.ndim > 1)
+    return blocks
