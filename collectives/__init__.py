@@ -32,13 +32,20 @@ def world(tuned: bool = True) -> Communicator:
     from dtrain import __version__
     from dtrain.collectives import mpi, tuning
     from dtrain.collectives.background import Background, wanted
+    from dtrain.collectives.desync import Letters
     from dtrain.collectives.progress import Progress
+    from dtrain.collectives.waiting import timeout_seconds
+    from dtrain.collectives.watchdog import Watchdog
 
     found = (lambda: tuning.pack(tuning.find(mpi.library, __version__))) if tuned else bytes
     transport, brought = mpi.world_transport(found)
     progress = Progress()
     if wanted(transport):
         progress.background = Background(progress)
+    if transport.size > 1:
+        progress.letters = Letters(transport.post())
+        progress.watchdog = Watchdog(transport, progress.letters, timeout_seconds(), progress.groups)
+        progress.watchdog.start()
     comm = Communicator(transport, progress=progress)
     comm.tune(tuning.unpack(brought))
     return comm

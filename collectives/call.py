@@ -75,12 +75,20 @@ class Call:
         that do different things are told here instead of hanging there. alike: all arrays have one length and dtype.
         """
         if self.node is not None:
-            number = self.node.note(name, algorithm, self.op, self.source if alike else None)
+            number = self.node.note(name, algorithm, self.op, self.source if alike else None, self._extra(name))
             self.node.await_arrived(number)
         return self.transport
 
     def noted(self, name: str, alike: bool = True) -> "Transport":
         """The transport, after telling the peers that something is started there."""
         if self.node is not None:
-            self.node.note(name, "native", self.op, self.source if alike else None)
+            self.node.note(name, "native", self.op, self.source if alike else None, self._extra(name))
         return self.transport
+
+    def _extra(self, name: str) -> int:
+        """What else must be equal on all ranks: the root, the counts."""
+        if name in ("broadcast", "reduce"):
+            return self.root
+        if name == "all_to_all" and not self.alike:
+            return 0
+        return hash((self.root, *self.counts))

@@ -133,6 +133,7 @@ class Communicator(Plans):
             return Work(staged.start_barrier(self.node), lambda: NOTHING)
         if self.size == 1:
             return Work(None, lambda: NOTHING)
+        self._check("barrier", "native")
         self.counters.add("barrier", "native", 0, BARRIER)
         return self._watch(self.transport.start_barrier(), lambda: NOTHING)
 
@@ -208,7 +209,11 @@ class Communicator(Plans):
             return self._defer(blocking, result)
         chosen, row = found
         assert row.start is not None
+        if call.node is None:
+            self._check(name, chosen, call)
         request = row.start(call)
+        if call.node is not None and not isinstance(request, WindowWork):
+            request = call.node.compared(request)
         nbytes = max(call.source.nbytes, call.target.nbytes)
         if name in ("reduce", "gather") and isinstance(request, WindowWork):  # who moved what is known in the end
             node, number = call.stage, request.number

@@ -15,8 +15,10 @@ communicator, its parent and those split from it do is counted under that name. 
 four additions per call; the purpose costs something only where it changes.
 """
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from time import monotonic
 from typing import NamedTuple
 from weakref import WeakSet
 
@@ -45,6 +47,7 @@ class Key(NamedTuple):
     purpose: str
 
 
+RECENT = 128
 WORDS = ("calls", "steps", "sent", "received")
 Totals = dict[Key, tuple[int, ...]]  # in the order of WORDS
 _Sums = dict[tuple[str, str], list[int]]
@@ -70,6 +73,8 @@ class Counters:
         self._by_purpose: dict[str, _Sums] = {}
         self._sums: _Sums = {}
         self.last: tuple[str, str, int] | None = None
+        self.recent: deque[tuple[float, tuple[str, str, int]]] = deque(maxlen=RECENT)
+        """When and what, for the report of a job that hangs."""
         self._family = _Family()
         self.follow(self)
 
@@ -97,7 +102,8 @@ class Counters:
 
     def add(self, collective: str, algorithm: str, nbytes: int, volume: Volume) -> None:
         """Count one call."""
-        self.last = (collective, algorithm, nbytes)
+        self.last = last = (collective, algorithm, nbytes)
+        self.recent.append((monotonic(), last))
         sums = self._sums.get((collective, algorithm))
         if sums is None:
             sums = self._sums[collective, algorithm] = [0, 0, 0, 0]

@@ -13,6 +13,7 @@ from dtrain.collectives.background import Background
 from dtrain.collectives.call import Call
 from dtrain.collectives.conveyor import Conveyor
 from dtrain.collectives.counters import Counters, Last, Volume
+from dtrain.collectives.desync import Desync
 from dtrain.collectives.device import on_gpu
 from dtrain.collectives.device_works import Device
 from dtrain.collectives.dtypes import Array
@@ -57,6 +58,10 @@ class Group:
         self._has_levels = has_levels(transport)
         self._levels: Levels | None = None
         self._progress = progress or Progress()
+        self._progress.groups.add(self)
+        self._path = "world"  # the same on all ranks of this communicator, and of no other
+        self._splits = 0
+        self._desync: Desync | None = None
         self._deferred: deque[Deferred] = deque()
         self._gpu: Device | None = None
         self._channel: Channel | None = None
@@ -107,12 +112,15 @@ class Group:
         if color is not None and color < 0:
             raise ValueError(f"color={color}: allowed: None or a number from 0")
         self._meet()
+        self._check("split", "native")
+        self._splits += 1
         part = self.transport.split(color, self.rank if key is None else key)
         if part is None:
             return None
         child = type(self)(part, self._timeout, self._progress)
         child.name = f"{self.name}/{color}" if name is None else name
         child.counters.follow(self.counters)
+        child._path = f"{self._path}/{self._splits}.{color}"
         child.tune(None if self.tuning is None else self.tuning.table)
         return child
 
@@ -190,6 +198,7 @@ class Group:
             staged.barrier(self.node)
             self.counters.add("barrier", "staged", 0, BARRIER)
         elif self.size > 1:
+            self._check("barrier", "native")
             self._drain()
             self.transport.barrier()
             self.counters.add("barrier", "native", 0, BARRIER)
@@ -205,10 +214,21 @@ class Group:
         self._bring_levels(call)
         measured = () if self.tuning is None or algorithm != "auto" else self.tuning.order(name, call)
         chosen, row = algorithms.choose(table, algorithm, call, measured)
-        if call.node is None and chosen != "hierarchical":
-            self._drain()
+        if call.node is None and self.size > 1:
+            self._check(name, chosen, call)
+            if chosen != "hierarchical":
+                self._drain()
         row.run(call)
         self.counters.add(name, chosen, max(call.source.nbytes, call.target.nbytes), row.volume(call))
+
+    def _check(self, name: str, algorithm: str, call: Call | None = None) -> None:
+        """Do all ranks come to the same? On one node their records say so (`node.py`), over several they ask."""
+        if self._desync is None:
+            letters = self._progress.letters
+            if self._node is not None or letters is None or self.size == 1:
+                return
+            self._desync = Desync(self.transport, letters, self._progress, self._path, self._timeout)
+        self._desync.check(name, algorithm, call)
 
     def _bring_levels(self, call: Call) -> None:
         call.channel = self._messages

@@ -76,16 +76,41 @@ class SharedSegment:
         self._window.Free()
 
 
+class Post:
+    """Letters on a communicator of their own."""
+
+    def __init__(self, comm: MPI.Intracomm) -> None:
+        self.heard = MPI.Query_thread() == MPI.THREAD_MULTIPLE
+        self._comm = comm.Dup()
+        self._under_way: list[tuple[MPI.Request, bytes]] = []
+
+    def send(self, rank: int, text: bytes) -> None:
+        self._under_way = [(request, kept) for request, kept in self._under_way if not request.Test()]
+        self._under_way.append((self._comm.Isend(text, rank, 0), text))
+
+    def receive(self) -> list[tuple[int, bytes]]:
+        came = []
+        status = MPI.Status()
+        while self._comm.Iprobe(MPI.ANY_SOURCE, 0, status):
+            text = bytearray(status.Get_count(MPI.BYTE))
+            self._comm.Recv(text, status.Get_source(), 0)
+            came.append((status.Get_source(), bytes(text)))
+        return came
+
+
 class Transport(Moves):
     """The collectives of the MPI library on one of its communicators."""
 
     name = "mpi"
     shares = True
 
-    def __init__(self, comm: MPI.Intracomm, nodes: list[int], names: dict[int, str], crowded: bool) -> None:
+    def __init__(
+        self, comm: MPI.Intracomm, nodes: list[int], names: dict[int, str], crowded: bool, world_ranks: list[int]
+    ) -> None:
         self.rank = comm.rank
         self.size = comm.size
         self.nodes = nodes
+        self.world_ranks = world_ranks
         self.hosts = [names[node] for node in nodes]
         self._comm = comm
         self.crowded = crowded
@@ -191,9 +216,13 @@ class Transport(Moves):
         comm = self._comm.Split(MPI.UNDEFINED if color is None else color, key)
         if comm == MPI.COMM_NULL:
             return None
-        nodes = np.empty(comm.size, np.int64)
-        comm.Allgather(np.array([self.nodes[self.rank]], np.int64), nodes)
-        return Transport(cast(MPI.Intracomm, comm), nodes.tolist(), self._names, self.crowded)
+        rows = np.empty((comm.size, 2), np.int64)
+        comm.Allgather(np.array([self.nodes[self.rank], self.world_ranks[self.rank]], np.int64), rows)
+        nodes, ranks = rows.T.tolist()
+        return Transport(cast(MPI.Intracomm, comm), nodes, self._names, self.crowded, ranks)
+
+    def post(self) -> Post:
+        return Post(self._comm)
 
     def share(self, nbytes: int) -> SharedSegment:
         return SharedSegment(self._comm, nbytes)
@@ -253,7 +282,7 @@ def world_transport(bring: Callable[[], bytes] = bytes) -> tuple[Transport, byte
         comm.Bcast(content, 0)
         brought = content.tobytes()
     # A duplicate, so that messages of other libraries on COMM_WORLD never meet ours.
-    return Transport(comm.Dup(), nodes, names, crowded), brought
+    return Transport(comm.Dup(), nodes, names, crowded, list(range(comm.size))), brought
 
 
 # The end of a failed job: these need no communicator, and harm none, because only they use COMM_WORLD itself.

@@ -5,6 +5,7 @@ Each rank writes only its own part of the control segment, and everybody reads a
     word 0       ARRIVED   number of the last collective to which this rank has brought its data
     word 16      REDUCED   number of the last collective whose part this rank has computed and written
     word 32 ..   records   a ring: what collective number n is (name, operation, dtype, count, place)
+    then         texts     a ring: who called it, of the first collectives, or of all with DTRAIN_DEBUG=1
     then         staging   two halves, for arrays that do not lie in the arena
 
 Collectives of a communicator are numbered 1, 2, 3, ... in program order, the same on all ranks. Invariants:
@@ -26,14 +27,23 @@ from dtrain.collectives import records
 from dtrain.collectives.arena import Arena, Place
 from dtrain.collectives.dtypes import Array
 from dtrain.collectives.progress import Progress
-from dtrain.collectives.records import ASIDE, NO_PLACE, RECORD_WORDS, RING, SIGNATURE, Record
+from dtrain.collectives.records import ASIDE, NO_PLACE, RECORD_WORDS, RING, SIGNATURE, TEXT_BYTES, Record
 from dtrain.collectives.transport import Segment, Transport
-from dtrain.collectives.waiting import ORDERED_STORES, CollectiveMismatch, CollectiveTimeout, Patience
+from dtrain.collectives.waiting import (
+    CHECKED,
+    ORDERED_STORES,
+    CollectiveMismatch,
+    CollectiveTimeout,
+    Patience,
+    debugging,
+)
+from dtrain.collectives.work import Request
 
 ARRIVED, REDUCED, RECORDS = 0, 16, 32
 IN_FLIGHT = 64  # works started and not finished; far below RING, so that no record is overwritten that a peer may read
 STAGE_BYTES = 256 * 1024
-STAGE_OFFSET = -(-8 * (RECORDS + RING * RECORD_WORDS) // 4096) * 4096 + 2048  # as `arena.SKEW`: no slow copies
+TEXTS = 8 * (RECORDS + RING * RECORD_WORDS)
+STAGE_OFFSET = -(-(TEXTS + RING * TEXT_BYTES) // 4096) * 4096 + 2048  # as `arena.SKEW`: no slow copies
 
 # Some of the other ranks, with their words.
 Peers = list[tuple[int, memoryview]]
@@ -47,6 +57,29 @@ class Pending(Protocol):
 
     def compute(self) -> None:
         """Compute this rank's part; the sources have arrived."""
+
+
+class Compared:
+    """What was started elsewhere, of the first collectives."""
+
+    def __init__(self, node: "Node", number: int, request: Request) -> None:
+        self._node = node
+        self._number = number
+        self._request = request
+
+    def test(self) -> bool:
+        """Has it finished? Never waits."""
+        if not self._node.closed:
+            if not self._node.have_arrived(self._number):
+                return False
+            self._node.await_arrived(self._number)
+        return self._request.test()
+
+    def wait(self) -> None:
+        """Return when it has finished."""
+        if not self._node.closed:
+            self._node.await_arrived(self._number)
+        self._request.wait()
 
 
 class Node:
@@ -71,6 +104,9 @@ class Node:
         self._used = [-1, -1]  # the collective in which each half was used last
         self._number = 0
         self._pending: deque[Pending] = deque()
+        self._world = transport.world_ranks
+        self.traced = 1 << 62 if debugging() else CHECKED  # up to here, who called is written beside the record
+        self._alike = 0  # up to here, the records of all ranks were compared
         self._enqueued = 0  # the last work
         self.closed = False
         self._computing = threading.RLock()  # held by the thread that takes works from `_pending`
@@ -140,6 +176,8 @@ class Node:
         self._number = number = self._number + 1
         offset = 8 * RECORDS + 8 * RECORD_WORDS * (number % RING)
         records.pack(self._octets, offset, number, *record, aside[0] << 48 | aside[1])
+        if number <= self.traced:
+            records.write_text(self._octets, TEXTS, number)
         return number
 
     def arrive(self, number: int) -> None:
@@ -159,6 +197,8 @@ class Node:
                 raise self._mismatch(rank, number)
         if self._fence is not None:
             self._fence()
+        if self._alike < self.traced:
+            self._compare()
 
     def only(self, rank: int) -> Peers:
         """One rank, as peers; nobody if it is this rank itself."""
@@ -217,6 +257,10 @@ class Node:
     def _meet(self) -> None:
         """Return when all ranks have come here: before what the MPI library does alone."""
         self.await_arrived(self.note("barrier", "none"))
+
+    def compared(self, request: Request) -> Request:
+        """A request of the MPI library: before anybody waits there, all have come and have brought the same."""
+        return Compared(self, self._number, request) if self._number <= self.traced else request
 
     # Works not yet finished, in order
 
@@ -285,26 +329,45 @@ class Node:
 
     def _wait(self, rank: int, words: memoryview, index: int, goal: int) -> None:
         check = self._together.poll if self._together.busy() else None
+        if self._alike < self.traced:
+            check = self._compare_and_poll
         self._patience.wait(words, index, goal, check, lambda waited: self._late(index, goal, waited), self._fence)
+
+    def _compare(self) -> None:
+        """The first collectives to which everybody has come: where not all wait for all, others may differ."""
+        last = min(self._number, self.traced, *(words[ARRIVED] for _, words in self.peers))
+        while self._alike < last:
+            number = self._alike + 1
+            slot = RECORDS + RECORD_WORDS * (number % RING)
+            for rank, words in self.peers:
+                alike = words[slot + SIGNATURE] == self._mine[slot + SIGNATURE]
+                if not alike and words[slot] == self._mine[slot] == number:
+                    raise self._mismatch(rank, number)
+            self._alike = number
+
+    def _compare_and_poll(self) -> None:
+        self._compare()
+        self._together.poll()
 
     def _late(self, index: int, goal: int, waited: float) -> CollectiveTimeout:
         late = [(rank, words) for rank, words in self.peers if words[index] < goal]
         lines = [
             f"rank {self.rank} of {self.size} waited {waited:.0f} s for "
-            f"{', '.join(f'rank {rank}' for rank, _ in late)} in {self._describe(self._mine, goal)}"
+            f"{', '.join(f'rank {rank}' for rank, _ in late)} in {self._describe(self.rank, goal)}"
         ]
         for rank, words in late:
             last = words[ARRIVED]
-            what = self._describe(words, last) if last else "no collective of this communicator"
+            what = self._describe(rank, last) if last else "no collective of this communicator"
             lines.append(f"rank {rank} last came to {what}")
-        lines.append("the time limit is DTRAIN_TIMEOUT seconds (0: none)")
-        return CollectiveTimeout("\n".join(lines))
+        told = self._together.tell([self._world[rank] for rank, _ in late])
+        return CollectiveTimeout("\n".join([*lines, *told]))
 
     def _mismatch(self, rank: int, number: int) -> CollectiveMismatch:
         return CollectiveMismatch(
-            f"the ranks do not do the same: rank {self.rank} came to {self._describe(self._mine, number)}, "
-            f"rank {rank} to {self._describe(self._words[rank], number)}"
+            f"the ranks do not do the same: rank {self.rank} came to {self._describe(self.rank, number)}, "
+            f"rank {rank} to {self._describe(rank, number)}"
         )
 
-    def _describe(self, words: memoryview, number: int) -> str:
-        return records.describe(words, RECORDS + RECORD_WORDS * (number % RING), number)
+    def _describe(self, rank: int, number: int) -> str:
+        what = records.describe(self._words[rank], RECORDS + RECORD_WORDS * (number % RING), number)
+        return what + records.read_text(self._segment.parts[rank], TEXTS, number) * (number <= self.traced)

@@ -15,11 +15,15 @@ from __future__ import annotations
 
 import threading
 from typing import TYPE_CHECKING, Protocol
+from weakref import WeakSet
 
-from dtrain.collectives.waiting import hand_over
+from dtrain.collectives.waiting import LIMIT, hand_over
 
 if TYPE_CHECKING:
     from dtrain.collectives.background import Background
+    from dtrain.collectives.desync import Letters
+    from dtrain.collectives.group import Group
+    from dtrain.collectives.watchdog import Watchdog
     from dtrain.collectives.work import Request
 
 
@@ -39,6 +43,9 @@ class Progress:
     def __init__(self) -> None:
         self.queues: list[Queue] = []
         self.background: Background | None = None
+        self.groups: WeakSet[Group] = WeakSet()
+        self.letters: Letters | None = None
+        self.watchdog: Watchdog | None = None
         self.failure: BaseException | None = None  # of the thread, raised where this rank waits
         self._requests: list[Request] = []
         self._lock = threading.Lock()
@@ -72,6 +79,10 @@ class Progress:
         """Raise what went wrong in the thread."""
         if self.failure is not None and (self.background is None or not self.background.is_me()):
             raise self.failure
+
+    def tell(self, ranks: list[int]) -> list[str]:
+        """What these ranks of the world are doing, for the report of who waits for them too long."""
+        return [LIMIT] if self.watchdog is None else self.watchdog.tell(ranks)
 
     def test(self, request: Request) -> bool:
         """Has the request finished? Never waits."""

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from dtrain.collectives import callers
 from dtrain.collectives.arena import Place
 
-RING, RECORD_WORDS = 256, 8
+RING, RECORD_WORDS, TEXT_BYTES = 256, 8, 192
 OPS = ("", "sum", "prod", "max", "min")
 NO_PLACE: Place = (-1, 0)
 SIGNATURE, ASIDE = 1, 7
@@ -87,6 +88,21 @@ def _word(number: int) -> str:
                 for word in (name, *rows, "barrier", "none", "all_reduce_shared"):
                     _sum(word)
     return _spelling.get(number, "of another name")
+
+
+def write_text(octets: memoryview, start: int, number: int) -> None:
+    """Who called collective `number`: the line of the user's program, and the call."""
+    caller = callers.here()
+    name = caller.frame.f_code.co_name if caller.frame is not None else "?"
+    text = f" at {caller.line}, {name}({caller.arguments})".encode(errors="replace")[:TEXT_BYTES]
+    begin = start + TEXT_BYTES * (number % RING)
+    octets[begin : begin + TEXT_BYTES] = text.ljust(TEXT_BYTES, b"\0")
+
+
+def read_text(octets: memoryview, start: int, number: int) -> str:
+    """What `write_text` wrote."""
+    begin = start + TEXT_BYTES * (number % RING)
+    return bytes(octets[begin : begin + TEXT_BYTES]).rstrip(b"\0").decode(errors="replace")
 
 
 def _dtype_code(dtype: np.dtype[Any]) -> int:

@@ -19,7 +19,9 @@ from typing import Any, NoReturn
 import numpy as np
 
 from dtrain.collectives.communicator import Communicator
+from dtrain.collectives.desync import Letters
 from dtrain.collectives.dtypes import OPERATIONS, Array, reduce_rows, starts
+from dtrain.collectives.progress import Progress
 from dtrain.collectives.work import Finished, Request
 
 
@@ -39,6 +41,8 @@ class _Room:
         self.lock = threading.Lock()
         self.rooms: list[_Room] = []
         self.broken = False
+        self.letters: list[queue.SimpleQueue[tuple[int, bytes]]] = [queue.SimpleQueue() for _ in range(size)]
+        self.world_ranks = list(range(size))
         if parent is not None:
             parent.rooms.append(self)
 
@@ -70,6 +74,25 @@ class _Later:
         self._receive(True)
 
 
+class _Post:
+    """Letters between the threads of a room."""
+
+    heard = False  # the threads have no watchdog: `run_threads` has a limit of its own
+
+    def __init__(self, room: _Room, rank: int) -> None:
+        self._room = room
+        self._rank = rank
+
+    def send(self, rank: int, text: bytes) -> None:
+        self._room.letters[rank].put((self._rank, text))
+
+    def receive(self) -> list[tuple[int, bytes]]:
+        if self._room.broken:
+            raise RankLost("another rank failed")
+        letters = self._room.letters[self._rank]
+        return [letters.get_nowait() for _ in range(letters.qsize())]
+
+
 class Transport:
     """The primitive operations between the threads of a room."""
 
@@ -84,6 +107,7 @@ class Transport:
         self.size = room.size
         self.hosts = [socket.gethostname()] * room.size
         self.nodes = [0] * room.size
+        self.world_ranks = room.world_ranks
 
     def share_values(self, value: Any, use: Callable[[list[Any]], Any]) -> Any:
         """`use` of the values of all ranks; nobody changes its value before all have used it."""
@@ -211,11 +235,16 @@ class Transport:
         group = self.share_values((color, key, self.rank), members)
         leader = color is not None and group[0] == self.rank
         mine = _Room(len(group), self._room.deadline, self._room) if leader else None
+        if mine is not None:
+            mine.world_ranks = [self.world_ranks[rank] for rank in group]
         rooms = self.share_values(mine, list)
         return None if color is None else Transport(rooms[group[0]], group.index(self.rank))
 
     def share(self, nbytes: int) -> NoReturn:
         raise AssertionError("threads have no segments")
+
+    def post(self) -> _Post:
+        return _Post(self._room, self.rank)
 
     def close(self) -> None:
         """The room goes with its last rank."""
@@ -265,7 +294,9 @@ def run_threads(size: int, function: Callable[..., Any], *args: Any, timeout: fl
 
     def run(rank: int) -> None:
         try:
-            results[rank] = function(Communicator(Transport(room, rank)), *args)
+            transport, progress = Transport(room, rank), Progress()
+            progress.letters = Letters(transport.post())
+            results[rank] = function(Communicator(transport, progress=progress), *args)
         except BaseException as failure:
             failures.append((rank, failure))
             room.shatter()

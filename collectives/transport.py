@@ -25,11 +25,24 @@ class Segment(Protocol):
         """Collective: unmap."""
 
 
+class Post(Protocol):
+    """Short texts between any two ranks of the world, apart from all collectives; for checks and reports."""
+
+    heard: bool  # whether a rank can read its letters while its main thread is elsewhere
+
+    def send(self, rank: int, text: bytes) -> None:
+        """To a rank of the world; never waits."""
+
+    def receive(self) -> list[tuple[int, bytes]]:
+        """What has come, with its senders; never waits."""
+
+
 class Transport(Protocol):
     """The primitive operations between `size` ranks."""
 
     rank: int
     size: int
+    world_ranks: list[int]  # of each rank: its number in the world
     hosts: list[str]  # of each rank
     nodes: list[int]  # of each rank: equal numbers share memory
     name: str
@@ -73,6 +86,9 @@ class Transport(Protocol):
     def share(self, nbytes: int) -> Segment:
         """Collective: a segment with `nbytes` per rank; only where `shares`, and only with all ranks on one node."""
 
+    def post(self) -> Post:
+        """Collective, on the world's transport, once."""
+
     def close(self) -> None: ...
     def abort(self, code: int) -> NoReturn: ...
 
@@ -90,6 +106,7 @@ class Alone:
     def __init__(self) -> None:
         self.hosts = [socket.gethostname()]
         self.nodes = [0]
+        self.world_ranks = [0]
 
     def split(self, color: int | None, key: int) -> "Alone | None":
         """Itself again."""

@@ -19,6 +19,8 @@ SPINS = 400
 YIELD_SECONDS = 1e-3
 NAPS = (50e-6, 200e-6)
 DEFAULT_TIMEOUT = 300.0
+CHECKED = 200  # collectives of each communicator that are always compared; with DTRAIN_DEBUG=1 all are
+LIMIT = "the time limit is DTRAIN_TIMEOUT seconds (0: none)"
 
 ORDERED_STORES = platform.machine().lower() in ("x86_64", "amd64", "i386", "i686")
 
@@ -45,6 +47,14 @@ def timeout_seconds(timeout: float | None = None) -> float:
     if not timeout >= 0:
         raise ValueError(f"timeout={timeout}: allowed: a number of seconds, 0 for no limit")
     return timeout or float("inf")
+
+
+def debugging() -> bool:
+    """Whether DTRAIN_DEBUG asks for checks that cost time."""
+    word = os.environ.get("DTRAIN_DEBUG", "")
+    if word not in ("", "0", "1"):
+        raise ValueError(f"DTRAIN_DEBUG={word!r}: allowed: 0, 1")
+    return word == "1"
 
 
 def cores() -> set[int]:

@@ -1,0 +1,81 @@
+"""Which collective a thread is in, and which line of the user's program called it: read from the stack.
+
+    train.py:57           total = comm.all_reduce(x, op="max")      the user's line: the last outside this package
+    reductions.py         def all_reduce(self, array, op, ...)      the collective: the first inside; its arguments
+    native.py             self._comm.Allreduce(...)
+
+Reading costs some microseconds and nothing is paid before, so reports name lines without being asked to.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+_HERE = os.path.dirname(__file__) + os.sep
+_SHOWN = ("op", "root", "destination", "source", "tag", "counts", "out_counts", "color", "algorithm")
+
+
+class Caller:
+    """A thread's place: `line` of the user's program, and the collective it is in, if any."""
+
+    def __init__(self, frame: FrameType | None) -> None:
+        stack = list(_outwards(frame))
+        inside = [at for at, each in enumerate(stack) if each.f_code.co_filename.startswith(_HERE)]
+        self.innermost = stack[0] if stack else None
+        self.inner = stack[: inside[-1] + 1] if inside else []
+        """The frames of this package, the innermost first."""
+        user = stack[inside[-1] + 1 :] if inside else stack
+        self.line = f"{_short(user[0].f_code.co_filename)}:{user[0].f_lineno}" if user else "?"
+
+    @property
+    def frame(self) -> FrameType | None:
+        """Of the collective."""
+        return self.inner[-1] if self.inner else None
+
+    @property
+    def arguments(self) -> str:
+        """What the collective was called with, as far as it fits in words."""
+        frame = self.frame
+        if frame is None:
+            return ""
+        given, words = frame.f_locals, []
+        array = given.get("array") if given.get("array") is not None else given.get("out")
+        if array is not None and hasattr(array, "dtype") and hasattr(array, "shape"):
+            words.append(f"{array.dtype} {array.shape}")
+        wanted = frame.f_code.co_varnames[: frame.f_code.co_argcount]
+        words += [f"{name}={given[name]}" for name in wanted if name in _SHOWN and _says(given.get(name))]
+        return ", ".join(words)
+
+    def __str__(self) -> str:
+        frame = self.frame
+        if frame is None:
+            return f"in no collective, at {self.line}"
+        return f"in {frame.f_code.co_name}({self.arguments}) at {self.line}"
+
+
+def _says(value: Any) -> bool:
+    return value is not None and not hasattr(value, "dtype") and value != "auto" and len(str(value)) <= 60
+
+
+def here() -> Caller:
+    """Of this thread."""
+    return Caller(sys._getframe(1))
+
+
+def of(thread: int) -> Caller:
+    """Of another thread, by its number."""
+    return Caller(sys._current_frames().get(thread))
+
+
+def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _short(path: str) -> str:
+    """A path below the working directory without it."""
+    start = os.getcwd() + os.sep
+    return path[len(start) :] if path.startswith(start) else path
