@@ -67,13 +67,13 @@ class Plans(Reductions, Movement):
 
     def all_reduce(self, array: Any, op: str = "sum", out: Array | None = None, algorithm: str = "auto") -> Array:
         """The sum over ranks of array (any shape), of the same shape and dtype, on every rank."""
-        if algorithm != "auto" or type(array) is not np.ndarray or array.nbytes <= SMALL_BYTES:
+        if type(array) is not np.ndarray or array.nbytes <= SMALL_BYTES:
             return super().all_reduce(array, op, out, algorithm)
-        key = self._key(array, out, "all_reduce", op)
+        key = self._plan_key(array, out, "all_reduce", algorithm, op)
         plan = self._plans.get(key)
         if plan is not None:
             return self._follow(plan, array, out)
-        return self._remember(key, array, super().all_reduce(array, op, out))
+        return self._remember(key, array, super().all_reduce(array, op, out, algorithm))
 
     def reduce_scatter(
         self,
@@ -87,13 +87,13 @@ class Plans(Reductions, Movement):
 
         counts: the lengths of all blocks; by default n // size, and one more for the first n % size ranks.
         """
-        if algorithm != "auto" or counts is not None:
+        if counts is not None:
             return super().reduce_scatter(array, op, out, algorithm, counts)
-        key = self._key(array, out, "reduce_scatter", op)
+        key = self._plan_key(array, out, "reduce_scatter", algorithm, op)
         plan = self._plans.get(key)
         if plan is not None:
             return self._follow(plan, array, out)
-        return self._remember(key, array, super().reduce_scatter(array, op, out))
+        return self._remember(key, array, super().reduce_scatter(array, op, out, algorithm))
 
     def all_gather(
         self, array: Any, out: Array | None = None, counts: Sequence[int] | None = None, algorithm: str = "auto"
@@ -102,13 +102,13 @@ class Plans(Reductions, Movement):
 
         counts: the first dims of all ranks, where they differ.
         """
-        if algorithm != "auto" or counts is not None:
+        if counts is not None:
             return super().all_gather(array, out, counts, algorithm)
-        key = self._key(array, out, "all_gather")
+        key = self._plan_key(array, out, "all_gather", algorithm)
         plan = self._plans.get(key)
         if plan is not None:
             return self._follow(plan, array, out)
-        return self._remember(key, array, super().all_gather(array, out))
+        return self._remember(key, array, super().all_gather(array, out, algorithm=algorithm))
 
     def all_to_all(
         self,
@@ -123,17 +123,17 @@ class Plans(Reductions, Movement):
         counts: rows for each rank; by default n // size, and one more for the first n % size ranks (then n must be
         the same on all ranks). out_counts: rows from each rank; asked of the others when counts is given without it.
         """
-        if algorithm != "auto" or counts is not None or out_counts is not None:
+        if counts is not None or out_counts is not None:
             return super().all_to_all(array, out, counts, out_counts, algorithm)
-        key = self._key(array, out, "all_to_all")
+        key = self._plan_key(array, out, "all_to_all", algorithm)
         plan = self._plans.get(key)
         if plan is not None:
             return self._follow(plan, array, out)
-        return self._remember(key, array, super().all_to_all(array, out))
+        return self._remember(key, array, super().all_to_all(array, out, algorithm=algorithm))
 
     def broadcast(self, array: Any, root: int = 0, out: Array | None = None, algorithm: str = "auto") -> Array:
         """The array of rank root on every rank; the others pass one of its shape and dtype to be ignored."""
-        key = self._key(array, out, "broadcast", root) if algorithm == "auto" and out is array else None
+        key = self._plan_key(array, out, "broadcast", algorithm, root) if out is array else None
         plan = self._plans.get(key)
         if plan is not None:
             return self._follow(plan, array, out)
@@ -141,22 +141,22 @@ class Plans(Reductions, Movement):
 
     # Keys and plans
 
-    def _key(self, array: Any, out: Array | None, name: str, detail: Hashable = None) -> Hashable:
+    def _plan_key(self, array: Any, out: Array | None, name: str, algorithm: Any, detail: Hashable = None) -> Hashable:
         """What decides how a call runs; None: that is not enough here (strides, overlaps, subclasses, byte order)."""
         node = self._node
-        if node is None or type(array) is not np.ndarray or not array.flags.c_contiguous:
+        if node is None or type(algorithm) is not str or type(array) is not np.ndarray or not array.flags.c_contiguous:
             return None
         place = node.arena.place(array)
         if out is None:
-            return name, detail, array.shape, array.dtype, place
+            return name, algorithm, detail, array.shape, array.dtype, place
         if type(out) is not np.ndarray or not out.flags.c_contiguous or not out.flags.writeable:
             return None
         if out is array:
-            return name, detail, array.shape, array.dtype, place, True
+            return name, algorithm, detail, array.shape, array.dtype, place, True
         goal = node.arena.place(out)
         if goal is None and place is None and np.may_share_memory(array, out):
             return None
-        return name, detail, array.shape, array.dtype, place, out.shape, out.dtype, goal
+        return name, algorithm, detail, array.shape, array.dtype, place, out.shape, out.dtype, goal
 
     def _follow(self, plan: Plan, array: Array, out: Array | None) -> Array:
         """Run a plan; the result."""
