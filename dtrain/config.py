@@ -6,12 +6,16 @@ is made, whether from YAML (`dtrain.launch.configuration`) or in Python; a Value
 `check` adds what only the number of ranks decides. This file is a leaf: it imports nothing of ours and builds nothing.
 """
 
+import math
+from collections.abc import Mapping
 from typing import Literal, TypeAlias
 
 from msgspec import Struct, field
 from msgspec.structs import replace
 
 DType: TypeAlias = Literal["float32", "float64", "bfloat16", "float16"]
+
+ORDER = "tp-cp-ep-dp-pp"  # of the axes of the mesh, fastest first
 
 # The axes that a strategy of this version uses; all others have size 1.
 PARALLEL_AXES = ("dp", "pp")
@@ -409,6 +413,8 @@ class ParallelConfig(_Section, frozen=True, kw_only=True):
     """Context."""
     ep: int = 1
     """Experts."""
+    order: str = ORDER
+    """The axes, fastest first: ranks that follow one another differ in the first, and are neighbours on one host."""
     data_parallel: Literal["naive", "ddp"] = "ddp"
     """naive: one all_reduce per parameter after the backward; ddp: buckets reduced while the backward goes on."""
     bucket_mb: float = 4.0
@@ -427,6 +433,10 @@ class ParallelConfig(_Section, frozen=True, kw_only=True):
             _at_least(1, "parallel", **{axis: size})
             allowed = f"allowed: 1 (axes that this version can split: {', '.join(PARALLEL_AXES)})"
             _require(axis in PARALLEL_AXES or size == 1, f"parallel.{axis}: {size}; {allowed}")
+        _require(
+            sorted(self.order.split("-")) == sorted(ORDER.split("-")),
+            f"parallel.order: {self.order}; must name each axis once, fastest first, such as {ORDER}",
+        )
         _require(self.bucket_mb > 0, f"parallel.bucket_mb: {self.bucket_mb}; must be above 0")
         _require(
             self.data_parallel == "ddp" or self.compression.kind == "none",
@@ -542,16 +552,7 @@ class Config(_Section, frozen=True, kw_only=True):
 def check(config: Config, num_ranks: int) -> Config:
     """Return the configuration with `parallel.dp` filled in; ValueError when mesh or batch do not fit `num_ranks`."""
     parallel = config.parallel
-    others = parallel.tp * parallel.pp * parallel.cp * parallel.ep
-    if num_ranks % others:
-        raise ValueError(f"parallel: tp x pp x cp x ep = {others} must divide the number of ranks, {num_ranks}")
-    dp = num_ranks // others if parallel.dp == -1 else parallel.dp
-    if dp * others != num_ranks:
-        product = f"{dp} x {others} = {dp * others}" if others > 1 else f"{dp}"
-        raise ValueError(
-            f"parallel.dp: {dp}; this mesh has {product} ranks, but there are {num_ranks}. "
-            f"Allowed: {num_ranks // others}, or -1 for what the other axes leave; or start {dp * others} ranks"
-        )
+    dp = filled({axis: getattr(parallel, axis) for axis in ("pp", "dp", "cp", "ep", "tp")}, num_ranks)["dp"]
     train = config.train
     if parallel.pp > 1 and config.pipeline.microbatches is not None:
         portions = dp * config.pipeline.microbatches
@@ -571,6 +572,37 @@ def check(config: Config, num_ranks: int) -> Config:
             + (f"; or train.micro_batch: {_listed(fits)}" if fits else "")
         )
     return replace(config, parallel=replace(parallel, dp=dp), train=train)
+
+
+def filled(sizes: Mapping[str, int], num_ranks: int) -> dict[str, int]:
+    """The sizes with dp=-1 replaced by what the others leave; ValueError where they do not make up `num_ranks`."""
+    for axis, size in sizes.items():
+        if size < 1 and not (axis == "dp" and size == -1):
+            also = ", or -1 for what the other axes leave" if axis == "dp" else ""
+            raise ValueError(f"parallel.{axis}: {size}; must be 1 or more{also} ({num_ranks} ranks)")
+    free = sizes["dp"] == -1
+    product = math.prod(size for size in sizes.values() if size > 0)
+    if free and num_ranks % product == 0:
+        return {**sizes, "dp": num_ranks // product}
+    if product == num_ranks and not free:
+        return dict(sizes)
+    # Which single axis could be changed to make it fit? dp first: it is the one that is usually left over.
+    for axis in ("dp", "tp", "cp", "ep", "pp"):
+        rest, left = divmod(num_ranks, product // max(1, sizes[axis]))
+        if not left and (sizes[axis] > 1 or (axis == "dp" and not free)):
+            break
+    else:
+        axis, rest = next(axis for axis in ("tp", "cp", "ep", "pp", "dp") if sizes[axis] > 1), num_ranks
+        free = True
+    legal = [size for size in range(1, rest + 1) if rest % size == 0] if free else [rest]
+    nearest = sorted(sorted(legal, key=lambda size: abs(size - sizes[axis]))[:2])
+    more = -(-num_ranks // product) * product if sizes["dp"] == -1 else product
+    others = " x ".join(f"{name}={size}" for name, size in sizes.items() if size > 1 and name != axis)
+    raise ValueError(
+        f"parallel.{axis}: {sizes[axis]}; does not fit {num_ranks} ranks{' with ' + others if others else ''}: "
+        f"the sizes of all axes multiply to the number of ranks. Nearest that can: {' or '.join(map(str, nearest))}"
+        f"{', or -1' if axis == 'dp' else ''}; or start {more} ranks"
+    )
 
 
 def _nearest_multiples(number: int, unit: int) -> str:

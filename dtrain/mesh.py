@@ -24,10 +24,11 @@ from typing import Any
 
 import numpy as np
 
+from dtrain import config
 from dtrain.collectives import Communicator, single
+from dtrain.config import ORDER
 from dtrain.errors import UserError
 
-ORDER = "tp-cp-ep-dp-pp"
 SHOWN_RANKS = 64  # rows of the table in the log
 
 
@@ -178,28 +179,7 @@ class Mesh(Grid):
 
 def filled(sizes: Mapping[str, int], num_ranks: int) -> dict[str, int]:
     """The sizes with dp=-1 replaced by what the others leave; UserError where they do not make up `num_ranks`."""
-    for axis, size in sizes.items():
-        if size < 1 and not (axis == "dp" and size == -1):
-            also = ", or -1 for what the other axes leave" if axis == "dp" else ""
-            raise UserError(f"parallel.{axis}: {size}; must be 1 or more{also} ({num_ranks} ranks)")
-    free = sizes["dp"] == -1
-    product = math.prod(size for size in sizes.values() if size > 0)
-    if free and num_ranks % product == 0:
-        return {**sizes, "dp": num_ranks // product}
-    if product == num_ranks and not free:
-        return dict(sizes)
-    # Which single axis could be changed to make it fit? dp first: it is the one that is usually left over.
-    for axis in ("dp", "tp", "cp", "ep", "pp"):
-        rest, left = divmod(num_ranks, product // max(1, sizes[axis]))
-        if not left and (sizes[axis] > 1 or (axis == "dp" and not free)):
-            break
-    else:
-        axis, rest = next(axis for axis in ("tp", "cp", "ep", "pp", "dp") if sizes[axis] > 1), num_ranks
-        free = True
-    legal = [size for size in range(1, rest + 1) if rest % size == 0] if free else [rest]
-    nearest = sorted(sorted(legal, key=lambda size: abs(size - sizes[axis]))[:2])
-    others = " x ".join(f"{name}={size}" for name, size in sizes.items() if size > 1 and name != axis)
-    raise UserError(
-        f"parallel.{axis}: {sizes[axis]}; does not fit {num_ranks} ranks{' with ' + others if others else ''}. "
-        f"Nearest that can: {' or '.join(map(str, nearest))}{', or -1' if axis == 'dp' else ''}"
-    )
+    try:
+        return config.filled(sizes, num_ranks)
+    except ValueError as error:
+        raise UserError(str(error)) from None

@@ -9,7 +9,7 @@ from dtrain.data import Data, open_data
 from dtrain.errors import UserError
 from dtrain.launch.configuration import for_ranks
 from dtrain.mesh import Mesh
-from dtrain.strategies import DATA_PARALLEL
+from dtrain.strategies import AXES, DATA_PARALLEL
 from dtrain.strategy import Strategy
 from dtrain.trainer import Trainer
 
@@ -20,8 +20,7 @@ def assemble(config: Config, comm: Communicator) -> Trainer:
     Raises UserError when the mesh or the batch does not fit the ranks, or the data does not fit the model.
     """
     config = for_ranks(config, comm.size)
-    parallel = config.parallel
-    mesh = Mesh(comm, dp=parallel.dp, tp=parallel.tp, pp=parallel.pp, cp=parallel.cp, ep=parallel.ep)
+    mesh = make_mesh(config, comm)
     if isinstance(config.model, MLPConfig):
         data = open_data(config.data, seed=config.seed)
     else:
@@ -38,15 +37,16 @@ def assemble(config: Config, comm: Communicator) -> Trainer:
     return Trainer(config, mesh, data, model, strategies(config))
 
 
+def make_mesh(config: Config, comm: Communicator) -> Mesh:
+    """The mesh of the section `parallel`, whose dp is filled in. Collective."""
+    p = config.parallel
+    return Mesh(comm, pp=p.pp, dp=p.dp, cp=p.cp, ep=p.ep, tp=p.tp, order=p.order)
+
+
 def strategies(config: Config) -> list[Strategy]:
     """The strategies of a mesh, in the order in which they are applied; one process has none: it is the reference."""
-    parallel, pipeline = config.parallel, config.pipeline
-    chosen: list[Strategy] = []
-    if parallel.pp > 1:
-        from dtrain.strategies.pipeline import PipelineParallel
-
-        microbatches = config.train.global_batch // parallel.dp // config.train.micro_batch
-        chosen.append(PipelineParallel(pipeline.schedule, microbatches, pipeline.chunks, pipeline.cut))
+    parallel = config.parallel
+    chosen = [make(config) for axis, make in AXES.items() if getattr(parallel, axis) > 1]
     if parallel.dp > 1:
         chosen.append(DATA_PARALLEL[parallel.data_parallel](parallel))
     return chosen

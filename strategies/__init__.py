@@ -5,7 +5,7 @@ if __name__ == "strategies":  # found through the working directory: a second co
 
 from collections.abc import Callable
 
-from dtrain.config import ParallelConfig
+from dtrain.config import Config, ParallelConfig
 from dtrain.strategies.ddp import Compressor, DistributedDataParallel
 from dtrain.strategies.naive import NaiveDataParallel
 from dtrain.strategy import Strategy
@@ -25,4 +25,18 @@ DATA_PARALLEL: dict[str, Callable[[ParallelConfig], Strategy]] = {
     "ddp": lambda parallel: DistributedDataParallel(parallel.bucket_mb, _compressor(parallel)),
 }
 
-__all__ = ["DATA_PARALLEL", "DistributedDataParallel", "NaiveDataParallel", "Strategy"]
+
+def _pipeline(config: Config) -> Strategy:
+    from dtrain.strategies.pipeline import PipelineParallel  # many files that few runs need
+
+    pipeline = config.pipeline
+    microbatches = config.train.global_batch // config.parallel.dp // config.train.micro_batch
+    return PipelineParallel(pipeline.schedule, microbatches, pipeline.chunks, pipeline.cut)
+
+
+# An axis of the mesh that is longer than 1 -> its strategy. They are applied in this order, that of the data axis last.
+AXES: dict[str, Callable[[Config], Strategy]] = {
+    "pp": _pipeline,
+}
+
+__all__ = ["AXES", "DATA_PARALLEL", "DistributedDataParallel", "NaiveDataParallel", "Strategy"]

@@ -261,7 +261,8 @@ def test_dp_is_what_is_left(file, ranks):
 @pytest.mark.parametrize(
     ("override", "ranks", "parts"),
     [
-        ("parallel.dp=3", 8, ["parallel.dp: 3", "there are 8", "Allowed: 8, or -1", "start 3 ranks"]),
+        ("parallel.dp=3", 8, ["parallel.dp: 3", "8 ranks", "Nearest that can: 8, or -1", "start 3 ranks"]),
+        ("parallel.pp=3", 8, ["parallel.pp: 3", "multiply", "Nearest that can: 2 or 4", "start 9 ranks"]),
         ("train.global_batch=30", 8, ["train.global_batch: 30", "8 x 4 = 32", "nearest: 32"]),
         ("train.steps=1", 3, ["train.global_batch: 32", "3 x 4 = 12", "nearest: 24 or 36"]),
         ("train.micro_batch=3", 2, ["2 x 3 = 6", "nearest: 30 or 36", "train.micro_batch: 1, 2, 4, 8 or 16"]),

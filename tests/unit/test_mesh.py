@@ -96,15 +96,36 @@ def test_an_unknown_axis():
         on_ranks(1, lambda mesh: mesh["fsdp"])
 
 
+ALL = "the sizes of all axes multiply to the number of ranks"
 IMPOSSIBLE = [
-    (8, {"dp": 3}, "parallel.dp: 3; does not fit 8 ranks. Nearest that can: 8, or -1"),
-    (8, {"dp": 2, "tp": 2}, "parallel.dp: 2; does not fit 8 ranks with tp=2. Nearest that can: 4, or -1"),
-    (8, {"dp": 1}, "parallel.dp: 1; does not fit 8 ranks. Nearest that can: 8, or -1"),
-    (8, {"dp": -1, "tp": 3}, "parallel.tp: 3; does not fit 8 ranks. Nearest that can: 2 or 4"),
-    (8, {"dp": -1, "tp": 16}, "parallel.tp: 16; does not fit 8 ranks. Nearest that can: 4 or 8"),
-    (8, {"dp": 2, "tp": 3}, "parallel.tp: 3; does not fit 8 ranks with dp=2. Nearest that can: 4"),
-    (12, {"dp": -1, "pp": 5, "tp": 4}, "parallel.pp: 5; does not fit 12 ranks with tp=4. Nearest that can: 1 or 3"),
-    (8, {"dp": -1, "pp": 3, "tp": 3}, "parallel.tp: 3; does not fit 8 ranks with pp=3. Nearest that can: 2 or 4"),
+    (8, {"dp": 3}, "parallel.dp: 3; does not fit 8 ranks: ALL. Nearest that can: 8, or -1; or start 3 ranks"),
+    (
+        8,
+        {"dp": 2, "tp": 2},
+        "parallel.dp: 2; does not fit 8 ranks with tp=2: ALL. Nearest that can: 4, or -1; or start 4 ranks",
+    ),
+    (8, {"dp": 1}, "parallel.dp: 1; does not fit 8 ranks: ALL. Nearest that can: 8, or -1; or start 1 ranks"),
+    (8, {"dp": -1, "tp": 3}, "parallel.tp: 3; does not fit 8 ranks: ALL. Nearest that can: 2 or 4; or start 9 ranks"),
+    (
+        8,
+        {"dp": -1, "tp": 16},
+        "parallel.tp: 16; does not fit 8 ranks: ALL. Nearest that can: 4 or 8; or start 16 ranks",
+    ),
+    (
+        8,
+        {"dp": 2, "tp": 3},
+        "parallel.tp: 3; does not fit 8 ranks with dp=2: ALL. Nearest that can: 4; or start 6 ranks",
+    ),
+    (
+        12,
+        {"dp": -1, "pp": 5, "tp": 4},
+        "parallel.pp: 5; does not fit 12 ranks with tp=4: ALL. Nearest that can: 1 or 3; or start 20 ranks",
+    ),
+    (
+        8,
+        {"dp": -1, "pp": 3, "tp": 3},
+        "parallel.tp: 3; does not fit 8 ranks with pp=3: ALL. Nearest that can: 2 or 4; or start 9 ranks",
+    ),
     (4, {"dp": -2}, "parallel.dp: -2; must be 1 or more, or -1 for what the other axes leave (4 ranks)"),
     (4, {"tp": 0}, "parallel.tp: 0; must be 1 or more (4 ranks)"),
 ]
@@ -112,7 +133,7 @@ IMPOSSIBLE = [
 
 @pytest.mark.parametrize("num_ranks, sizes, message", IMPOSSIBLE)
 def test_impossible_meshes_name_the_axis_and_what_would_fit(num_ranks, sizes, message):
-    with pytest.raises(UserError, match=re.escape(message) + "$"):
+    with pytest.raises(UserError, match=re.escape(message.replace("ALL", ALL)) + "$"):
         filled({"pp": 1, "dp": 1, "cp": 1, "ep": 1, "tp": 1} | sizes, num_ranks)
 
 
