@@ -63,6 +63,7 @@ class Group:
         self._splits = 0
         self._desync: Desync | None = None
         self._deferred: deque[Deferred] = deque()
+        self._shared_homes: list[Array] = []
         self._gpu: Device | None = None
         self._channel: Channel | None = None
 
@@ -134,6 +135,7 @@ class Group:
         Drop the arrays of `empty` before: their memory goes only when no rank has any of them any more.
         """
         self._settle()
+        self._shared_homes.clear()
         if self._gpu is not None:
             self._gpu.close()
             self._gpu = None
@@ -184,6 +186,22 @@ class Group:
         self._settle()
         self._drain()
         return arena.allocate(form, np.dtype(dtype))
+
+    def empty_shared(self, shape: int | Sequence[int], dtype: Any = np.float32) -> Array | None:
+        """One new array that all ranks see, of undefined content; None where they are not on one node.
+
+        Whoever writes an element says so by a `barrier` before another rank reads it. The array lives as long as the
+        communicator.
+        """
+        if self.size == 1:
+            return np.empty(shape, dtype)
+        if self.node is None:
+            return None
+        own = self.empty(shape, dtype)  # at the same place on every rank; of all these, that of rank 0 is used
+        self._shared_homes.append(own)
+        place = self.node.arena.place(own)
+        assert place is not None
+        return self.node.arena.part(0, place, own.size, own.dtype).reshape(own.shape)
 
     def barrier(self, algorithm: "str | Own" = "auto") -> None:
         """Return when all ranks have come here."""
