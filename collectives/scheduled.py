@@ -162,8 +162,8 @@ class Channel:
             parameters["segments"] = max(1, min(defaults["segments"], _nbytes(call) // SHORTEST_CHUNK))
         if "local" in defaults and "local" not in parameters:
             parameters["local"] = ranks_of_a_node(self._ranks.nodes)
-        # The row itself is part of the key: two functions of the user may have one name.
-        key = (choice.collective, choice.name, choice.row if choice.own else None, call.root, *parameters.items())
+        # Which row it is: two functions of the user may have one name. The schedule keeps the row alive.
+        key = (choice.collective, choice.name, id(choice.row), call.root, *parameters.items())
         found = self._schedules.get(key)
         if found is None:
             root = call.root if PROMISES[choice.collective].rooted else 0

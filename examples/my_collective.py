@@ -1,6 +1,8 @@
 """A user's own all_reduce gets proof, simulation, drawing and a run on real arrays: it is one function.
 
     python examples/my_collective.py
+    mpirun -n 4 dtrain bench all_reduce --algorithms examples/my_collective.py:ROW,ring,native
+    dtrain show collective all_reduce --algorithm examples/my_collective.py:ROW --ranks 4
 
 Two rings at once: the even chunks travel to the right, the odd ones to the left, so that both directions of every link
 are used. Half the time of one ring where the two directions do not share a link, 2(p-1)(α + n/(2p)·β).
@@ -12,9 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from dtrain.collectives import run_threads
-from dtrain.collectives.schedules import Receive, Send, Step, bind, schedule
+from dtrain.collectives.schedules import Algorithm, Cost, Receive, Send, Step, bind, schedule
 from dtrain.collectives.schedules.drawing import draw_svg, draw_text
-from dtrain.collectives.schedules.executor import execute
 from dtrain.collectives.schedules.prover import prove
 from dtrain.collectives.schedules.refusal import ScheduleError
 from dtrain.collectives.schedules.schedule import custom
@@ -35,8 +36,15 @@ def two_rings(rank: int, size: int) -> Iterator[Step]:
         )
 
 
+ROW = Algorithm(
+    two_rings,
+    cost=lambda size: Cost(2 * (size - 1), (size - 1) / size, (size - 1) / size),
+    parts=lambda size: 2 * size,  # chunks; as many as ranks would need no row, the function alone would do
+)
+
+
 def main() -> None:
-    mine = {size: bind("all_reduce", "two_rings", custom(two_rings, parts=2 * size), size) for size in range(1, 33)}
+    mine = {size: bind("all_reduce", "two_rings", ROW, size) for size in range(1, 33)}
 
     for plan in mine.values():
         proof = prove(plan)
@@ -56,7 +64,7 @@ def main() -> None:
     Path("two_rings.svg").write_text(draw_svg(mine[4]), encoding="utf-8")
 
     arrays = [np.arange(10.0) * (rank + 1) for rank in range(4)]
-    results = run_threads(4, lambda comm: execute(comm.transport, mine[4], arrays[comm.rank]))
+    results = run_threads(4, lambda comm: comm.all_reduce(arrays[comm.rank], algorithm=ROW))
     print("on 4 ranks:", results[0], all(np.array_equal(result, sum(arrays)) for result in results))
 
 

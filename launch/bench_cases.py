@@ -8,15 +8,18 @@ integers: sums are exact in every dtype (bfloat16: up to 36 ranks) and in every 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from dtrain.collectives import Array, Communicator, algorithms
 from dtrain.collectives.dtypes import OPERATIONS, accumulator
+from dtrain.collectives.schedules import Algorithm, bind, own
+from dtrain.collectives.schedules.prover import prove
+from dtrain.errors import UserError
 from dtrain.launch.bench_table import COLLECTIVES, IN_PLACE
 
 PERIOD = 4093
@@ -139,28 +142,56 @@ def names(collective: str, size: int) -> tuple[str, ...]:
     """The algorithms that can be asked for on `size` ranks."""
     if size == 1:
         return ("auto",)
-    table: Sequence[str] = ()
-    if _choosable(collective):
-        table = [name for name in getattr(algorithms, collective.upper()) if name != "copy"]
+    table = [name for name in algorithms.names(collective) if name not in ("auto", "copy")]
     return ("auto", *table, *(["shared"] if collective == "all_reduce" else []), "bare")
 
 
-def _choosable(collective: str) -> bool:
-    return "algorithm" in inspect.signature(getattr(Communicator, collective)).parameters
+def is_known(name: str, known: Sequence[str]) -> bool:
+    """Whether it is one of these, maybe with parameters behind it, or a user's own (PATH.py:NAME)."""
+    return name.partition(":")[0] in known or own.is_own(name)
+
+
+def described(collective: str, name: str, size: int) -> str:
+    """What the prover says of a user's own algorithm; UserError if it is none, or wrong."""
+    row = _own(name)
+    label = algorithm_name(name)
+    try:
+        proof = prove(bind(collective, label, row, size))
+    except ValueError as error:
+        raise UserError(f"--algorithms {name}: {error}") from None
+    sent, added = proof.sent.max(), proof.added.max()
+    per_rank = f"at most {sent:.4g} n sent and {added:.4g} n added per rank"
+    return f"{collective}, {label}: proven for {size} ranks; {proof.steps} steps, {per_rank}"
+
+
+def algorithm_name(name: str) -> str:
+    """What stands in the table: of a user's own, the name of the function."""
+    if not own.is_own(name):
+        return name
+    row = _own(name)
+    return str(getattr(row.steps if isinstance(row, Algorithm) else row, "__name__", name))
+
+
+@cache
+def _own(name: str) -> Any:
+    try:
+        return own.load(name)
+    except ValueError as error:
+        raise UserError(f"--algorithms {error}") from None
 
 
 def call(collective: str, algorithm: str, place: Place) -> Run:
     """One call, without arguments; raises ValueError, on all ranks, where the algorithm cannot do it."""
     comm, op = place.comm, place.op
     if collective == "barrier":
-        return _nothing(comm.transport.barrier if algorithm == "bare" else comm.barrier)
+        return _nothing(comm.transport.barrier if algorithm == "bare" else lambda: comm.barrier(algorithm))
     source, target = arrays(collective, place)
     if algorithm == "bare":
         return lambda: _bare(collective, place, source, target)
     if algorithm == "shared":
         return lambda: _shared(place, source)
     method = getattr(comm, collective)
-    chosen = {} if algorithm == "auto" or not _choosable(collective) else {"algorithm": algorithm}
+    chosen = {} if algorithm == "auto" else {"algorithm": _own(algorithm) if own.is_own(algorithm) else algorithm}
     if COLLECTIVES[collective].reduces:
         return lambda: method(source, op, out=target, **chosen)
     return lambda: method(source, out=target, **chosen)

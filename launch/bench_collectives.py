@@ -23,9 +23,10 @@ import numpy as np
 from dtrain.collectives import Array, Communicator
 from dtrain.collectives.dtypes import dtype_from_name
 from dtrain.errors import UserError
-from dtrain.launch import bench_cases, bench_memory, bench_table
+from dtrain.launch import bench_cases, bench_memory, bench_peer, bench_table
 from dtrain.launch.bench_cases import Pattern, Place, Run
 from dtrain.launch.bench_memory import Memory
+from dtrain.launch.bench_peer import Peer
 from dtrain.launch.bench_table import BOUND_FROM, COLLECTIVES, IN_PLACE, OUT_OF_PLACE, Row
 
 BLOCKS = 5
@@ -63,10 +64,13 @@ class Contestant:
     algorithm: str
     place: Place
     runs: list[Run]
-    """One per place in memory; the first is the one that is checked."""
+    """One per place in memory; the first is the one that is checked. Empty for a peer, which has its own memory."""
     iterations: int = 0
     seconds: list[float] = field(default_factory=list)
     wrong: int = 0
+    peer: Peer | None = None
+    places: int = 1
+    """In memory, of a peer."""
 
 
 @dataclass(frozen=True)
@@ -79,18 +83,20 @@ class Outcome:
     notes: list[str]
 
 
-def measure(comm: Communicator, options: Options, tell: Tell) -> Outcome:
-    """Measure all that `options` ask for, telling the rows as they come. Collective."""
+def measure(comm: Communicator, options: Options, tell: Tell, peer: Peer | None = None) -> Outcome:
+    """Measure all that `options` ask for, and `peer` beside it, telling the rows as they come. Collective."""
     check(comm, options)
     outcome = Outcome([], {}, [])
     dtype = dtype_of(options.dtype)
     memory = Memory(comm, max(options.sizes), dtype, options.cold, options.private)
     for collective in options.collectives:
         tell(f"# {collective}: {COLLECTIVES[collective].summary}")
+        for name in filter(bench_cases.own.is_own, options.algorithms):
+            tell(f"# {bench_cases.described(collective, name, comm.size)}")
         for text in bench_table.titles(_placings(options, collective)):
             tell(text)
         for size in options.sizes if collective != "barrier" else (0,):
-            for text in _measure_size(comm, options, memory, collective, size, outcome):
+            for text in _measure_size(comm, options, memory, collective, size, outcome, peer):
                 tell(text)
     for note in outcome.notes:
         tell(f"# {note}")
@@ -103,7 +109,9 @@ def check(comm: Communicator, options: Options) -> None:
     for collective in options.collectives:
         known |= dict.fromkeys(bench_cases.names(collective, comm.size))
     for name in options.algorithms:
-        if name not in known and name != "all":
+        if bench_cases.own.is_own(name):
+            continue  # proven when its turn comes
+        if not bench_cases.is_known(name, tuple(known)) and name != "all":
             where = f"{', '.join(options.collectives)} on {comm.size} rank{'s' * (comm.size > 1)}"
             raise UserError(f"--algorithms {name}: not an algorithm of {where}; allowed: all, {', '.join(known)}")
     bench_memory.check_room(comm, max(options.sizes), options.cold, options.private)
@@ -118,7 +126,13 @@ def dtype_of(name: str) -> np.dtype[Any]:
 
 
 def _measure_size(
-    comm: Communicator, options: Options, memory: Memory, collective: str, size: int, outcome: Outcome
+    comm: Communicator,
+    options: Options,
+    memory: Memory,
+    collective: str,
+    size: int,
+    outcome: Outcome,
+    peer: Peer | None,
 ) -> Iterator[str]:
     count = max(1, size // memory.dtype.itemsize // comm.size) * comm.size if size else 0
     size = count * memory.dtype.itemsize
@@ -131,13 +145,21 @@ def _measure_size(
         for placing in _placings(options, collective):
             places = [Place(comm, count, op, placing, *slot) for slot in slots]
             runs = [bench_cases.call(collective, algorithm, place) for place in places]
-            contestant = Contestant(algorithm, places[0], runs)
+            contestant = Contestant(bench_cases.algorithm_name(algorithm), places[0], runs)
             reason = impossible(contestant)
             if not reason:
                 contestants.append(contestant)
             reasons.append(reason)
         if all(reasons) and (note := f"{collective}, {algorithm}: {reasons[0]}") not in outcome.notes:
             outcome.notes.append(note)
+    if peer is not None and (where := bench_peer.placing(collective)) in _placings(options, collective):
+        place = Place(comm, count, op, where, *slots[0])
+        contestant = Contestant(bench_peer.NAME, place, [], peer=peer, places=len(slots))
+        if reason := _peer_impossible(collective, contestant):
+            if (note := f"{collective}, {reason}") not in outcome.notes:
+                outcome.notes.append(note)
+        else:
+            contestants.append(contestant)
     triads = [source for source, _ in slots] if _has_bound(comm, size) else []
     pattern = Pattern(memory.dtype, op, comm.size)
     bandwidths = run_blocks(comm, options, collective, contestants, pattern, triads)
@@ -175,8 +197,8 @@ def _has_bound(comm: Communicator, size: int) -> bool:
 def _chosen(comm: Communicator, options: Options, collective: str) -> list[str]:
     known = bench_cases.names(collective, comm.size)
     if "all" in options.algorithms:
-        return list(known)
-    return [name for name in dict.fromkeys(options.algorithms or DEFAULT) if name in known]
+        return [*known, *filter(bench_cases.own.is_own, options.algorithms)]
+    return [name for name in dict.fromkeys(options.algorithms or DEFAULT) if bench_cases.is_known(name, known)]
 
 
 def impossible(contestant: Contestant) -> str:
@@ -204,11 +226,14 @@ def run_blocks(
             bandwidths.append(bench_memory.triad(comm, triads))
         for each in contestants[:: -1 if block % 2 else 1]:
             turn += 1
+            if each.peer is not None:
+                _peer_turn(comm, options, collective, each, turn)
+                continue
             each.wrong += _checked_run(collective, each, pattern, turn)
             for run in each.runs if options.cold and block == 0 else each.runs[:1] * (options.warmup - 1):
                 run()
             if each.iterations == 0:
-                each.iterations = _agreed_iterations(comm, options, each)
+                each.iterations = _agreed_iterations(comm, options, lambda each=each: timed(comm, each.runs, 2))
             each.seconds += timed(comm, each.runs, each.iterations)
     for each in contestants:
         # The last word over all ranks: the slowest of each iteration, all wrong elements.
@@ -231,11 +256,32 @@ def _checked_run(collective: str, each: Contestant, pattern: Pattern, turn: int)
     return bench_cases.wrong_elements(collective, result, place, pattern, turn)
 
 
-def _agreed_iterations(comm: Communicator, options: Options, each: Contestant) -> int:
-    """Iterations per block, the same on all ranks."""
+def _peer_impossible(collective: str, each: Contestant) -> str:
+    """As `impossible`, for a peer."""
+    assert each.peer is not None
+    try:
+        each.peer.turn(collective, each.place, each.place.first.dtype.name, 0, each.places, 1, 1)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _peer_turn(comm: Communicator, options: Options, collective: str, each: Contestant, turn: int) -> None:
+    """A block of a peer: checked and timed in its own processes, while the ranks sleep."""
+    assert each.peer is not None
+    what = (collective, each.place, each.place.first.dtype.name, turn, each.places, options.warmup)
+    if each.iterations == 0:
+        each.iterations = _agreed_iterations(comm, options, lambda: each.peer.turn(*what, 2)[1])  # type: ignore[union-attr]
+    wrong, seconds = each.peer.turn(*what, each.iterations)
+    each.wrong += wrong
+    each.seconds += seconds
+
+
+def _agreed_iterations(comm: Communicator, options: Options, two: Callable[[], list[float]]) -> int:
+    """Iterations per block, the same on all ranks; `two` times two of them."""
     if options.iterations is not None:
         return -(-options.iterations // BLOCKS)
-    mine = min(timed(comm, each.runs, 2))
+    mine = min(two())
     slowest = float(comm.all_gather(np.array([mine])).max())
     low, high = ITERATIONS
     return max(low, min(high, int(options.seconds / BLOCKS / max(slowest, 1e-7))))

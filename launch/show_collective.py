@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from dtrain.collectives.schedules import ALGORITHMS, Schedule, schedule
+from dtrain.collectives.schedules import ALGORITHMS, Algorithm, Schedule, bind, own, schedule
 from dtrain.collectives.schedules.crossover import bytes_text, crossovers, plot, seconds_text
 from dtrain.collectives.schedules.drawing import draw_svg, draw_text
 from dtrain.collectives.schedules.prover import prove
@@ -36,19 +36,27 @@ def show_collective(
     """
     if collective not in ALGORITHMS:
         raise UserError(f"{collective}: not a collective; allowed: {', '.join(ALGORITHMS)}")
-    rows = ALGORITHMS[collective]
+    rows = dict(ALGORITHMS[collective])
+    if own.is_own(algorithm):
+        try:
+            row = own.load(algorithm)
+        except ValueError as error:
+            raise UserError(f"--algorithm {error}") from None
+        rows[algorithm] = row if isinstance(row, Algorithm) else bind(collective, algorithm, row, ranks).algorithm
     names = list(rows) if algorithm == "all" else algorithm.split(",")
     if unknown := [name for name in names if name not in rows]:
         raise UserError(f"--algorithm: {unknown[0]}: not an algorithm of {collective}; allowed: {', '.join(rows)}")
     try:
         if cluster_path is not None:
-            _simulate(collective, names, ranks, parameters, root, _read(cluster_path), parse_sizes(sizes), output)
+            chosen = {name: rows[name] for name in names}
+            _simulate(collective, chosen, ranks, parameters, root, _read(cluster_path), parse_sizes(sizes), output)
         elif algorithm == "all" and len(rows) > 1:
             print("\n".join(_costs(collective, ranks)))
         elif len(names) > 1:
             raise UserError(f"--algorithm {algorithm}: one can be drawn; several need --simulate")
         else:
-            _draw(schedule(collective, names[0], ranks, root, **parameters), output)
+            name = getattr(rows[names[0]].steps, "__name__", names[0]) if own.is_own(names[0]) else names[0]
+            _draw(bind(collective, name, rows[names[0]], ranks, root, **parameters), output)
     except ValueError as error:
         raise error if isinstance(error, UserError) else UserError(str(error)) from None
 
@@ -85,7 +93,7 @@ def _draw(picture: Schedule, output: Path | None) -> None:
 
 def _simulate(
     collective: str,
-    algorithms: Sequence[str],
+    algorithms: dict[str, Algorithm],
     ranks: int,
     parameters: dict[str, int],
     root: int,
@@ -94,16 +102,15 @@ def _simulate(
     output: Path | None,
 ) -> None:
     times: dict[str, list[float]] = {}
-    for name in algorithms:
-        row = ALGORITHMS[collective][name]
+    for name, row in algorithms.items():
         if len(algorithms) > 1 and not row.sizes(ranks):
             print(f"{name}: left out: {(row.sizes.__doc__ or '').strip()}")
             continue
-        own = {key: value for key, value in parameters.items() if key in row.parameters or len(algorithms) == 1}
+        given = {key: value for key, value in parameters.items() if key in row.parameters or len(algorithms) == 1}
         node = cluster.levels[0].ranks
         if "local" in row.parameters and node and ranks % node == 0:
-            own.setdefault("local", node)
-        plan = schedule(collective, name, ranks, root, **own)
+            given.setdefault("local", node)
+        plan = bind(collective, name, row, ranks, root, **given)
         in_one_step, one_by_one = name == "direct", not row.regular
         if ranks * max(ranks * in_one_step, plan.cost.alpha * one_by_one) > MOST_MESSAGES:
             print(f"{name}: left out: too many messages between {ranks} ranks to simulate each")
