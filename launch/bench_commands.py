@@ -66,6 +66,15 @@ def _command(name: str, summary: str) -> click.Command:
             help="Print the ratio to a run that --json wrote, row by row.",
         ),
     ]
+    if name == "p2p":
+        options.append(
+            click.Option(
+                ["--write-cluster", "cluster_path"],
+                type=click.Path(path_type=Path),
+                help="Write alpha and beta of each class of links to this file, for "
+                "dtrain show collective ... --simulate FILE.",
+            )
+        )
     dropped = {"barrier": {"sizes", "factor", "dtype", "op", "placing", "private", "cold", "plot_path"}}
     dropped["p2p"] = {"algorithms", "op", "placing", "cold"}
     kept = [option for option in options if option.name not in dropped.get(name, set()) | _without_op(name)]
@@ -95,6 +104,7 @@ def _run(
     csv_path: Path | None = None,
     plot_path: Path | None = None,
     compare_path: Path | None = None,
+    cluster_path: Path | None = None,
 ) -> None:
     parsed = parse_sizes(sizes, factor)
     from dtrain.launch.bench_collectives import Options  # NumPy and MPI only after the options are known to be right
@@ -112,7 +122,7 @@ def _run(
         private=private,
         cold=cold,
     )
-    result = bench(options, name in ("all", "p2p"), json_path, csv_path, plot_path, compare_path)
+    result = bench(options, name in ("all", "p2p"), json_path, csv_path, plot_path, compare_path, cluster_path)
     if result["wrong"]:
         raise SystemExit(1)
 

@@ -3,22 +3,23 @@
     one-way      rank a ──n──► rank b ──n──► rank a      half of the round trip
     both-ways    rank a ◄──n──► rank b                   each sends and receives at once: the slower of the two
 
-A link class is two ranks of one node, or of two nodes; one pair stands for its class while all others wait. alpha (the
-latency) and beta (seconds per byte) are the least squares fit of the relative errors: of the plain errors only the
-longest messages would count. Hockney, Parallel Computing 20 (1994).
+A link class is the smallest unit that holds both ranks (`bench_links.py`): a core, a cache, a socket, a node, the
+network between nodes; one pair stands for its class while all others wait. alpha (the latency) and beta (seconds per
+byte) are the least squares fit of the relative errors: of the plain errors only the longest messages would count.
+Hockney, Parallel Computing 20 (1994).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from dtrain.collectives import Array, Communicator
-from dtrain.launch import bench_table
+from dtrain.launch import bench_links, bench_table
 from dtrain.launch.bench_cases import Pattern, count_wrong, fill
 from dtrain.launch.bench_collectives import BLOCKS, ITERATIONS, SECONDS, Options, Tell, dtype_of
 from dtrain.launch.bench_memory import Memory
@@ -55,16 +56,23 @@ def fit(sizes: list[int], times: list[float]) -> tuple[float, float, float]:
     return float(found[0]), float(found[1]), error
 
 
-def links(nodes: list[int]) -> list[Link]:
-    """A pair of ranks for each class of links that there is between ranks on these nodes."""
-    found = []
-    ranks = range(len(nodes))
-    for name, alike in (("same-node", True), ("other-node", False)):
-        pairs = ((a, b) for a in ranks for b in ranks if a < b and (nodes[a] == nodes[b]) == alike)
-        pair = next(pairs, None)
-        if pair is not None:
-            found.append(Link(name, pair))
-    return found
+def links(where: Sequence[bench_links.Place]) -> list[Link]:
+    """A pair of ranks for each class of links that there is between ranks at these places."""
+    return [Link(name, pair) for name, pair in bench_links.pairs(where).items()]
+
+
+def constants(found: Iterable[Link]) -> dict[str, tuple[float, float]]:
+    """Class -> alpha in seconds, beta in seconds per byte, one way."""
+    fits = {link.name: link.fit()[ONE_WAY] for link in found}
+    return {name: (row["alpha_us"] * 1e-6, row["beta_ns_per_byte"] * 1e-9) for name, row in fits.items()}
+
+
+def cluster_text(comm: Communicator, found: Iterable[Link], name: str) -> tuple[str, list[str]]:
+    """The file for `dtrain show collective --simulate`, and what it leaves out. Collective."""
+    description, left_out = bench_links.cluster(
+        bench_links.places(comm), constants(found), bench_links.gamma(), f"{name}, as measured"
+    )
+    return bench_links.as_yaml(description), left_out
 
 
 def measure(comm: Communicator, options: Options, tell: Tell) -> list[Link]:
@@ -73,7 +81,7 @@ def measure(comm: Communicator, options: Options, tell: Tell) -> list[Link]:
     sizes = sorted({max(LATENCY_BYTES, dtype.itemsize), *options.sizes})
     memory = Memory(comm, max(sizes), dtype, False, options.private)
     pattern = Pattern(dtype, "", comm.size)
-    found = links(list(comm.transport.nodes))
+    found = links(bench_links.places(comm))
     if not found:
         tell("# p2p: one rank has no link")
     for link in found:

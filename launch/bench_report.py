@@ -69,6 +69,7 @@ def bench(
     csv_path: Path | None = None,
     plot_path: Path | None = None,
     compare_path: Path | None = None,
+    cluster_path: Path | None = None,
     tell: Tell = print,
 ) -> dict[str, Any]:
     """Measure on all ranks of the job, print and write on rank 0; return everything. Collective."""
@@ -76,7 +77,7 @@ def bench(
 
     comm = world()
     environment.check_world(comm.size)
-    old = _prepared(comm, (json_path, csv_path, plot_path), compare_path)
+    old = _prepared(comm, (json_path, csv_path, plot_path, cluster_path), compare_path)
     told = tell if comm.rank == 0 else (lambda text: None)
     found = header(comm)
     check(comm, options)
@@ -104,11 +105,18 @@ def bench(
         "rows": rows,
         "wrong": sum(row.wrong for row in rows),
     }
+    cluster = ""
+    if cluster_path is not None:
+        cluster, left_out = bench_p2p.cluster_text(comm, links, f"{found['processor']}, {found['mpi']}")
+        for text in left_out:
+            told(f"# {cluster_path}: without {text}")
     if comm.rank == 0:
         if old is not None:
             for text in bench_table.compare(old, result):
                 told(text)
         _write(result, json_path, csv_path, plot_path)
+        if cluster_path is not None:
+            _write_text(cluster_path, cluster)
     comm.barrier()  # nobody ends the job before everything is written
     return result
 
@@ -160,7 +168,11 @@ def _write(result: dict[str, Any], json_path: Path | None, csv_path: Path | None
 
         texts.append((plot_path, bench_plot.svg(result)))
     for path, text in texts:
-        try:
-            write_atomic(path, text.encode())
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+        _write_text(path, text)
+
+
+def _write_text(path: Path, text: str) -> None:
+    try:
+        write_atomic(path, text.encode())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None

@@ -257,7 +257,7 @@ def test_the_fit_finds_alpha_and_beta():
 
 def test_a_pair_for_each_class_of_links():
     def pairs(nodes):
-        return {link.name: link.pair for link in bench_p2p.links(nodes)}
+        return {link.name: link.pair for link in bench_p2p.links([("", "", "", str(node)) for node in nodes])}
 
     assert pairs([0]) == {}
     assert pairs([0, 0, 0]) == {"same-node": (0, 1)}
