@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -233,7 +234,7 @@ def run_blocks(
             for run in each.runs if options.cold and block == 0 else each.runs[:1] * (options.warmup - 1):
                 run()
             if each.iterations == 0:
-                each.iterations = _agreed_iterations(comm, options, lambda each=each: timed(comm, each.runs, 2))
+                each.iterations = _agreed_iterations(comm, options, partial(timed, comm, each.runs, 2))
             each.seconds += timed(comm, each.runs, each.iterations)
     for each in contestants:
         # The last word over all ranks: the slowest of each iteration, all wrong elements.
