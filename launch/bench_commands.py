@@ -65,6 +65,18 @@ def _command(name: str, summary: str) -> click.Command:
             type=click.Path(path_type=Path),
             help="Print the ratio to a run that --json wrote, row by row.",
         ),
+        click.Option(
+            ["--peer"],
+            type=click.Choice(("torch",)),
+            help="PyTorch's Gloo takes its turns too, in a process beside each rank: rows of the algorithm gloo.",
+        ),
+        click.Option(["--peer-python"], help="The Python that has PyTorch; default: this one."),
+        click.Option(
+            ["--reference", "reference_paths"],
+            type=click.Path(path_type=Path),
+            multiple=True,
+            help="What IMB-MPI1 or an OSU benchmark printed: its times beside ours. May be given several times.",
+        ),
     ]
     if name == "p2p":
         options.append(
@@ -76,7 +88,7 @@ def _command(name: str, summary: str) -> click.Command:
             )
         )
     dropped = {"barrier": {"sizes", "factor", "dtype", "op", "placing", "private", "cold", "plot_path"}}
-    dropped["p2p"] = {"algorithms", "op", "placing", "cold"}
+    dropped["p2p"] = {"algorithms", "op", "placing", "cold", "peer", "peer_python", "reference_paths"}
     kept = [option for option in options if option.name not in dropped.get(name, set()) | _without_op(name)]
     return click.Command(
         name, callback=callback, params=list(kept), help=f"Measure {summary}; under mpirun.\n\n{_COLUMNS}",
@@ -105,6 +117,9 @@ def _run(
     plot_path: Path | None = None,
     compare_path: Path | None = None,
     cluster_path: Path | None = None,
+    peer: str | None = None,
+    peer_python: str | None = None,
+    reference_paths: tuple[Path, ...] = (),
 ) -> None:
     parsed = parse_sizes(sizes, factor)
     from dtrain.launch.bench_collectives import Options  # NumPy and MPI only after the options are known to be right
@@ -122,7 +137,18 @@ def _run(
         private=private,
         cold=cold,
     )
-    result = bench(options, name in ("all", "p2p"), json_path, csv_path, plot_path, compare_path, cluster_path)
+    result = bench(
+        options,
+        name in ("all", "p2p"),
+        json_path,
+        csv_path,
+        plot_path,
+        compare_path,
+        cluster_path,
+        peer=peer == "torch",
+        peer_python=peer_python,
+        reference_paths=reference_paths,
+    )
     if result["wrong"]:
         raise SystemExit(1)
 

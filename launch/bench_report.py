@@ -18,8 +18,11 @@ from dtrain import __version__
 from dtrain.cache import write_atomic
 from dtrain.collectives import Communicator
 from dtrain.errors import UserError
-from dtrain.launch import bench_p2p, bench_step, bench_table, environment
+from dtrain.launch import bench_p2p, bench_peer, bench_reference, bench_step, bench_table, environment
 from dtrain.launch.bench_collectives import BLOCKS, Options, Outcome, Tell, check, measure
+from dtrain.launch.bench_peer import Peer
+from dtrain.launch.bench_reference import Reference
+from dtrain.launch.bench_table import Row
 
 
 def header(comm: Communicator) -> dict[str, Any]:
@@ -71,23 +74,42 @@ def bench(
     compare_path: Path | None = None,
     cluster_path: Path | None = None,
     tell: Tell = print,
+    peer: bool = False,
+    peer_python: str | None = None,
+    reference_paths: Sequence[Path] = (),
 ) -> dict[str, Any]:
-    """Measure on all ranks of the job, print and write on rank 0; return everything. Collective."""
+    """Measure on all ranks of the job, print and write on rank 0; return everything. Collective.
+
+    `peer`: PyTorch's Gloo takes turns, run by `peer_python`. `reference_paths`: what IMB-MPI1 or OSU printed.
+    """
     from dtrain.collectives import world
 
     comm = world()
     environment.check_world(comm.size)
-    old = _prepared(comm, (json_path, csv_path, plot_path, cluster_path), compare_path)
+    paths = (json_path, csv_path, plot_path, cluster_path)
+    old, references = _prepared(comm, paths, compare_path, reference_paths)
     told = tell if comm.rank == 0 else (lambda text: None)
     found = header(comm)
     check(comm, options)
     memory = "private" if options.private or comm.node is None else "window"
     for text in _header_lines(found, memory, options.cold):
         told(text)
-    outcome = measure(comm, options, told) if options.collectives else Outcome([], {}, [])
+    outcome = Outcome([], {}, [])
+    if options.collectives:
+        contestant = Peer(comm, peer_python) if peer else None
+        try:
+            if contestant is not None:
+                found["torch"] = contestant.version
+                told(f"# gloo: PyTorch {contestant.version}, a process beside each rank; both take turns")
+            outcome = measure(comm, options, told, contestant)
+        finally:
+            if contestant is not None:
+                contestant.close()
     links = bench_p2p.measure(comm, options, told) if p2p else []
     rows = outcome.rows + [row for link in links for row in link.rows]
     for text in bench_table.footer(rows):
+        told(text)
+    for text in _beside(options, outcome.rows, references, peer):
         told(text)
     result = {
         "config": {
@@ -102,6 +124,7 @@ def bench(
         "notes": outcome.notes,
         "memory_bandwidth": [{"size": size, "bytes_per_second": b} for size, b in outcome.bandwidths.items()],
         "links": [link.fit() for link in links],
+        "references": [asdict(reference) for reference in references],
         "rows": rows,
         "wrong": sum(row.wrong for row in rows),
     }
@@ -121,12 +144,26 @@ def bench(
     return result
 
 
-def _prepared(comm: Communicator, paths: Sequence[Path | None], compare_path: Path | None) -> dict[str, Any] | None:
-    """The older result, on rank 0; UserError on all ranks where a file cannot be read or written there."""
+def _beside(options: Options, rows: Sequence[Row], references: Sequence[Reference], peer: bool) -> Iterator[str]:
+    """The tables of Gloo's times and of the references, beside ours."""
+    for collective in options.collectives:
+        others = [(each.source, each.times) for each in references if each.collective == collective]
+        if peer and (times := bench_reference.times_of(rows, collective, bench_peer.NAME)):
+            others.insert(0, ("gloo", times))
+        for name, times in others:
+            yield from bench_reference.beside(rows, collective, name, times, ("auto", "shared", "native"))
+
+
+def _prepared(
+    comm: Communicator, paths: Sequence[Path | None], compare_path: Path | None, reference_paths: Sequence[Path]
+) -> tuple[dict[str, Any] | None, list[Reference]]:
+    """The older result and the references, on rank 0; UserError on all ranks where a file cannot be read or written."""
     old, problem = None, ""
+    references: list[Reference] = []
     if comm.rank == 0:
         try:
             old = None if compare_path is None else bench_table.read(compare_path)
+            references = [each for path in reference_paths for each in bench_reference.read(path, comm.size)]
             for path in paths:
                 if path is not None and not os.access(path.parent, os.W_OK):
                     raise UserError(f"{path}: cannot be written: no such folder, or not yours")
@@ -135,7 +172,7 @@ def _prepared(comm: Communicator, paths: Sequence[Path | None], compare_path: Pa
     problem = comm.broadcast_object(problem)
     if problem:
         raise UserError(problem)
-    return old
+    return old, references
 
 
 def _header_lines(header: dict[str, Any], memory: str, cold: bool) -> Iterator[str]:
