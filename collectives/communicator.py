@@ -225,16 +225,19 @@ class Communicator(Plans):
                 return deliver(call.target, result) if call.at_root else result
 
             self._progress.poll()
+            self._progress.wake()
             return Work(request, finish)
         self.counters.add(name, chosen, nbytes, row.volume(call))
         if chosen not in ("window", "hierarchical"):
             return self._watch(request, lambda: deliver(call.target, result))
         self._progress.poll()  # the slices of earlier works whose last rank has come meanwhile
+        self._progress.wake()
         return Work(request, lambda: deliver(call.target, result))
 
     def _watch(self, request: Request, finish: Callable[[], Array]) -> Work:
         """The work of a request of the transport; it is helped along in every wait."""
         self._progress.watch(request)
+        self._progress.wake()
         return Work(Watched(request, self._progress), finish)
 
 
