@@ -35,10 +35,12 @@ _RECEIVED: dict[str, Callable[[int], float]] = {
 @cache
 def terms(collective: str, algorithm: str, ranks: int) -> tuple[bool, tuple[float, float, float]]:
     """Whether it is a schedule of the catalogue, and A, B, C for n = 1."""
+    from dtrain.collectives.algorithms import TABLES  # they import the communicator, which imports this
     from dtrain.collectives.schedules.catalogue import ALGORITHMS, schedule
 
     row = ALGORITHMS.get(collective, {}).get(algorithm)
-    if row is not None and algorithm != "hierarchical" and row.sizes(ranks):
+    own = algorithm in TABLES.get(collective, ())  # shared memory has a "direct" and a "hierarchical" of its own
+    if row is not None and not own and row.sizes(ranks):
         return True, tuple(map(float, schedule(collective, algorithm, ranks).cost))  # type: ignore[return-value]
     received = _RECEIVED[collective](ranks) if collective in _RECEIVED else (ranks - 1) / ranks
     return False, (1.0, received, 0.0)
