@@ -26,6 +26,7 @@ from dtrain.collectives.forms import check_rank, elements, rows_brought, rows_pe
 if TYPE_CHECKING:
     from dtrain.collectives.communicator import Communicator
     from dtrain.collectives.nccl import Connection
+    from dtrain.collectives.scheduled import Own
 
 NCCL = "nccl"  # among the names of algorithms
 ON_GPU = "gpu"  # where root's array of a scatter lies
@@ -70,7 +71,7 @@ class DeviceCollectives:
             self._connection.close()
             self._connection = None
 
-    def all_reduce(self, array: Any, op: str, out: Any, algorithm: str) -> Any:
+    def all_reduce(self, array: Any, op: str, out: Any, algorithm: Any) -> Any:
         """As `Communicator.all_reduce`."""
         how, result = self._reduction(array, op), self._destination(out, array.shape, array.dtype)
         if self.hindrance is not None:
@@ -82,7 +83,7 @@ class DeviceCollectives:
         self._run("all_reduce", algorithm, call, own, "ring", source.size, volumes.least_all_reduce)
         return self._deliver(target, result)
 
-    def reduce_scatter(self, array: Any, op: str, out: Any, algorithm: str, counts: Sequence[int] | None) -> Any:
+    def reduce_scatter(self, array: Any, op: str, out: Any, algorithm: Any, counts: Sequence[int] | None) -> Any:
         """As `Communicator.reduce_scatter`."""
         array = as_rows(array)
         how = self._reduction(array, op)
@@ -98,7 +99,7 @@ class DeviceCollectives:
         self._run("reduce_scatter", algorithm, call, own or None, "ring", lengths, volumes.least_reduce_scatter)
         return self._deliver(target, result)
 
-    def reduce(self, array: Any, op: str, root: int, out: Any, algorithm: str) -> Any:
+    def reduce(self, array: Any, op: str, root: int, out: Any, algorithm: Any) -> Any:
         """As `Communicator.reduce`."""
         how = self._reduction(array, op)
         check_rank("root", root, self._comm.size)
@@ -114,7 +115,7 @@ class DeviceCollectives:
         self._run("reduce", algorithm, call, own, "binomial", source.size, volumes.least_reduce, root)
         return self._deliver(target, result) if at_root else None
 
-    def all_gather(self, array: Any, out: Any, counts: Sequence[int] | None, algorithm: str) -> Any:
+    def all_gather(self, array: Any, out: Any, counts: Sequence[int] | None, algorithm: Any) -> Any:
         """As `Communicator.all_gather`."""
         array = as_rows(array)
         rows = rows_brought(array, counts, self._comm.rank, self._comm.size)
@@ -130,7 +131,7 @@ class DeviceCollectives:
         return self._deliver(target, result)
 
     def all_to_all(
-        self, array: Any, out: Any, counts: Sequence[int] | None, out_counts: Sequence[int] | None, algorithm: str
+        self, array: Any, out: Any, counts: Sequence[int] | None, out_counts: Sequence[int] | None, algorithm: Any
     ) -> Any:
         """As `Communicator.all_to_all`."""
         comm, array = self._comm, as_rows(array)
@@ -163,7 +164,7 @@ class DeviceCollectives:
         self._run("all_to_all", algorithm, call, own, "", everyone, volumes.all_to_all, empty=empty)
         return self._deliver(target, result)
 
-    def broadcast(self, array: Any, root: int, out: Any, algorithm: str) -> Any:
+    def broadcast(self, array: Any, root: int, out: Any, algorithm: Any) -> Any:
         """As `Communicator.broadcast`."""
         check_rank("root", root, self._comm.size)
         result = self._destination(out, array.shape, array.dtype)
@@ -182,7 +183,7 @@ class DeviceCollectives:
         self._run("broadcast", algorithm, call, own, "binomial", target.size, volumes.least_broadcast, root)
         return self._deliver(target, result)
 
-    def gather(self, array: Any, root: int, out: Any, counts: Sequence[int] | None, algorithm: str) -> Any:
+    def gather(self, array: Any, root: int, out: Any, counts: Sequence[int] | None, algorithm: Any) -> Any:
         """As `Communicator.gather`."""
         array = as_rows(array)
         check_rank("root", root, self._comm.size)
@@ -223,7 +224,7 @@ class DeviceCollectives:
     def _run(
         self,
         collective: str,
-        algorithm: str,
+        algorithm: "str | Own",
         call: Call,
         own: "Callable[[Connection], None] | None",
         default: str,
@@ -233,16 +234,16 @@ class DeviceCollectives:
         empty: bool | None = None,
     ) -> None:
         """NCCL's own way if there is one and no other was asked for, else a schedule (counts None: there is none)."""
-        from dtrain.collectives import device_schedules
-        from dtrain.collectives.schedules import catalogue
+        from dtrain.collectives import device_schedules, scheduled
+        from dtrain.collectives.schedules.catalogue import ALGORITHMS
 
-        table = catalogue.ALGORITHMS[collective] if counts is not None else {}
+        table = ALGORITHMS[collective] if counts is not None else {}
         possible = [name for name, row in table.items() if row.sizes(self._comm.size)]
-        allowed = [NCCL, *possible] if own is not None else possible
-        if algorithm != "auto" and algorithm not in allowed:
+        if isinstance(algorithm, str) and algorithm.partition(":")[0] not in ("auto", own and NCCL, *possible):
+            allowed = ", ".join(["auto", *([NCCL] if own else []), *possible])
             raise ValueError(
                 f"algorithm={algorithm!r}: not possible for {call.op or collective} of {call.source.dtype} on "
-                f"{self._comm.size} GPUs; allowed: auto, {', '.join(allowed)}"
+                f"{self._comm.size} GPUs; allowed: {allowed}"
             )
         if (not (call.source.size or call.target.size)) if empty is None else empty:
             return
@@ -252,18 +253,18 @@ class DeviceCollectives:
                 call.target[...] = call.source
             return
         nbytes = max(int(call.source.nbytes), int(call.target.nbytes))
-        if algorithm in ("auto", NCCL) and own is not None:
+        if own is not None and isinstance(algorithm, str) and algorithm in ("auto", NCCL):
             own(connection)
             self._comm.counters.add(collective, NCCL, nbytes, volume(call))
             return
-        name = default if algorithm == "auto" else algorithm
-        schedule = catalogue.schedule(collective, name, self._comm.size, root)
+        choice = scheduled.find(collective, default if algorithm == "auto" else algorithm)
+        schedule = self._comm._messages().schedule(call, choice)
         source = call.source
         if collective == "broadcast" and not call.at_root:
-            source = source[:0]
+            source = source[:0]  # what a schedule is given lies on root alone
         ufunc = self._nccl.UFUNCS[call.op or "sum"]
         cost = device_schedules.execute(connection, schedule, source, call.target, counts, ufunc, self._nccl.empty)
-        self._comm.counters.add(collective, name, nbytes, cost)
+        self._comm.counters.add(collective, choice.text, nbytes, cost)
 
     def _through_host(self, run: Callable[[Any, Any], Any], array: Any, result: Any) -> Any:
         into = self._nccl.pinned(result.shape, np.dtype(result.dtype))

@@ -3,9 +3,9 @@
     step   ┌ group: send c0 ─►, c1 ─►   recv ◄─ c2, c3 ┐   add in rank order   fold        (all on one stream)
 
 What `schedules/executor.py` is for host memory, without segments: NCCL cuts messages itself. Needed where NCCL has no
-reduction of its own, and to run any algorithm of the catalogue on GPUs. A message that would land where this step still
-reads, or that is to be added, goes to memory of its own. Invariant: the order of every sum is that of the schedule;
-small floats are added in float32.
+reduction of its own, and to run any algorithm of the catalogue, or the user's, on GPUs. What is to be added arrives in
+memory of its own; what replaces a place lands there, for the prover refuses schedules that still read it in this step.
+Invariant: the order of every sum is that of the schedule; small floats are added in float32.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -78,23 +78,17 @@ def _touched(steps: Iterable[Step]) -> set[int]:
 
 def _step(messenger: Messenger, step: Step, places: Places, ufunc: Any, empty: Any) -> tuple[int, int]:
     """One step; the bytes sent and received."""
-    leaving = {chunk for send in step.sends for chunk in send.chunks}
     sends = [(send.peer, places[chunk]) for send in step.sends for chunk in send.chunks]
     receives: list[tuple[int, Any]] = []
-    aside: list[tuple[int, Any]] = []  # place, what replaces its content
     adding: dict[int, list[tuple[int, Any]]] = {}  # place -> from whom, what is added
     for receive in step.receives:
         for chunk in receive.chunks:
             home = places[chunk]
-            memory = empty(home.shape, home.dtype) if receive.reduce or chunk in leaving else home
+            memory = empty(home.shape, home.dtype) if receive.reduce else home
             receives.append((receive.peer, memory))
             if receive.reduce:
                 adding.setdefault(chunk, []).append((receive.peer, memory))
-            elif memory is not home:
-                aside.append((chunk, memory))
     messenger.exchange(sends, receives)
-    for chunk, memory in aside:
-        places[chunk][...] = memory
     for chunk, arrivals in adding.items():
         values = sorted([*arrivals, (messenger.rank, places[chunk])], key=lambda pair: pair[0])
         _add(ufunc, [value for _, value in values], places[chunk])

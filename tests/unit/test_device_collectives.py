@@ -19,6 +19,8 @@ from collective_cases import bits, close, inputs, total
 
 from dtrain.collectives import Communicator, run_threads, wait_all
 from dtrain.collectives.schedules import catalogue
+from dtrain.collectives.schedules.refusal import ScheduleError
+from dtrain.collectives.schedules.schedule import Receive, Send, Step, custom
 
 SIZES = [1, 2, 3, 4, 5, 8, 9, 16]
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -205,6 +207,11 @@ def test_every_algorithm_of_the_catalogue(size: int, cupy: Any) -> None:
                         assert result is None
                     else:
                         close(cupy.asnumpy(result), expected)
+        random = [array * 10.0**rank for rank, array in enumerate(inputs(size, 1000, np.dtype("f8")))]
+        result = comm.all_reduce(cupy.asarray(random[comm.rank]), algorithm="direct")
+        assert bits(cupy.asnumpy(result)) == bits(total(random)), "not the order of the ranks"
+        comm.all_reduce(mine, algorithm="segmented_ring:segments=3")
+        assert comm.last is not None and comm.last.algorithm == "segmented_ring:segments=3"
         halves = inputs(size, 1000, np.dtype("f2"))
         result = cupy.asnumpy(comm.all_reduce(cupy.asarray(halves[comm.rank]), algorithm="direct"))
         assert bits(result) == bits(total(halves))
@@ -232,6 +239,27 @@ def test_which_way_is_taken(cupy: Any) -> None:
 
     ways = ["nccl", "nccl", "nccl", "ring", "nccl", "ring", "ring", "nccl", "nccl"]
     assert on_gpus(3, run) == [ways] * 3
+
+
+def test_an_algorithm_of_the_user(cupy: Any) -> None:
+    """Proven first: one that overwrites what it is sending is refused, and would be wrong on a GPU as well."""
+
+    def swap(rank: int, size: int) -> Iterator[Step]:
+        yield Step(sends=[Send(1 - rank, [0])], receives=[Receive(1 - rank, [0], reduce=True)])
+
+    def overwrite(rank: int, size: int) -> Iterator[Step]:
+        yield Step(sends=[Send(1 - rank, [0])], receives=[Receive(1 - rank, [0])])
+
+    def run(comm: Communicator) -> Any:
+        mine = cupy.asarray(np.arange(5.0) + comm.rank)
+        with pytest.raises(ScheduleError, match="overwritten"):
+            comm.all_reduce(mine, algorithm=custom(overwrite, parts=1))
+        result = comm.all_reduce(mine, algorithm=custom(swap, parts=1))
+        assert comm.last is not None and comm.last.algorithm == "swap"
+        return cupy.asnumpy(result)
+
+    for result in on_gpus(2, run):
+        np.testing.assert_array_equal(result, 2 * np.arange(5.0) + 1)
 
 
 def test_bfloat16_needs_a_recent_nccl(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,8 +320,8 @@ def test_the_current_stream_is_used(layout: str, cupy: Any) -> None:
             mine[...] = 7.0
             twice = cupy.add(result, result)
             work = comm.all_gather_async(twice)
-            gathered = work.wait()
-            twice[...] = 0.0
+        gathered = work.wait()  # on another stream than the one it was started from, which nobody has waited for
+        with cupy.cuda.Stream():
             assert np.all(cupy.asnumpy(result) == comm.size)
             assert np.all(cupy.asnumpy(gathered) == 2 * comm.size)
 
