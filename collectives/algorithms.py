@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from dtrain.collectives import volumes, ways
+from dtrain.collectives import hierarchy_volumes, volumes, ways
 from dtrain.collectives.call import Call
 from dtrain.collectives.staged import SMALL_BYTES
 from dtrain.collectives.volumes import Formula
@@ -161,7 +161,7 @@ def _hierarchical(
 
 ALL_REDUCE: dict[str, Algorithm] = {
     "copy": COPY,
-    "hierarchical": _hierarchical(ways.hierarchical_all_reduce, volumes.unknown),
+    "hierarchical": _hierarchical(ways.hierarchical_all_reduce, hierarchy_volumes.all_reduce),
     "window": _window(ways.window_all_reduce, volumes.window_all_reduce, _in_place_in_window, _long_reduce),
     "staged": Algorithm(ways.staged_all_reduce, _on_node, _short, volumes.staged_all_reduce),
     "native": Algorithm(ways.native_all_reduce, _reduces, _always, volumes.least_all_reduce, ways.start_all_reduce),
@@ -170,7 +170,7 @@ ALL_REDUCE: dict[str, Algorithm] = {
 
 REDUCE_SCATTER: dict[str, Algorithm] = {
     "copy": COPY,
-    "hierarchical": _hierarchical(ways.hierarchical_reduce_scatter, volumes.unknown),
+    "hierarchical": _hierarchical(ways.hierarchical_reduce_scatter, hierarchy_volumes.reduce_scatter),
     "window": _window(ways.window_reduce_scatter, volumes.window_reduce_scatter, preferred=_long),
     "staged": Algorithm(ways.staged_reduce_scatter, _on_node, _short, volumes.staged_reduce_scatter),
     "native": Algorithm(
@@ -181,7 +181,7 @@ REDUCE_SCATTER: dict[str, Algorithm] = {
 
 ALL_GATHER: dict[str, Algorithm] = {
     "copy": COPY,
-    "hierarchical": _hierarchical(ways.hierarchical_all_gather, volumes.unknown),
+    "hierarchical": _hierarchical(ways.hierarchical_all_gather, hierarchy_volumes.all_gather),
     "window": _window(ways.window_all_gather, volumes.window_all_gather, preferred=_long_gather),
     "staged": Algorithm(ways.staged_all_gather, _on_node, _short_gather, volumes.staged_gather),
     "native": Algorithm(ways.native_all_gather, _several, _always, volumes.least_all_gather, ways.start_all_gather),
@@ -189,7 +189,7 @@ ALL_GATHER: dict[str, Algorithm] = {
 
 BROADCAST: dict[str, Algorithm] = {
     "copy": COPY,
-    "hierarchical": _hierarchical(ways.hierarchical_broadcast, volumes.unknown),
+    "hierarchical": _hierarchical(ways.hierarchical_broadcast, hierarchy_volumes.broadcast),
     "window": _window(ways.window_broadcast, volumes.window_from_root, preferred=_long),
     "staged": Algorithm(ways.staged_broadcast, _on_node, _short_broadcast, volumes.staged_broadcast),
     "native": Algorithm(ways.native_broadcast, _several, _always, volumes.least_broadcast, ways.start_broadcast),
@@ -205,7 +205,7 @@ REDUCE: dict[str, Algorithm] = {
 
 ALL_TO_ALL: dict[str, Algorithm] = {
     "copy": COPY,
-    "hierarchical": _hierarchical(ways.hierarchical_all_to_all, volumes.unknown, _even_over_nodes),
+    "hierarchical": _hierarchical(ways.hierarchical_all_to_all, hierarchy_volumes.all_to_all, _even_over_nodes),
     "window": _window(ways.window_all_to_all, volumes.window_all_to_all, preferred=_long_all_to_all),
     "staged": Algorithm(ways.staged_all_to_all, _even_on_node, _short_gather, volumes.staged_all_to_all),
     "native": Algorithm(ways.native_all_to_all, _several, _always, volumes.all_to_all, ways.start_all_to_all),
@@ -269,8 +269,8 @@ def choose(
     """
     if name == "auto":
         for best in measured:
-            if (known := _known(table, best, call)) is not None:
-                return known
+            if best in table and table[best].possible(call):
+                return best, table[best]
         rows = (item for item in table.items() if item[1].possible(call) and item[1].preferred(call))
         return next(rows, None) or choose(table, "doubling", call)  # a scan: only schedules do it
     if not isinstance(name, str) or name not in table or not (table[name].possible(call) or _alone(call)):
@@ -287,16 +287,6 @@ def choose(
             f"{call.transport.size} ranks; possible here: auto, {possible}"
         )
     return name, table[name]
-
-
-def _known(table: dict[str, Algorithm], name: str, call: Call) -> tuple[str, Algorithm] | None:
-    """The row or schedule of this name; None where it is not possible, or nothing that this version knows."""
-    if name in table:
-        return (name, table[name]) if table[name].possible(call) else None
-    try:
-        return _schedule(table, name, call)
-    except ValueError:
-        return None
 
 
 def _schedule(table: dict[str, Algorithm], name: "str | Own", call: Call) -> tuple[str, Algorithm] | None:

@@ -33,7 +33,9 @@ from dtrain.collectives.levels import SLOT_BYTES, Levels
 from dtrain.collectives.node import Node
 from dtrain.collectives.window import owned, reduce_into
 
-PIECE_BYTES = 256 * 1024  # of one message where the data lies in the window
+# Of one message where the data lies in the window. Two hosts of 4 ranks, 1 Gbit/s, 16 MiB: 128 KiB reach 96 % of the
+# wire, 512 KiB 93 %: a message waits behind all that was sent before it.
+PIECE_BYTES = 128 * 1024
 _OCTET = np.dtype(np.uint8)
 
 

@@ -9,7 +9,6 @@ order of nodes is that of their lowest ranks, everywhere.
 """
 
 from collections.abc import Callable
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -55,6 +54,8 @@ class Levels:
         """The lanes that this rank drives."""
         self._node_of = {rank: node for node, ranks in enumerate(self.nodes) for rank in ranks}
         self._split = split
+        self._inner: Communicator | None = None
+        self._lane: Communicator | None = None
         home, wires = transport.split(self.here, transport.rank), transport.split(0, transport.rank)
         assert home is not None and wires is not None
         self._home = home
@@ -68,15 +69,19 @@ class Levels:
         self._stage_place = place
         self.conveyor = Conveyor(self.node, together, patience.timeout, name)
 
-    @cached_property
+    @property
     def inner(self) -> "Communicator":
         """The ranks of my node. The first access is collective over the whole communicator."""
-        return self._split(self.here)
+        if self._inner is None:
+            self._inner = self._split(self.here)
+        return self._inner
 
-    @cached_property
+    @property
     def lane(self) -> "Communicator":
         """The ranks that are number `local` of their nodes, as I am. The first access is collective as above."""
-        return self._split(self.local)
+        if self._lane is None:
+            self._lane = self._split(self.local)
+        return self._lane
 
     def driver(self, lane: int, node: int) -> int:
         """The rank that drives a lane in a node."""
@@ -113,6 +118,6 @@ class Levels:
         self.node.close()
         self._home.close()
         self._wires.close()
-        for name in ("inner", "lane"):
-            if name in self.__dict__:
-                self.__dict__[name].close()
+        for part in (self._inner, self._lane):
+            if part is not None:
+                part.close()

@@ -47,8 +47,13 @@ class Transport(threads.Transport):
         return None if part is None else Transport(part._room, part.rank, [row[2] for row in members])
 
 
-def run_nodes(nodes: Sequence[int], function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
-    """function(comm, *args) on one rank per entry, which is the number of its node; the results in rank order."""
+def run_nodes(
+    nodes: Sequence[int], function: Callable[..., Any], *args: Any, timeout: float = 60.0, patience: float = 60.0
+) -> list[Any]:
+    """function(comm, *args) on one rank per entry, which is the number of its node; the results in rank order.
+
+    `patience`: the time limit of the communicators; `timeout`: of all together.
+    """
     size = len(nodes)
     room = threads._Room(size, time.monotonic() + timeout)
     results: list[Any] = [None] * size
@@ -56,7 +61,7 @@ def run_nodes(nodes: Sequence[int], function: Callable[..., Any], *args: Any, ti
 
     def run(rank: int) -> None:
         try:
-            results[rank] = function(Communicator(Transport(room, rank, list(nodes)), timeout=timeout), *args)
+            results[rank] = function(Communicator(Transport(room, rank, list(nodes)), timeout=patience), *args)
         except BaseException as failure:
             failures.append(failure)
             room.shatter()

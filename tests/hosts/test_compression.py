@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hosts.conftest import Hosts
+from tests.hosts.namespaces import Hosts
 
 pytestmark = pytest.mark.timeout(300)
 ROOT = Path(__file__).parents[2]
