@@ -42,6 +42,8 @@ class Caller:
             return ""
         given, words = frame.f_locals, []
         array = given.get("array") if given.get("array") is not None else given.get("out")
+        work = given.get("self") if frame.f_code.co_name in ("wait", "done") else given.get("work")
+        words += [" ".join(map(str, getattr(work, "what", ())))] if getattr(work, "what", ()) else []
         if array is not None and hasattr(array, "dtype") and hasattr(array, "shape"):
             words.append(f"{array.dtype} {array.shape}")
         wanted = frame.f_code.co_varnames[: frame.f_code.co_argcount]

@@ -135,7 +135,7 @@ class Communicator(Plans):
             return Work(None, lambda: NOTHING)
         self._check("barrier", "native")
         self.counters.add("barrier", "native", 0, BARRIER)
-        return self._watch(self.transport.start_barrier(), lambda: NOTHING)
+        return self._watch(self.transport.start_barrier(), lambda: NOTHING, "barrier")
 
     # Between two ranks: only these two call
 
@@ -174,7 +174,9 @@ class Communicator(Plans):
         array = np.asarray(array)
         source = flat(array)
         self.counters.add("send", "message", source.nbytes, Volume(1, source.nbytes, 0))
-        return self._watch(self.transport.start_send(source, destination, tag), lambda: array)
+        return self._watch(
+            self.transport.start_send(source, destination, tag), lambda: array, "send to", destination, "tag", tag
+        )
 
     def recv_async(self, out: Array, source: int, tag: int = 0) -> Work:
         """`recv`, started: out is left alone until `wait`."""
@@ -183,7 +185,14 @@ class Communicator(Plans):
             return device_works.recv_async(self, out, source, tag)
         target = target_of(destination(out, out.shape, out.dtype))
         self.counters.add("recv", "message", target.nbytes, Volume(1, 0, target.nbytes))
-        return self._watch(self.transport.start_recv(target, source, tag), lambda: deliver(target, out))
+        return self._watch(
+            self.transport.start_recv(target, source, tag),
+            lambda: deliver(target, out),
+            "recv from",
+            source,
+            "tag",
+            tag,
+        )
 
     # How a work begins
 
@@ -226,19 +235,19 @@ class Communicator(Plans):
 
             self._progress.poll()
             self._progress.wake()
-            return Work(request, finish)
+            return Work(request, finish, (name,))
         self.counters.add(name, chosen, nbytes, row.volume(call))
         if chosen not in ("window", "hierarchical"):
-            return self._watch(request, lambda: deliver(call.target, result))
+            return self._watch(request, lambda: deliver(call.target, result), name)
         self._progress.poll()  # the slices of earlier works whose last rank has come meanwhile
         self._progress.wake()
-        return Work(request, lambda: deliver(call.target, result))
+        return Work(request, lambda: deliver(call.target, result), (name,))
 
-    def _watch(self, request: Request, finish: Callable[[], Array]) -> Work:
+    def _watch(self, request: Request, finish: Callable[[], Array], *what: object) -> Work:
         """The work of a request of the transport; it is helped along in every wait."""
         self._progress.watch(request)
         self._progress.wake()
-        return Work(Watched(request, self._progress), finish)
+        return Work(Watched(request, self._progress), finish, what)
 
 
 def _or_nothing(result: Array | None) -> Array:

@@ -1,7 +1,9 @@
 """What a communicator is, apart from its collectives: ranks, shared memory, groups of groups, counters, open works."""
 
+import os
 from collections import deque
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self, cast
 
 import numpy as np
@@ -153,6 +155,11 @@ class Group:
             self._levels = None
         self._shares = self._has_levels = False
         self.transport.close()
+
+    def report_to(self, folder: str | Path) -> None:
+        """Where this rank's file goes when the job hangs (`watchdog.py`); default: the working directory."""
+        if self._progress.watchdog is not None:
+            self._progress.watchdog.folder = os.path.abspath(folder)
 
     def use_progress_thread(self, on: bool) -> None:
         """Switch the thread of `background.py` on or off, on this rank, for all communicators of its world."""

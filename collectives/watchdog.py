@@ -181,7 +181,8 @@ class Watchdog:
                 for thread, frame in sys._current_frames().items()
             },
         }
-        path = os.path.join(self.folder, f"hang_rank_{self._transport.rank:04}.json")
+        folder = self.folder if os.path.isdir(self.folder) else os.getcwd()
+        path = os.path.join(folder, f"hang_rank_{self._transport.rank:04}.json")
         try:
             with open(path, "w") as file:
                 json.dump(content, file, indent=1)

@@ -38,7 +38,9 @@ class Finished(Request):
 class Work:
     """An operation under way; `wait` returns its array, `done` says whether `wait` would return at once."""
 
-    def __init__(self, request: Request | None, finish: Callable[[], Array]) -> None:
+    def __init__(self, request: Request | None, finish: Callable[[], Array], what: tuple[object, ...] = ()) -> None:
+        """`what`: in words, for reports."""
+        self.what = what
         self._request = request
         self._finish = finish
         self._result: Array | None = None

@@ -43,6 +43,7 @@ def run(config: Config, source: Path) -> None:
     trainer = assembly.assemble(config, comm)
     folder = RunFolder(Path(config.output) / config.name, trainer)
     resumed = folder.open(source)
+    comm.report_to(folder.path)
     with Progress(config, trainer.total_steps, trainer.step, on=comm.rank == 0) as progress:
         for line in [*header(trainer), *resumed]:
             progress.note(line)
