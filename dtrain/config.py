@@ -415,8 +415,11 @@ class ParallelConfig(_Section, frozen=True, kw_only=True):
     """Experts."""
     order: str = ORDER
     """The axes, fastest first: ranks that follow one another differ in the first, and are neighbours on one host."""
-    data_parallel: Literal["naive", "ddp"] = "ddp"
-    """naive: one all_reduce per parameter after the backward; ddp: buckets reduced while the backward goes on."""
+    data_parallel: Literal["naive", "ddp", "zero1", "zero2", "zero3"] = "ddp"
+    """naive: one all_reduce per parameter after the backward; ddp: buckets reduced while the backward goes on; zero1,
+    zero2, zero3: each rank keeps its share of the optimizer's state, of the gradients too, of the parameters too."""
+    replicate: bool = False
+    """zero: each rank has its own copy of the parameters that it needs, also where the ranks of a node could share."""
     bucket_mb: float = 4.0
     """MiB of gradients that ddp reduces at once."""
     compression: CompressionConfig = field(default_factory=NoCompressionConfig)
@@ -454,7 +457,7 @@ class PipelineConfig(_Section, frozen=True, kw_only=True):
     """Of a data rank's share of a batch, instead of train.micro_batch; null: as many as that makes."""
     chunks: int | None = None
     """Stages per rank; null: what the schedule is made for (interleaved: 2)."""
-    cut: list[int] | None = None
+    cut: tuple[int, ...] | None = None
     """Blocks per stage, by hand; null: such that the slowest stage is as fast as can be."""
 
     def __post_init__(self) -> None:

@@ -209,7 +209,7 @@ def test_wrong_overrides(file, override, parts):
         (GPT.replace("kind: cosine", "kind: cos"), ["test.yaml, line 6: schedule.kind: 'cos'", "inverse_sqrt"]),
         (GPT.replace("kind: text", "kind: txt"), ["test.yaml, line 3: data.kind: 'txt'", "did you mean text?"]),
         (GPT.replace("steps: 200", "steps: -5"), ["test.yaml, line 8: train.steps: -5"]),
-        (GPT + "pipeline: {schedule: 1f1b}\n", ["test.yaml, line 9: pipeline: unknown key", "parallel, checkpoint"]),
+        (GPT + "pipelines: {schedule: 1f1b}\n", ["test.yaml, line 9: pipelines: unknown key", "mean pipeline?"]),
         (GPT.replace("steps: 200, ", ""), ["test.yaml, line 8: train.steps: missing"]),
         (GPT.replace("data: {kind: text, path: stdlib}\n", ""), ["test.yaml: data: missing", "kind: text, tokens"]),
         ("".join(f"key{i}: 1\n" for i in range(20)), ["line 8: key7", "... and 16 more"]),
