@@ -16,7 +16,7 @@ in both arrays: sums and updates may run straight over it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,23 +189,28 @@ class FlatBuffers:
     group_type: type[FlatGroup] = FlatGroup
 
     def __init__(
-        self, parameters: Mapping[str, Parameter], comm: Communicator, pad_to: int = 1, mesh: Mesh | None = None
+        self,
+        parameters: Mapping[str, Parameter],
+        comm: Communicator,
+        pad_to: int = 1,
+        mesh: Mesh | None = None,
+        section: Callable[[str], int] = lambda name: 0,
     ) -> None:
         """Move the parameters (with their values) into flat buffers of `comm.empty`: a collective call.
 
         Parameters without values yet are 0 until `initialise`. The length of each buffer is a multiple of `pad_to`
         elements. Gradients that are present are forgotten. Without a mesh, all ranks that matter hold the same. Names
-        are those that the parameters have in the whole model.
+        are those that the parameters have in the whole model. Parameters of different sections have groups apart.
         """
         parameters = {parameter.name or path: parameter for path, parameter in parameters.items()}
         self.mesh = mesh
         self.fresh = {name for name, parameter in parameters.items() if parameter.is_placeholder}
-        by_kind: dict[Kind, dict[str, Parameter]] = {}
+        by_kind: dict[tuple[Kind, int], dict[str, Parameter]] = {}
         for name, parameter in parameters.items():
-            by_kind.setdefault(kind(parameter), {})[name] = parameter
+            by_kind.setdefault((kind(parameter), section(name)), {})[name] = parameter
         self.parameters = parameters
         # One order on all ranks, also where each has other parameters: what is summed over an axis meets there.
-        kinds = sorted(by_kind, key=lambda each: (each[2], each[3], each[1], str(each[0])))
+        kinds = sorted(by_kind, key=lambda each: (each[0][2], each[0][3], each[0][1], str(each[0][0]), each[1]))
         self.groups = [self.group_type(by_kind[each], comm, pad_to, mesh) for each in kinds]
         if mesh is not None:
             mesh.open(axes for group in self.groups for axes in _meetings(group))

@@ -19,10 +19,22 @@ def _compressor(parallel: ParallelConfig) -> Compressor | None:
     return compressor(parallel.compression)
 
 
+def _zero(stage: int) -> Callable[[ParallelConfig], Strategy]:
+    def make(parallel: ParallelConfig) -> Strategy:
+        from dtrain.strategies.zero import ZeRO
+
+        return ZeRO(stage, parallel.replicate, accumulate=parallel.pp > 1)
+
+    return make
+
+
 # parallel.data_parallel -> what it makes of the section `parallel`
 DATA_PARALLEL: dict[str, Callable[[ParallelConfig], Strategy]] = {
     "naive": lambda parallel: NaiveDataParallel(),
     "ddp": lambda parallel: DistributedDataParallel(parallel.bucket_mb, _compressor(parallel)),
+    "zero1": _zero(1),
+    "zero2": _zero(2),
+    "zero3": _zero(3),
 }
 
 

@@ -35,9 +35,14 @@ class Absent(Module):
 class Stage:
     """One of the stages of this rank; `first` and `last` have the ends of the model."""
 
-    def __init__(self, model: Model, number: int, stages: int, blocks: Sequence[Module]) -> None:
-        self.model, self.blocks = model, blocks
+    def __init__(self, model: Model, number: int, stages: int, part: slice) -> None:
+        self.model, self.part = model, part
         self.first, self.last = number == 0, number == stages - 1
+
+    @property
+    def blocks(self) -> list[Module]:
+        """Those of the model that are this stage's; other strategies may have replaced them."""
+        return self.model.blocks[self.part]
 
     def parameters(self) -> list[Parameter]:
         """Those that this stage computes with, as far as they are found by its modules."""
@@ -94,7 +99,7 @@ def split(model: Model, mesh: Mesh, rank_of: Sequence[int], sizes: Sequence[int]
         if len(ranks) > 1:
             parameter.gradient_layout = parameter.gradient_layout.with_(pp=Partial())
     return {
-        number: Stage(model, number, stages, model.blocks[end - size : end])
+        number: Stage(model, number, stages, slice(end - size, end))
         for number, (size, end) in enumerate(zip(sizes, ends, strict=True))
         if rank_of[number] == rank
     }

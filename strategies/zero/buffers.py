@@ -1,0 +1,151 @@
+"""The memory of ZeRO: flat buffers by unit, of which every rank owns 1/n; and the room for what is there for a while.
+
+    unit = a block of the model, or its two ends together          unit 1, 4 ranks
+                                                                    data   │ own │     │     │     │   stage 3: own only
+    stage  parameters  gradients  optimizer   bytes per parameter   grad   │ own │     │     │     │   from 2: own only
+      1      whole       whole       1/n      8 + 8/n  (float32     state  │ own │
+      2      whole        1/n        1/n      4 + 12/n  AdamW:
+      3       1/n         1/n        1/n         16/n   4 + 4 + 8)
+
+On one node the parameters are one array that all ranks see: they exist once, whatever the stage, and nothing is
+gathered (`Shared`). Otherwise stage 3 gathers a unit into memory whose addresses stay but whose pages come and go
+(`Pages`): what the tape saved of the parameters stays valid.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from dtrain.arrays import Array
+from dtrain.collectives import Communicator
+from dtrain.flat import FlatBuffers, FlatGroup
+from dtrain.mesh import Mesh
+from dtrain.parameter import Parameter
+
+
+class Pages:
+    """An array in memory of its own whose pages can be given back; it is zero again afterwards."""
+
+    def __init__(self, size: int, dtype: np.dtype[Any]) -> None:
+        # Private: the kernel keeps pages of shared anonymous memory whatever is said about them.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self._map = mmap.mmap(-1, max(1, size * dtype.itemsize), flags=flags)
+        self.array: Array = np.frombuffer(self._map, dtype, size)
+
+    def give_back(self) -> None:
+        """Free the pages; the array stays where it is."""
+        if hasattr(self._map, "madvise"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+
+class ZeroGroup(FlatGroup):
+    """The parameters of one unit that lie alike, padded to a multiple of the ranks; `owned` is this rank's n-th."""
+
+    owned_over = ("dp",)
+
+    def __init__(
+        self,
+        stage: int,
+        replicate: bool,
+        parameters: Mapping[str, Parameter],
+        comm: Communicator,
+        pad_to: int,
+        mesh: Mesh | None,
+    ) -> None:
+        """replicate: every rank has its own copy of what it needs, also where ranks could share one."""
+        self.stage, self.replicate, self.comm = stage, replicate, comm
+        self.pages: Pages | None = None
+        """Room for the gathered parameters where this rank keeps only its own."""
+        self.mine: Array | None = None
+        """The own shard of the parameters, then."""
+        self.shard: Array | None = None
+        """The own shard of the gradients, from stage 2."""
+        super().__init__(parameters, comm, pad_to, mesh)
+
+    def allocate(self, comm: Communicator) -> None:
+        """Make what stays: see the table above. Collective."""
+        share = self.size // comm.size
+        self.owned = slice(comm.rank * share, (comm.rank + 1) * share)
+        values = {name: p.data for name, p in self.parameters.items() if not p.is_placeholder}
+        self.is_shared = False
+        if not self.replicate and (shared := comm.empty_shared(self.size, self.dtype)) is not None:
+            self.data, self.is_shared = shared, True
+        elif self.stage < 3:
+            self.data = comm.empty(self.size, self.dtype)
+        else:
+            self.pages = Pages(self.size, self.dtype)
+            self.data = self.pages.array
+            self.mine = comm.empty(share, self.dtype)
+        if self.stage == 1:
+            self.grad = comm.empty(self.size, self.dtype)
+            self.grad[...] = 0
+        else:
+            self.shard = np.zeros(share, self.dtype)
+        if not self.is_shared or comm.rank == 0:
+            self.data[...] = 0
+            for name, value in values.items():
+                self.data[self.slices[name]] = value.reshape(-1)
+        comm.barrier()
+        for name, parameter in self.parameters.items():
+            parameter.data = self.data[self.slices[name]].reshape(parameter.shape)
+            parameter.buffer = self.grad[self.slices[name]].reshape(parameter.shape) if self.stage == 1 else None
+            parameter.grad = None
+
+    @property
+    def owned_data(self) -> Array:
+        """The parameters that this rank updates."""
+        return self.data[self.owned] if self.mine is None else self.mine
+
+    @property
+    def owned_grad(self) -> Array:
+        """Their gradients, after the sum over the ranks."""
+        return self.grad[self.owned] if self.shard is None else self.shard
+
+    def bytes_held(self) -> dict[str, int]:
+        """Of parameters and gradients, on this rank, between two steps; of an array that ranks share, the n-th part."""
+        whole, own = self.size * self.dtype.itemsize, (self.owned.stop - self.owned.start) * self.dtype.itemsize
+        parameters = own if self.is_shared or self.mine is not None else whole
+        return {"parameters": parameters, "gradients": whole if self.shard is None else own}
+
+
+class ZeroBuffers(FlatBuffers):
+    """The flat buffers of a model under ZeRO, a group for each unit and way of lying."""
+
+    def __init__(
+        self,
+        stage: int,
+        replicate: bool,
+        parameters: Mapping[str, Parameter],
+        mesh: Mesh,
+        unit_of: Callable[[str], int],
+    ) -> None:
+        """unit_of: the number of the unit of a parameter by its name. Collective over mesh["dp"]."""
+        self.group_type = partial(ZeroGroup, stage, replicate)  # type: ignore[assignment]
+        comm = mesh["dp"]
+        super().__init__(parameters, comm, pad_to=comm.size, mesh=mesh, section=unit_of)
+        self.groups: list[ZeroGroup]  # type: ignore[assignment]
+
+    def initialise(self, seed: int, comm: Communicator | None = None) -> None:
+        """As of all flat buffers; what ranks share is written by one of them. Collective."""
+        for group in self.groups:
+            peers = group.comm
+            for name, parameter in group.parameters.items():
+                if name not in self.fresh:
+                    if peers.rank and not group.is_shared:
+                        parameter.data[...] = 0
+                elif group.slices[name].start * peers.size // max(1, group.size) == peers.rank:
+                    parameter.data[...] = parameter.initial_values(seed)
+            if group.is_shared:
+                peers.barrier()
+            else:
+                peers.all_reduce(group.data, out=group.data)
+            if group.pages is not None and group.mine is not None:
+                group.mine[...] = group.data[group.owned]
+                group.pages.give_back()
+        self.fresh.clear()
+        self.changed()
