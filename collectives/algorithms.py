@@ -269,8 +269,8 @@ def choose(
     """
     if name == "auto":
         for best in measured:
-            if best in table and table[best].possible(call):
-                return best, table[best]
+            if (known := _known(table, best, call)) is not None:
+                return known
         rows = (item for item in table.items() if item[1].possible(call) and item[1].preferred(call))
         return next(rows, None) or choose(table, "doubling", call)  # a scan: only schedules do it
     if not isinstance(name, str) or name not in table or not (table[name].possible(call) or _alone(call)):
@@ -287,6 +287,16 @@ def choose(
             f"{call.transport.size} ranks; possible here: auto, {possible}"
         )
     return name, table[name]
+
+
+def _known(table: dict[str, Algorithm], name: str, call: Call) -> tuple[str, Algorithm] | None:
+    """The row or schedule of this name; None where it is not possible, or nothing that this version knows."""
+    if name in table:
+        return (name, table[name]) if table[name].possible(call) else None
+    try:
+        return _schedule(table, name, call)
+    except ValueError:
+        return None
 
 
 def _schedule(table: dict[str, Algorithm], name: "str | Own", call: Call) -> tuple[str, Algorithm] | None:
