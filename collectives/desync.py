@@ -85,6 +85,7 @@ class Desync:
             return
         caller = callers.here()
         what = f"{name} #{self._number} ({', '.join(filter(None, [algorithm, caller.arguments]))}) at {caller.line}"
+        del caller  # its frames, this one among them, would live on in a circle, and with them the arrays they name
         mine: list[Any] = [signature(name, algorithm, call), what]
         subject = f"{self._key}#{self._number}"
         for peer in self._peers:

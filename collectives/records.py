@@ -95,6 +95,7 @@ def write_text(octets: memoryview, start: int, number: int) -> None:
     caller = callers.here()
     name = caller.frame.f_code.co_name if caller.frame is not None else "?"
     text = f" at {caller.line}, {name}({caller.arguments})".encode(errors="replace")[:TEXT_BYTES]
+    del caller  # its frames, this one among them, would live on in a circle, and with them the arrays they name
     begin = start + TEXT_BYTES * (number % RING)
     octets[begin : begin + TEXT_BYTES] = text.ljust(TEXT_BYTES, b"\0")
 
