@@ -265,7 +265,7 @@ class _Started(Request):
         if self.run.test():
             return
         progress, transport = self._channel._progress, self._channel._ranks
-        if transport.name == "threads" and not progress.busy():
+        if transport.name == "threads" and self._node is None and not progress.busy():
             self.run.wait()  # a thread that looks again and again keeps the others from running
             return
         others = lambda: progress.poll() if progress.busy() else None  # noqa: E731

@@ -142,7 +142,11 @@ class Run(Request):
     def wait(self) -> None:
         """Go on until it is finished; the transport's requests know by themselves when to give up."""
         while not self.test():
-            self.pending().wait()
+            try:
+                self.pending().wait()
+            except Exception:
+                self._blame()
+                raise
 
     def wait_patiently(
         self, spin: bool, timeout: float, others: Callable[[], None], look: Callable[[], None], what: str
@@ -217,12 +221,17 @@ class Run(Request):
             if not request.test():
                 return False
         except Exception:
-            if self._arrived is not None:
-                self._arrived(peer)  # has a better word for a message that is too long
+            self._blame()
             raise
         if self._arrived is not None:
             self._arrived(peer)
         return True
+
+    def _blame(self) -> None:
+        """A message that does not fit is a call that does not: who looks at what has arrived has a word for that."""
+        if self._arrived is not None and self.done_events < len(self.plan.events):
+            receive = self.plan.events[self.done_events].receive
+            self._arrived(self.plan.arriving[receive].peer)
 
     def _post_until(self, receive: int) -> bool:
         self._post()
