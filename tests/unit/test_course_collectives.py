@@ -71,7 +71,7 @@ def test_c14_a_ring(size):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_c15_recursive_halving_and_doubling(size):
-    """Of 2^k ranks: 2 log2 p steps, bytes of a ring; else 2 floor(log2 p) + 2 steps, the p - 2^k odd ones folded first."""
+    """Of 2^k ranks: 2 log2 p steps, bytes of a ring; else 2 floor(log2 p) + 2 steps, p - 2^k ranks folded first."""
     found = volumes(size, lambda comm, x: comm.all_reduce(x, algorithm="rabenseifner"))
     power = 2 ** int(math.log2(size))
     folded = size - power

@@ -134,8 +134,10 @@ def test_a_damaged_file_is_ignored_with_one_warning(place, tmp_path, monkeypatch
 
 def test_auto_takes_the_best_that_is_possible():
     def rank(comm: Communicator) -> list[str]:
+        unknown = {"unknown": 1.0, "ring:color=4": 1.5}
         rows = [
-            measured("all_reduce", 1 << 16, unknown=1.0, staged=2.0, exchange=10.0, native=20.0),
+            measured("all_reduce", 1 << 16, **unknown, staged=2.0, exchange=10.0, native=20.0),
+            measured("broadcast", 1 << 12, **{"chain:segments=2": 1.0, "native": 2.0}),
             measured("all_gather", 1 << 16, native=5.0, staged=1.0),
         ]
         comm.tune(table(*rows))
@@ -145,7 +147,9 @@ def test_auto_takes_the_best_that_is_possible():
             ran.append(comm.last.algorithm)
         comm.all_gather(np.ones(1 << 12, np.float32))
         ran.append(comm.last.algorithm)
-        comm.broadcast(np.ones(1 << 14, np.float32))  # not measured
+        comm.gather(np.ones(1 << 14, np.float32))  # not measured
+        ran.append(comm.last.algorithm)
+        comm.broadcast(np.ones(1 << 10, np.float32))
         ran.append(comm.last.algorithm)
         comm.all_reduce(np.ones(1 << 14, np.float32), algorithm="native")
         ran.append(comm.last.algorithm)
@@ -154,8 +158,9 @@ def test_auto_takes_the_best_that_is_possible():
         ran.append(pair.last.algorithm)
         return ran
 
-    # neither a name that this version does not have nor the staging, which threads have not, is taken
-    assert run_threads(4, rank) == [["exchange", "exchange", "native", "native", "native", "native"]] * 4
+    # neither names that this version does not have nor the staging, which threads have not, are taken
+    names = ["exchange", "exchange", "native", "native", "chain", "native", "native"]
+    assert run_threads(4, rank) == [names] * 4
 
 
 def test_the_nearest_length_counts_and_the_costs_beyond():
