@@ -82,7 +82,8 @@ class Call:
     def noted(self, name: str, alike: bool = True) -> "Transport":
         """The transport, after telling the peers that something is started there."""
         if self.node is not None:
-            self.node.note(name, "native", self.op, self.source if alike else None, self._extra(name))
+            # In MPI, what is started matches no blocking call: another number than there.
+            self.node.note(name, "native", self.op, self.source if alike else None, -1 - self._extra(name))
         return self.transport
 
     def _extra(self, name: str) -> int:

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 _HERE = os.path.dirname(__file__) + os.sep
+_THREADS = os.sep + "threads.py"
 _SHOWN = ("op", "root", "destination", "source", "tag", "counts", "out_counts", "color", "algorithm")
 
 
@@ -22,11 +23,12 @@ class Caller:
 
     def __init__(self, frame: FrameType | None) -> None:
         stack = list(_outwards(frame))
-        inside = [at for at, each in enumerate(stack) if each.f_code.co_filename.startswith(_HERE)]
+        first = next((at for at, each in enumerate(stack) if _ours(each)), len(stack))
+        end = next((at for at in range(first, len(stack)) if not _ours(stack[at])), len(stack))
         self.innermost = stack[0] if stack else None
-        self.inner = stack[: inside[-1] + 1] if inside else []
-        """The frames of this package, the innermost first."""
-        user = stack[inside[-1] + 1 :] if inside else stack
+        self.inner = stack[:end] if first < len(stack) else []
+        """The frames up to that of the collective, the innermost first."""
+        user = stack[end:] if self.inner else stack
         self.line = f"{_short(user[0].f_code.co_filename)}:{user[0].f_lineno}" if user else "?"
 
     @property
@@ -55,6 +57,12 @@ class Caller:
         if frame is None:
             return f"in no collective, at {self.line}"
         return f"in {frame.f_code.co_name}({self.arguments}) at {self.line}"
+
+
+def _ours(frame: FrameType) -> bool:
+    """A frame of this package; a thread that is a rank (`threads.py`) begins in one, which is no collective."""
+    path = frame.f_code.co_filename
+    return path.startswith(_HERE) and not path.endswith(_THREADS)
 
 
 def _says(value: Any) -> bool:

@@ -219,7 +219,7 @@ class Communicator(Plans):
         chosen, row = found
         assert row.start is not None
         if call.node is None:
-            self._check(name, chosen, call)
+            self._check(name, chosen if chosen == "hierarchical" else f"{chosen}, started", call)
         request = row.start(call)
         if call.node is not None and not isinstance(request, WindowWork):
             request = call.node.compared(request)
