@@ -118,6 +118,22 @@ def _assignments(context: click.Context, parameter: click.Parameter, value: tupl
         raise click.BadParameter(f"{' '.join(value)}: must be KEY=NUMBER, such as segments=8") from None
 
 
+@show.command("mesh", help=f"Show which rank stands where on the mesh, and the groups that communicate.\n\n{_CONFIG}")
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
+@click.option("--ranks", required=True, type=click.IntRange(1), help="How many ranks there are.")
+@click.option("--per-host", type=click.IntRange(1), help="How many of them one host has; default: all.")
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="Write the picture to this SVG.")
+def show_mesh(config: Path, overrides: tuple[str, ...], ranks: int, per_host: int | None, output: Path | None) -> None:
+    """Print it."""
+    from dtrain.launch import configuration
+
+    loaded = configuration.load(config, overrides)
+    from dtrain.launch.show_mesh import show_mesh
+
+    failures.on_rank_0(lambda: show_mesh(loaded, ranks, per_host, output))
+
+
 @show.command("collective")
 @click.argument("collective")
 @click.option("--algorithm", default="all", show_default=True, help="One, or with --simulate several, by commas.")
