@@ -40,6 +40,9 @@ class Plan(NamedTuple):
     run: Run  # on flat arrays
 
 
+_PREPARED_COLLECTIVES = {collective for collective, _ in PREPARED}
+
+
 class Plans(Reductions, Movement):
     """Reductions and movement that remember how their calls ran."""
 
@@ -54,6 +57,7 @@ class Plans(Reductions, Movement):
         Drop the arrays of `empty` before: their memory goes only when no rank has any of them any more.
         """
         self._plans.clear()
+        self._ran = None
         super().close()
 
     def tune(self, table: Table | None) -> None:
@@ -172,7 +176,9 @@ class Plans(Reductions, Movement):
         self, name: str, table: dict[str, Algorithm], algorithm: Any, call: Call, empty: bool | None = None
     ) -> None:
         super()._run(name, table, algorithm, call, empty)
-        self._ran = table, call
+        # Nothing else is kept: the arrays of a call that nobody asks after would live until the next one.
+        asked_after = name in _PREPARED_COLLECTIVES and (name != "all_reduce" or call.source.nbytes > SMALL_BYTES)
+        self._ran = (table, call) if asked_after else None
 
     def _remember(self, key: Hashable, array: Any, result: Array) -> Array:
         """The result; and a plan of the call it came from, if that has a prepared form and used these very arrays."""
