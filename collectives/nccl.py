@@ -62,6 +62,15 @@ def gpu() -> str:
     return str(cupy.cuda.Device().pci_bus_id)
 
 
+def gpus() -> tuple[int, str, int]:
+    """How many this process sees, what the first one is called, and its bytes of memory."""
+    count = int(cupy.cuda.runtime.getDeviceCount()) if cupy.cuda.is_available() else 0
+    if not count:
+        return 0, "", 0
+    first = cupy.cuda.runtime.getDeviceProperties(0)
+    return count, first["name"].decode(), int(first["totalGlobalMem"])
+
+
 def hindrance(comm: "Group") -> str | None:
     """Collective: why NCCL cannot be used between these ranks, in words; None: it can. The same answer on all ranks."""
     owners: dict[tuple[str, str], int] = {}

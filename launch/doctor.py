@@ -155,6 +155,35 @@ def _folders() -> Iterator[Finding]:
         yield Finding("ok" if enough else "note", "shared", f"{text}{remedy}")
 
 
+def _gpus() -> Iterator[Finding]:
+    """What CuPy arrays would travel by: NCCL where every rank of the host has a GPU of its own."""
+    if importlib.util.find_spec("cupy") is None:
+        return  # `_packages` says so
+    from dtrain.collectives import nccl
+
+    count, name, memory = nccl.gpus()
+    if not count:
+        yield Finding("note", "GPUs", "CuPy sees none; nvidia-smi tells whether there is a driver")
+        return
+    ranks = environment.job().local_size
+    crowded = f"; {ranks} ranks of this host share them" if count < ranks else f", {ranks} ranks on this host"
+    yield Finding("note" if count < ranks else "ok", "GPUs", f"{count} of {name}, {memory >> 30} GiB each{crowded}")
+    version = nccl.version()
+    if not version:
+        remedy = "pip install nvidia-nccl-cu12"
+        yield Finding("note", "NCCL", f"not in this CuPy: arrays travel through host memory; {remedy}")
+    elif count < ranks:
+        yield Finding("note", "NCCL", f"{_dotted(version)}, not used: it wants a GPU per rank; through host memory")
+    else:
+        yield Finding("ok", "NCCL", _dotted(version))
+
+
+def _dotted(version: int) -> str:
+    """NCCL's number as people write it: 21903 is 2.19.3, and before 2.9, 2708 was 2.7.8."""
+    major = 10_000 if version >= 10_000 else 1000
+    return f"{version // major}.{version % major // 100}.{version % 100}"
+
+
 _OPTIONAL = (
     ("matplotlib", "plots", "curves and traffic as pictures"),
     ("tokenizers", "bpe", "byte-pair encoding (data.tokenizer: bpe)"),
@@ -171,4 +200,4 @@ def _packages() -> Iterator[Finding]:
             yield Finding("note", module, f"not installed: {use}; pip install 'dtrain[{extra}]'")
 
 
-_CHECKS = (_versions, _mpi, _cores, _blas, _kernels, _folders, _packages)
+_CHECKS = (_versions, _mpi, _cores, _blas, _kernels, _folders, _gpus, _packages)

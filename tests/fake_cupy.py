@@ -460,6 +460,10 @@ def _modules() -> dict[str, ModuleType]:
         setattr(nccl, f"NCCL_{name}", code)
     for code, name in enumerate(["SUM", "PROD", "MAX", "MIN"]):
         setattr(nccl, f"NCCL_{name}", code)
+    cuda.is_available = lambda: True  # type: ignore[attr-defined]
+    cuda.runtime = ModuleType("cupy.cuda.runtime")  # type: ignore[attr-defined]
+    cuda.runtime.getDeviceCount = lambda: 2
+    cuda.runtime.getDeviceProperties = lambda number: {"name": b"Fake GPU", "totalGlobalMem": 80 << 30}
     nccl.available = True  # type: ignore[attr-defined]
     root.__version__ = "13.0-fake"  # type: ignore[attr-defined]
     root.cuda, cuda.nccl = cuda, nccl  # type: ignore[attr-defined]

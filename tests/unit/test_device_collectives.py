@@ -415,6 +415,30 @@ def test_counters(cupy: Any) -> None:
         assert got["ring"].items() >= {**same, "steps": 4}.items()
 
 
+def test_the_doctor_says_what_is_there(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import dataclasses
+    import importlib.util
+
+    from dtrain.launch import doctor
+
+    cupy.__spec__ = importlib.util.spec_from_loader("cupy", None)
+    job = doctor.environment.job()
+    monkeypatch.setattr(doctor.environment, "job", lambda: dataclasses.replace(job, local_size=2))
+    assert [finding[0] for finding in doctor._gpus()] == ["ok", "ok"]
+    assert [finding.text for finding in doctor._gpus()] == [
+        "2 of Fake GPU, 80 GiB each, 2 ranks on this host",
+        "2.19.3",
+    ]
+    monkeypatch.setattr(doctor.environment, "job", lambda: dataclasses.replace(job, local_size=4))
+    gpus, library = doctor._gpus()
+    assert gpus.level == library.level == "note" and "4 ranks of this host share them" in gpus.text
+    assert "2.19.3, not used" in library.text
+    monkeypatch.setattr(cupy.cuda.nccl, "available", False)
+    assert "through host memory; pip install" in list(doctor._gpus())[1].text
+    monkeypatch.setattr(cupy.cuda, "is_available", lambda: False)
+    assert "sees none" in next(doctor._gpus()).text
+
+
 def test_numpy_alone_never_loads_it() -> None:
     program = (
         "import sys, numpy as np\nfrom dtrain.collectives import run_threads\n"
