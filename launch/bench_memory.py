@@ -72,9 +72,10 @@ class Memory:
         self._cold = cold
         self.dtype = dtype
         self._length = region_bytes(comm, largest, cold)
-        node = None if private else comm.node  # makes the shared memory, where there can be one
-        self.kind = "private" if node is None else "window"
-        make = np.empty if node is None else comm.empty
+        # The first makes the shared memory, where there can be one: of one node, or of each of several.
+        shared = not private and (comm.node is not None or comm.levels is not None)
+        self.kind = "window" if shared else "private"
+        make = comm.empty if shared else np.empty
         self._regions: list[Array] = [make(self._length, np.uint8) for _ in range(2)]
         for region in self._regions:
             region[...] = 1  # every page gets its memory now, near its rank

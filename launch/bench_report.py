@@ -91,7 +91,7 @@ def bench(
     told = tell if comm.rank == 0 else (lambda text: None)
     found = header(comm)
     check(comm, options)
-    memory = "private" if options.private or comm.node is None else "window"
+    memory = "private" if options.private or (comm.node is None and comm.levels is None) else "window"
     for text in _header_lines(found, memory, options.cold):
         told(text)
     outcome = Outcome([], {}, [])

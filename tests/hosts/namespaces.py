@@ -40,16 +40,10 @@ class Hosts:
     mpirun: str
     count: int
 
-    def command(self, ranks: int | Sequence[int], *command: str, turns: bool = False) -> list[str]:
-        """The mpirun that starts a command: so many ranks in all, the same number on each host; or per host.
-
-        turns: rank 0 on the first host, rank 1 on the second, and so on.
-        """
+    def command(self, ranks: int | Sequence[int], *command: str) -> list[str]:
+        """The mpirun that starts a command: so many ranks in all, the same number on each host; or per host."""
         per_host = [ranks // self.count] * self.count if isinstance(ranks, int) else list(ranks)
         lines = [(host, count) for host, count in zip(self.addresses, per_host, strict=True) if count]
-        if turns:
-            rounds = range(max(per_host))
-            lines = [(host, 1) for turn in rounds for host, count in lines if turn < count]
         hostfile = self.folder / "hosts"
         hostfile.write_text("".join(f"{host}:{count}\n" for host, count in lines))
         launch = [self.mpirun, "-launcher", "ssh", "-launcher-exec", str(self.folder / "enter"), "-f", str(hostfile)]
@@ -61,12 +55,10 @@ class Hosts:
         """Of the mpirun."""
         return os.environ | {"UCX_TLS": "tcp,self", "UCX_NET_DEVICES": DEVICE, "PYTHONUNBUFFERED": "1"}
 
-    def run(
-        self, ranks: int | Sequence[int], *command: str, limit: int = 240, turns: bool = False
-    ) -> subprocess.CompletedProcess[str]:
+    def run(self, ranks: int | Sequence[int], *command: str, limit: int = 240) -> subprocess.CompletedProcess[str]:
         """Run a command; see `command`."""
         return subprocess.run(
-            self.command(ranks, *command, turns=turns),
+            self.command(ranks, *command),
             env=self.environment,
             capture_output=True,
             text=True,

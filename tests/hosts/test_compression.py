@@ -39,5 +39,6 @@ def test_less_goes_over_the_link_and_the_losses_are_near(hosts: Hosts, tmp_path:
     assert found, told
     sent, plainly = (int(found[group].replace(",", "")) for group in (1, 3))
     saved = 2 * STEPS * (plainly - sent)  # by the two ranks of a host
+    assert "in node" in told and re.search(r"of nodes +all_to_all", told), told  # the table of traffic
     assert whole - bytes_sent == pytest.approx(saved, rel=0.2), (whole, bytes_sent, saved)
     assert losses == pytest.approx(plain, rel=0.03)

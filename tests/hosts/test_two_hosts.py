@@ -30,6 +30,7 @@ def test_ranks_know_their_hosts(hosts: Hosts) -> None:
     ("file", "chosen"),
     [
         ("test_collectives.py", "not window"),
+        ("test_hierarchy.py", ""),
         ("test_ddp.py", ""),
         ("test_layouts.py", "gpt2 or llama"),
         ("test_resume.py", "adamw"),
@@ -60,3 +61,42 @@ def test_dtrain_run(hosts: Hosts, tmp_path: Path) -> None:
     assert "on 2 hosts" in done.stdout
     rows = [json.loads(line) for line in (tmp_path / "gpt-ddp" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4, 6] and rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_uneven_hosts_and_ranks_in_turns(three_hosts: Hosts) -> None:
+    """Three hosts with 3, 1 and 2 ranks, which the tests number in turns."""
+    tests = str(ROOT / "tests" / "mpi" / "test_hierarchy.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests]
+    done = three_hosts.run([3, 1, 2], *command)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert len(re.findall(r"\d+ passed", done.stdout)) == 6, done.stdout[-2000:]
+
+
+COUNTED = """
+import sys, numpy as np
+from dtrain.collectives import world
+c = world(); name = sys.argv[1]; times = int(sys.argv[2])
+x = c.empty(1 << 20); x[...] = 1  # 4 MiB
+run = getattr(c, name)
+before = c.levels.sent
+for _ in range(times): run(x, algorithm="hierarchical")
+c.barrier()
+sent = c.all_gather(np.array([c.levels.sent - before]))
+if c.rank == 0: print(f"<{sum(sent[r] for r in c.levels.nodes[0])}>")
+"""
+
+
+@pytest.mark.parametrize("name", ["all_reduce", "reduce_scatter", "all_gather", "broadcast", "all_to_all"])
+def test_the_link_carries_what_is_counted(hosts: Hosts, name: str) -> None:
+    """What starting and ending cost is measured apart, by runs that send less."""
+    bytes_of, counted = [], []
+    for times in (1, 4):
+        before = hosts.bytes_sent()
+        done = hosts.run(4, sys.executable, "-c", COUNTED, name, str(times))
+        assert done.returncode == 0, done.stderr
+        bytes_of.append(hosts.bytes_sent() - before)
+        counted.append(int(re.findall(r"<(\d+)>", done.stdout)[0]))
+    n = 1 << 22  # bytes; root of the broadcast is on the first host
+    assert counted[1] == 4 * n * {"all_gather": 2, "reduce_scatter": 0.5}.get(name, 1)
+    on_link = bytes_of[1] - bytes_of[0]
+    assert abs(on_link / (counted[1] - counted[0]) - 1) < 0.05, "headers are less than that"

@@ -1,0 +1,78 @@
+"""Collectives over two hosts beside the MPI library's own, and beside what the wire allows: `make bench-hosts`.
+
+    python -m tests.hosts.bench --sizes 1M,16M --ranks 8 --rate 1gbit all_reduce reduce_scatter
+
+Two network namespaces joined by a link of a given rate (`namespaces.py`), in which `dtrain bench` runs: algorithms in
+turns, the time of an iteration is that of the slowest rank, medians. `wire`: the time in which the link carries what no
+algorithm can avoid, one way, headers left out / time. `native`: time of the MPI library / time.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.hosts import namespaces
+
+# Bytes that one of two hosts with p ranks must send, for n bytes as `dtrain bench` counts them.
+LEAST: dict[str, Callable[[int, int], float]] = {
+    "all_reduce": lambda n, p: n,
+    "reduce_scatter": lambda n, p: n / 2,
+    "all_gather": lambda n, p: n / 2,
+    "broadcast": lambda n, p: n,
+    "all_to_all": lambda n, p: n * p / 4,
+}
+UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("collectives", nargs="*", metavar="collective", default=[], help=f"default: {', '.join(LEAST)}")
+    parser.add_argument("--sizes", default="1M,4M,16M,64M")
+    parser.add_argument("--ranks", type=int, default=8, help="of both hosts together")
+    parser.add_argument("--rate", default="1gbit")
+    parser.add_argument("--iterations", type=int, default=20)
+    parser.add_argument("--algorithms", default="native,hierarchical")
+    parser.add_argument("--private", action="store_true", help="arrays from elsewhere, not in the shared window")
+    arguments = parser.parse_args()
+    rate = float(arguments.rate[:-4]) * UNITS[arguments.rate[-4:]] / 8
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with namespaces.hosts(Path(folder)) as hosts:
+                hosts.limit(arguments.rate)
+                for collective in arguments.collectives or LEAST:
+                    _measure(hosts, arguments, collective, rate, Path(folder) / "rows.json")
+        except namespaces.NoHosts as reason:
+            sys.exit(str(reason))
+
+
+def _measure(hosts: namespaces.Hosts, arguments: Any, collective: str, rate: float, file: Path) -> None:
+    words = [str(Path(sys.executable).with_name("dtrain")), "bench", collective, "--json", str(file)]
+    words += ["--sizes", arguments.sizes, "--algorithms", arguments.algorithms]
+    words += ["--iterations", str(arguments.iterations), *(["--private"] if arguments.private else [])]
+    before = hosts.bytes_sent()
+    done = hosts.run(arguments.ranks, *words, limit=900)
+    if done.returncode:
+        sys.exit(done.stdout + done.stderr)
+    sent = hosts.bytes_sent() - before
+    print(f"{collective}, {arguments.ranks} ranks on 2 hosts, {arguments.rate}, {sent:,} bytes sent by the first")
+    print(f"{'bytes':>12}  {'algorithm':<14}{'arrays':<14}{'ms':>9}{'wire':>8}{'native':>9}{'wrong':>7}")
+    rows = json.loads(file.read_text())["rows"]
+    for size in sorted({row["size"] for row in rows}):
+        of_size = [row for row in rows if row["size"] == size]
+        native = min((row["time"] for row in of_size if row["algorithm"] == "native"), default=0.0)
+        least = LEAST[collective](size, arguments.ranks) / rate * 1e6
+        for row in of_size:
+            print(
+                f"{size:>12}  {row['algorithm']:<14}{row['placing']:<14}{row['time'] / 1e3:>9.2f}"
+                f"{100 * least / row['time']:>7.1f}%{native / row['time']:>8.2f}x{row['wrong']:>7}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
