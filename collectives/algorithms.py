@@ -6,6 +6,7 @@ a difference is noticed and reported (`CollectiveMismatch`).
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -301,16 +302,26 @@ def _known(table: dict[str, Algorithm], name: str, call: Call) -> tuple[str, Alg
 
 def _schedule(table: dict[str, Algorithm], name: "str | Own", call: Call) -> tuple[str, Algorithm] | None:
     """A schedule as a row; None where only a row of the table has this name."""
+    collective = next(each for each, rows in TABLES.items() if rows is table)
+    found = (_named if isinstance(name, str) else _own)(collective, name)  # type: ignore[arg-type]
+    return ("copy", COPY) if found is not None and _alone(call) else found
+
+
+@lru_cache(maxsize=256)
+def _named(collective: str, name: str) -> tuple[str, Algorithm] | None:
     from dtrain.collectives import scheduled
 
-    collective = next(each for each, rows in TABLES.items() if rows is table)
-    if isinstance(name, str) and name.partition(":")[0] not in scheduled.names(collective):
-        if name in table:
+    if name.partition(":")[0] not in scheduled.names(collective):
+        if name in TABLES[collective]:
             return None
         raise ValueError(f"algorithm={name!r}: not an algorithm; allowed: {', '.join(names(collective))}")
+    return _own(collective, name)
+
+
+def _own(collective: str, name: "str | Own") -> tuple[str, Algorithm]:
+    from dtrain.collectives import scheduled
+
     choice = scheduled.find(collective, name)
-    if _alone(call):
-        return "copy", COPY
     return choice.name, Algorithm(choice.run, _several, _always, choice.volume, choice.start)
 
 

@@ -156,6 +156,8 @@ class Channel:
 
     def schedule(self, call: Call, choice: Choice) -> Schedule:
         """The schedule with its parameters; ValueError where it is not possible between these ranks."""
+        if not choice.parameters and (found := self._schedules.get((id(choice.row), call.root))) is not None:
+            return found
         defaults = choice.row.parameters if isinstance(choice.row, Algorithm) else {}
         parameters = dict(choice.parameters)
         if "segments" in defaults and "segments" not in parameters:
@@ -171,6 +173,8 @@ class Channel:
             if choice.own:
                 prove(found)
             self._schedules[key] = found
+            if not defaults:
+                self._schedules[id(choice.row), call.root] = found
         return found
 
     def start(self, call: Call, choice: Choice) -> "_Started":

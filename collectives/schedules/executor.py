@@ -38,6 +38,9 @@ class Messages(Protocol):
     def start_recv(self, target: Array, source: int, tag: int) -> Request: ...
 
 
+_NOTHING: Array = np.empty(0, np.uint8)
+
+
 class Memory:
     """Buffers for scratch and arrivals, kept for the next call: fresh memory costs a page fault for every 4 KiB."""
 
@@ -48,6 +51,8 @@ class Memory:
 
     def take(self, nbytes: int) -> Array:
         """At least so many bytes."""
+        if not nbytes:
+            return _NOTHING
         with self._lock:
             fitting = [i for i, buffer in enumerate(self._free) if buffer.size >= nbytes]
             if fitting:
@@ -56,7 +61,7 @@ class Memory:
 
     def give(self, buffer: Array) -> None:
         """Back again; the smallest are dropped when too much lies here."""
-        if buffer.size > self._most:
+        if not 0 < buffer.size <= self._most:
             return
         with self._lock:
             self._free.append(buffer)

@@ -25,7 +25,9 @@ from dtrain.collectives.dtypes import Array
 from dtrain.collectives.schedules.schedule import Receive, Schedule, Step
 
 SOURCE, TARGET, SCRATCH, ARRIVING = range(4)
-SEGMENT_BYTES = 256 * 1024
+# Measured with `ring` between 2 ranks on 2 cores, 16 MiB: 1.4 times as fast as MPICH's own from 1 MiB on, 0.6 times
+# with 128 KiB, 1.1 times with 256 KiB. A message costs a look at it, and a change of ranks where cores are scarce.
+SEGMENT_BYTES = 1 << 20
 MOST_SEGMENTS = 64  # of a message; longer ones have longer segments
 WINDOW = 4  # segments that may arrive before the first of them is added
 ALONE_BYTES = 16 * 1024  # chunks from here on are not packed into a common segment with what lies elsewhere
