@@ -34,6 +34,8 @@ class Strategy:
     axis: ClassVar[str]
     flat: FlatBuffers | None = None
     """The flat buffers, if this strategy decides where the parameters lie. It must be the last that cuts any."""
+    alone: bool = True
+    """Whether a forward needs no other rank, as long as no parameter is cut."""
     execute: Callable[[Trainer, list[Microbatch]], tuple[float, float]] | None = None
     """A method that does forward and backward of all microbatches of a step instead of `Trainer.execute`; returns (sum
     of the losses, number of targets) of this rank, (0, 0) where another stage counts them. All backwards but the last

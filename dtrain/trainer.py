@@ -64,8 +64,16 @@ class Trainer:
     def __init__(
         self, config: Config, mesh: Mesh, data: Data, model: Model, strategies: Sequence[Strategy] = ()
     ) -> None:
+        whole = model.named_parameters()
+        self.num_parameters = model.num_parameters()
+        """Of the whole model; `model` may have this rank's part only."""
         for strategy in strategies:
             model = strategy.apply(model, mesh)  # type: ignore[assignment]
+        held = {id(parameter) for parameter in model.named_parameters().values()}
+        self.is_alone = all(strategy.alone for strategy in strategies) and all(
+            id(parameter) in held and parameter.shape == parameter.whole for parameter in whole.values()
+        )
+        """Whether this rank can run the model by itself, as for a sample: it has all of it and needs nobody."""
         self.config, self.mesh, self.data, self.model, self.strategies = config, mesh, data, model, strategies
         flats = [strategy.flat for strategy in strategies if strategy.flat is not None]
         self.flat = flats[-1] if flats else FlatBuffers(model.named_parameters(), single(), mesh=mesh)

@@ -85,7 +85,7 @@ def header(trainer: Trainer) -> Iterator[str]:
     yield f"data   {trainer.data.description}"
     yield f"       unigram entropy {trainer.data.entropy:.4f} nats: a model that learns falls below this loss"
     yield (
-        f"model  {config.model.kind}, {trainer.model.num_parameters():,} parameters, {config.train.dtype}; "
+        f"model  {config.model.kind}, {trainer.num_parameters:,} parameters, {config.train.dtype}; "
         f"{config.optimizer.kind}, global batch {config.train.global_batch}, {trainer.total_steps} steps"
     )
     for strategy in trainer.strategies:
@@ -239,7 +239,7 @@ class RunFolder:
             "tokens": last.get("tokens", 0),
             "seconds": seconds,
             "first_step_at": first_step,
-            "parameters": trainer.model.num_parameters(),
+            "parameters": trainer.num_parameters,
             "peak_memory_bytes_per_rank": last.get("memory_bytes"),
             "layout": {"ranks": self.comm.size, **trainer.mesh.sizes, "data_parallel": config.parallel.data_parallel},
             "collectives": collectives or [],
@@ -263,6 +263,9 @@ class RunFolder:
     def _sample(self) -> Iterator[str]:
         trainer, options = self.trainer, self.trainer.config.sample
         if trainer.config.model.kind != "gpt" or trainer.data.tokenizer is None or not options.tokens:
+            return
+        if not trainer.is_alone:  # the others would have to take part, and they have left
+            yield f"a sample of its text: dtrain sample {self.path}"
             return
         from dtrain.launch.sample import generate
 

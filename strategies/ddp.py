@@ -164,9 +164,10 @@ class DistributedDataParallel(Strategy):
 def make_buckets(flat: FlatBuffers, bucket_bytes: int) -> list[Bucket]:
     """Cut the flat gradients, from the end, at parameter borders into slices of at least `bucket_bytes`.
 
-    The last parameters come first because the backward reaches them first.
+    The last parameters come first because the backward reaches them first; a bucket is full with the first of its own.
     """
-    buckets = []
+    buckets: list[Bucket] = []
+    defined = {name: i for i, name in enumerate(flat.parameters)}
     for group in flat.groups:
         names: list[str] = []
         stop = group.grad.size
@@ -176,4 +177,4 @@ def make_buckets(flat: FlatBuffers, bucket_bytes: int) -> list[Bucket]:
             if (stop - start) * group.grad.itemsize >= bucket_bytes or start == 0:
                 buckets.append(Bucket(group, slice(start, stop), tuple(names), set(names)))
                 names, stop = [], start
-    return buckets
+    return sorted(buckets, key=lambda bucket: -min(defined[name] for name in bucket.names))
