@@ -1,6 +1,7 @@
 """Ranks start the same operations in the same order and wait wherever they like: nobody hangs, all is right."""
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -35,8 +36,16 @@ def test_a_rank_that_waits_elsewhere_still_computes_its_slice(comm: Communicator
     assert np.all(work.wait() == comm.size)
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_waits_in_any_order_and_place(comm: Communicator, seed: int) -> None:
+@pytest.fixture(params=[False, True], ids=["waits", "thread"])
+def thread(comm: Communicator, request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Who moves started works on: the waits alone, or the thread of `background.py` too."""
+    comm.use_progress_thread(request.param)
+    yield request.param
+    comm.use_progress_thread(False)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_waits_in_any_order_and_place(comm: Communicator, seed: int, thread: bool) -> None:
     """Works in the window and in the MPI library, on two communicators, between blocking collectives of all kinds."""
     part = comm.split(0, key=-comm.rank)
     assert part is not None
@@ -70,4 +79,41 @@ def test_waits_in_any_order_and_place(comm: Communicator, seed: int) -> None:
     for work, then in open_works:
         assert np.all(work.wait() == total * then)
     buffers.clear()
+    part.close()
+
+
+@pytest.mark.parametrize("place", ["window", "private"])
+def test_the_thread_computes_while_its_rank_does_other_things(comm: Communicator, place: str) -> None:
+    """All ranks see a work finished by asking the flags alone: nobody tests, starts or waits."""
+    if comm.size == 1 or comm.node is None:
+        return
+    comm.use_progress_thread(True)
+    array = comm.empty(50_000) if place == "window" else np.empty(50_000, np.float32)
+    array[...] = comm.rank
+    comm.barrier()
+    work = comm.all_reduce_async(array, out=array)
+    end = time.monotonic() + 60
+    while comm._progress.busy() and time.monotonic() < end:
+        time.sleep(1e-3)
+    assert not comm._progress.busy(), "the thread did not finish the work"
+    comm.use_progress_thread(False)
+    assert np.all(work.wait() == sum(range(comm.size)))
+
+
+def test_a_fault_in_the_thread_is_raised_in_the_wait(comm: Communicator) -> None:
+    if comm.size == 1:
+        return
+    part = comm.split(0)
+    assert part is not None
+    array = part.empty(1000)
+    shared = part._progress
+    shared.failure = ZeroDivisionError("unlucky")
+    try:
+        with pytest.raises(ZeroDivisionError, match="unlucky"):
+            shared.check()
+    finally:
+        shared.failure = None
+    array[...] = 1
+    assert np.all(part.all_reduce_async(array, out=array).wait() == comm.size)
+    del array
     part.close()
