@@ -166,8 +166,8 @@ def _overlap(
     bench_overlap.bench(names, parse_sizes(sizes, factor), iterations, private, json_path)
 
 
-def _tune(collectives: str | None, sizes: str, factor: float, quick: bool, output: Path | None) -> None:
-    parsed = parse_sizes(sizes, 4 * factor if quick else factor)
+def _tune(collectives: str | None, sizes: str | None, factor: float, quick: bool, output: Path | None) -> None:
+    parsed = parse_sizes(sizes or ("1K:4M" if quick else "1K:64M"), 4 * factor if quick else factor)
     from dtrain.launch import bench_tune
 
     names = bench_tune.CHOOSABLE if collectives is None else tuple(part.strip() for part in collectives.split(","))
@@ -180,9 +180,9 @@ TUNE = click.Command(
     params=[
         click.Option(["--collectives"], help="Names by commas; default: all that have algorithms."),
         click.Option(
-            ["--sizes"], default="1K:64M", show_default=True, help="From:to, or a list by commas; bytes, K, M, G."
+            ["--sizes"], help="From:to, or a list by commas; bytes, K, M, G. Default: 1K:64M, with --quick 1K:4M."
         ),
-        click.Option(["--factor"], default=4.0, show_default=True, help="From one size to the next."),
+        click.Option(["--factor"], default=4.0, show_default=True, help="From one size to the next; --quick: 4 times."),
         click.Option(["--quick"], is_flag=True, help="All ranks as one group only, fewer sizes, short runs."),
         click.Option(
             ["--output", "-o"],
