@@ -38,6 +38,13 @@ DATA_PARALLEL: dict[str, Callable[[ParallelConfig], Strategy]] = {
 }
 
 
+def _tensor(config: Config) -> Strategy:
+    from dtrain.strategies.tensor import PLANS, TensorParallel
+
+    plan = PLANS["mlp" if config.model.kind == "mlp" else "transformer"]
+    return TensorParallel(plan, config.parallel.sequence)
+
+
 def _pipeline(config: Config) -> Strategy:
     from dtrain.strategies.pipeline import PipelineParallel  # many files that few runs need
 
@@ -48,6 +55,7 @@ def _pipeline(config: Config) -> Strategy:
 
 # An axis of the mesh that is longer than 1 -> its strategy. They are applied in this order, that of the data axis last.
 AXES: dict[str, Callable[[Config], Strategy]] = {
+    "tp": _tensor,
     "pp": _pipeline,
 }
 

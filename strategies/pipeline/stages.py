@@ -95,7 +95,7 @@ def split(model: Model, mesh: Mesh, rank_of: Sequence[int], sizes: Sequence[int]
                 setattr(model, attribute, absent)
     for parameter, ranks in homes.items():
         if len(ranks) < mesh.size("pp"):
-            parameter.cut(mesh, parameter.layout.with_(pp=Only(tuple(sorted(ranks)))))
+            parameter.layout = parameter.layout.with_(pp=Only(tuple(sorted(ranks))))
         if len(ranks) > 1:
             parameter.gradient_layout = parameter.gradient_layout.with_(pp=Partial())
     return {
