@@ -150,7 +150,10 @@ def _matches(key: Key, *wanted: str | None) -> bool:
 
 def table(totals: Mapping[Key, Iterable[int]]) -> str:
     """Totals as text."""
-    lines = [f"{'collective':<17}{'algorithm':<11}{'purpose':<11}{'calls':>9}{'steps':>9}{'sent':>16}{'received':>16}"]
+    wide = max([11, *(len(algorithm) + 1 for _, algorithm, _ in totals)])
+    lines = [
+        f"{'collective':<17}{'algorithm':<{wide}}{'purpose':<11}{'calls':>9}{'steps':>9}{'sent':>16}{'received':>16}"
+    ]
     for (collective, algorithm, purpose), (calls, steps, sent, received) in totals.items():
-        lines.append(f"{collective:<17}{algorithm:<11}{purpose:<11}{calls:>9}{steps:>9}{sent:>16}{received:>16}")
+        lines.append(f"{collective:<17}{algorithm:<{wide}}{purpose:<11}{calls:>9}{steps:>9}{sent:>16}{received:>16}")
     return "\n".join(lines)

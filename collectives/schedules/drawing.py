@@ -56,7 +56,8 @@ def draw_svg(schedule: Schedule) -> str:
         (len(chunk_list(s.chunks)) for program in programs for step in program for s in step.sends), default=0
     )
     column = 96 if crowded else max(96, 60 + 7 * longest)
-    width, height = LEFT + column * steps + 40, TOP + ROW * schedule.size + 30
+    title = _title(schedule, steps)
+    width, height = max(LEFT + column * steps + 40, 32 + 8 * len(title)), TOP + ROW * schedule.size + 30
 
     def x(t: int) -> float:
         return LEFT + column * t
@@ -66,7 +67,7 @@ def draw_svg(schedule: Schedule) -> str:
 
     parts = [
         _head(width, height),
-        f'<text x="16" y="24" font-size="15" font-weight="600">{_title(schedule, steps)}</text>',
+        f'<text x="16" y="24" font-size="15" font-weight="600">{escape(title)}</text>',
     ]
     for t in range(steps):
         if t % 2 == 0:
@@ -90,9 +91,10 @@ def draw_svg(schedule: Schedule) -> str:
                 start, end = (x(t) + 5, y(receive.peer)), (x(t + 1) - 6, y(rank))
                 label = "" if crowded else chunk_list(receive.chunks)
                 parts.append(_arrow(start, end, ADD if receive.reduce else COPY, label))
+    numbers = "" if crowded else "  numbers are chunks"
     parts.append(
         f'<text x="16" y="{height - 10}" fill="{FOLD}" font-size="11">'
-        f'<tspan fill="{COPY}">→ copied</tspan>  <tspan fill="{ADD}">→ added</tspan>  numbers are chunks</text>'
+        f'<tspan fill="{COPY}">→ copied</tspan>  <tspan fill="{ADD}">→ added</tspan>{numbers}</text>'
     )
     return "\n".join([*parts, "</svg>", ""])
 
@@ -146,8 +148,6 @@ def _arrow(start: tuple[float, float], end: tuple[float, float], colour: str, la
         return arrow
     at = 0.28 if abs(y1 - y0) <= ROW else 0.16  # near the sender: long arrows cross in the middle
     lx, ly = x0 + at * (x1 - x0), y0 + at * (y1 - y0)
-    return (
-        f"{arrow}\n"
-        f'<text x="{lx:.1f}" y="{ly - 4:.1f}" text-anchor="middle" font-size="11" fill="{colour}" '
-        f'stroke="white" stroke-width="3" paint-order="stroke">{label}</text>'
-    )
+    text = f'<text x="{lx:.1f}" y="{ly - 4:.1f}" text-anchor="middle" font-size="11" '
+    # Twice, for a white rim: not every viewer knows the order of painting (paint-order).
+    return f'{arrow}\n{text}stroke="white" stroke-width="3">{label}</text>\n{text}fill="{colour}">{label}</text>'
