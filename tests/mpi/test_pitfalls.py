@@ -348,7 +348,7 @@ def test_windows_of_nothing_and_alignment(comm: Communicator) -> None:
         assert comm.all_reduce(nothing, out=nothing) is nothing and comm.all_gather(nothing).shape == (0, 3)
         for count in (1, 3, 5000):
             array = comm.empty(count, dtype)
-            assert array.ctypes.data % 64 == 0, "two arrays on one cache line"
+            assert comm.node is None or array.ctypes.data % 64 == 0, "two arrays on one cache line"
             array[...] = 1
             assert np.all(comm.all_reduce(array, out=array) == (comm.size if dtype != "uint8" else comm.size % 256))
 
