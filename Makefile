@@ -40,6 +40,7 @@ test-mpi: .venv/dev-$(MPI)
 	    echo "mpirun -n $$ranks python -m pytest --with-mpi tests/mpi -q -p no:cacheprovider"; \
 	    $(call limit,600) mpirun -n $$ranks python -m pytest --with-mpi tests/mpi -q -p no:cacheprovider; \
 	done
+	$(call limit,600) mpirun -n 5 python -m pytest --with-mpi tests/mpi/test_pitfalls.py -q -p no:cacheprovider
 
 test-system: .venv/dev-$(MPI)
 	@set -e; for folder in tests/examples tests/system tests/hosts; do \

