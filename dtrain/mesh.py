@@ -120,6 +120,10 @@ class Mesh(Grid):
         made = [part for part in self._communicators.values() if part is not None and part.size > 1]
         return list(dict.fromkeys([self.comm, *made]))
 
+    def keep(self, part: Communicator) -> None:
+        """Take over a communicator that a strategy split off: it is among `communicators`, and closed with the rest."""
+        self._communicators["kept", len(self._communicators)] = part
+
     def index(self, *axes: str) -> int:
         """My rank among those that differ from me along these axes only, without making a communicator."""
         index = 0

@@ -54,9 +54,12 @@ class BetweenNodes:
             self.inner, self.lane = single(), comm
         else:
             local_rank = names[: comm.rank].count(names[comm.rank])
-            inner, lane = comm.split(self.node), comm.split(local_rank)
+            inner = comm.split(self.node, name=f"{comm.name} in node")
+            lane = comm.split(local_rank, name=f"{comm.name} of nodes")
             assert inner is not None and lane is not None
             self.inner, self.lane = inner, lane
+            mesh.keep(inner)
+            mesh.keep(lane)
         # Ranks that differ in other axes hold parts of parameters under the same names.
         others = {axis: mesh.coordinates[axis] for axis, size in mesh.sizes.items() if size > 1 and axis != "dp"}
         self.suffix = "".join(f".{axis}{coordinate}" for axis, coordinate in others.items())
