@@ -1,0 +1,154 @@
+"""Tensor and sequence parallelism on in-process ranks: this layout = one process; what is cut; what is sent.
+
+Checks of the course: 35 (two all_reduces of b·s·h per block and direction), 36 (slices side by side are the whole), 37
+(cross-entropy: three all_reduces of b·s, no logits of the whole vocabulary), 38 (dropout), 50 (dp x pp x tp).
+"""
+
+import functools
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+import dtrain.functional as F
+from dtrain.collectives import run_threads, single
+from dtrain.collectives.dtypes import cut
+from dtrain.errors import UserError
+from dtrain.strategies.tensor import layers
+from dtrain.tensor import Tensor
+from tests import training
+
+GPT: dict[str, Any] = {"kind": "gpt", "layers": 2, "dim": 32, "heads": 4, "sequence": 12, "dropout": 0.1}
+LLAMA = {
+    **GPT, "kv_heads": 2, "norm": "rms", "mlp": "swiglu", "position": "rotary", "bias": False, "tied": False,
+    "hidden": 50,
+}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "gpt": {"model": GPT},
+    "llama": {"model": LLAMA},
+    "bert": {"model": {**GPT, "kind": "bert"}},
+    "mlp": {"model": {"kind": "mlp", "hidden": [48, 9], "dropout": 0.1}, "data": {"kind": "images", "path": "digits"}},
+}
+TRAIN = {"steps": 3, "micro_batch": 4, "global_batch": 16}
+
+
+def train(comm, sections):
+    trainer = training.trainer(comm, **sections)
+    records = list(trainer.run())
+    held = [(b.name, b.array.copy(), b.start) for b in trainer._blocks()["parameter"]]
+    return training.losses(records), held
+
+
+@functools.cache
+def reference(sections):
+    losses, held = train(single(), json.loads(sections))
+    return losses, {name: array for name, array, _ in held}
+
+
+def compare(ranks, name, **parallel):
+    sections = {**MODELS[name], "train": TRAIN}
+    expected, values = reference(json.dumps(sections))
+    results = run_threads(ranks, train, {**sections, "parallel": parallel})
+    seen = {name: np.zeros(value.shape, bool) for name, value in values.items()}
+    for losses, held in results:
+        np.testing.assert_allclose(losses, expected, rtol=1e-11)
+        for name, value, start in held:
+            part = tuple(slice(first, first + length) for first, length in zip(start, value.shape, strict=True))
+            np.testing.assert_allclose(value, values[name][part], rtol=1e-9, atol=1e-10, err_msg=name)
+            seen[name][part] = True
+    assert all(every.all() for every in seen.values()), "slices side by side are the whole"
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("name", ["gpt", "llama", "bert"])
+def test_transformers_equal_one_process(name, ranks, sequence):
+    """Also where tp divides neither heads nor vocabulary, and where a rank has no heads (llama on 3 and 4)."""
+    compare(ranks, name, tp=ranks, sequence=sequence)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_an_mlp_equals_one_process(ranks):
+    compare(ranks, "mlp", tp=ranks)
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        {"tp": 2, "dp": 2, "data_parallel": "ddp"},
+        {"tp": 2, "dp": 2, "data_parallel": "zero3", "replicate": True},
+        {"tp": 2, "pp": 2, "sequence": True},
+        {"tp": 2, "pp": 2, "dp": 2, "data_parallel": "zero2", "sequence": True},
+    ],
+    ids=lambda parallel: "-".join(f"{key}{value}" for key, value in parallel.items()),
+)
+@pytest.mark.parametrize("name", ["gpt", "llama"])
+def test_with_other_axes(name, parallel):
+    compare(parallel["tp"] * parallel.get("pp", 1) * parallel.get("dp", 1), name, **parallel)
+
+
+def test_traffic_of_a_block():
+    """Two all_reduces of b·s·h forward and two backward per block; the rest is that of the ends."""
+
+    def count(comm, blocks, **parallel):
+        model = {**GPT, "layers": blocks, "dropout": 0.0}
+        trainer = training.trainer(
+            comm, model=model, train={"steps": 1, "micro_batch": 4, "global_batch": 4, "validate": {"every": 0}},
+            parallel={"tp": 2, **parallel},
+        )  # fmt: skip
+        counters = trainer.mesh["tp"].counters
+        before = {name: counters.calls(name) for name in ("all_reduce", "all_gather", "reduce_scatter")}
+        trainer.execute(list(trainer.microbatches()))
+        return {name: counters.calls(name) - number for name, number in before.items()}
+
+    for blocks in (1, 3):
+        calls = run_threads(2, lambda comm, n=blocks: count(comm, n))[0]
+        # Ends: the embedding's sum, three of the cross-entropy, the gradient of the head's input.
+        assert calls == {"all_reduce": 4 * blocks + 5, "all_gather": 0, "reduce_scatter": 0}
+        calls = run_threads(2, lambda comm, n=blocks: count(comm, n, sequence=True))[0]
+        # Ends: the cut tokens' gradient is gathered, and the tokens behind the last block are.
+        assert calls == {"all_reduce": 5, "all_gather": 4 * blocks + 2, "reduce_scatter": 4 * blocks}
+
+
+def test_cross_entropy_never_has_all_logits():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(6, 11)) * 1e4  # stable for large ones
+    targets = np.array([0, 10, 3, -1, 5, 10])
+    x = Tensor(logits, requires_grad=True)
+    expected = F.cross_entropy(x, targets, ignore=-1, reduction="sum")
+    expected.backward()
+
+    def part(comm):
+        lengths = cut(11, comm.size)
+        first = sum(lengths[: comm.rank])
+        mine = Tensor(logits[:, first : first + lengths[comm.rank]].copy(), requires_grad=True)
+        before = comm.counters.calls("all_reduce")
+        loss = layers.cross_entropy(mine, targets, comm, 11)
+        assert comm.counters.calls("all_reduce") - before == 3
+        assert loss.node is not None
+        assert max(array.size for array in loss.node.saved) <= 6 * lengths[comm.rank]
+        loss.backward()
+        return loss.item(), mine.grad
+
+    for ranks in (2, 3, 8, 16):
+        results = run_threads(ranks, part)
+        np.testing.assert_allclose([loss for loss, _ in results], expected.item(), rtol=1e-12)
+        np.testing.assert_allclose(np.concatenate([g for _, g in results], axis=1), x.grad, atol=1e-12)
+
+
+def test_an_unknown_style_and_a_model_without_tokens_are_refused():
+    from dtrain.strategies.tensor import TensorParallel
+
+    def unknown(comm):
+        from dtrain import models
+        from dtrain.mesh import Mesh
+
+        sections = training.config(**MODELS["mlp"])
+        model = models.outline(sections.model, type("S", (), {"vocabulary": 5, "features": 4})(), "float64")
+        TensorParallel({r"head": "diagonal"}).apply(model, Mesh(comm, tp=2))
+
+    with pytest.raises(UserError, match=r"plan: head: diagonal; allowed: vocabulary, attention, mlp, head"):
+        run_threads(2, unknown)
+    with pytest.raises(UserError, match=r"parallel.sequence: MLP has no tokens; allowed: gpt, bert"):
+        compare(2, "mlp", tp=2, sequence=True)
