@@ -180,5 +180,5 @@ def cross_entropy(logits: Tensor, targets: Array, comm: Communicator, vocabulary
     Three all_reduces of as many numbers as there are targets; equal on all ranks.
     """
     first = sum(cut(vocabulary, comm.size)[: comm.rank])
-    flat = logits.reshape(-1, logits.shape[-1])
-    return apply(CROSS_ENTROPY, flat, comm=comm, targets=np.asarray(targets).reshape(-1), first=first)
+    targets = np.asarray(targets).reshape(-1)
+    return apply(CROSS_ENTROPY, logits.reshape(len(targets), logits.shape[-1]), comm=comm, targets=targets, first=first)
