@@ -136,24 +136,28 @@ class Tuning:
     def __init__(self, table: Table, nodes: Sequence[int]) -> None:
         """nodes: of each rank; equal numbers share memory."""
         self.table, self.ranks, self.nodes = table, len(nodes), len(set(nodes))
-        self._known: dict[tuple[str, str, int], tuple[str, ...]] = {}
+        self._known: dict[tuple[str, bool, bool, bool, int], tuple[str, ...]] = {}
 
     def order(self, collective: str, call: "Call") -> tuple[str, ...]:
         """The algorithms from the best to the worst; (): not known. The same on all ranks."""
-        length = _LENGTHS[collective](call) if collective in _LENGTHS else 0
-        if not length or (collective == "all_reduce" and length <= SMALL_BYTES and call.node is not None):
-            return ()  # few numbers have a way of their own (`small.py`)
-        place = "private" if call.place is None else "window"
-        if collective == "all_reduce" and place == "window" and not call.in_place:
-            place = "apart"
-        key = collective, place, length.bit_length()
+        length = _LENGTHS.get(collective)
+        nbytes = 0 if length is None else length(call)
+        if not nbytes:
+            return ()
+        key = collective, call.node is None, call.place is None, call.in_place, (nbytes - 1).bit_length()
         found = self._known.get(key)
         if found is None:
             found = self._known[key] = self._look_up(*key)
         return found
 
-    def _look_up(self, collective: str, place: str, bits: int) -> tuple[str, ...]:
-        middle = bits - 0.5  # of the lengths from 2^(bits-1) to 2^bits, as a power of two
+    def _look_up(
+        self, collective: str, several_nodes: bool, private: bool, in_place: bool, bits: int
+    ) -> tuple[str, ...]:
+        """For the lengths above 2^(bits - 1) and up to 2^bits bytes."""
+        if collective == "all_reduce" and 1 << bits <= SMALL_BYTES and not several_nodes:
+            return ()  # few numbers have a way of their own (`small.py`)
+        place = "private" if private else "apart" if collective == "all_reduce" and not in_place else "window"
+        middle = bits - 0.5
         wanted = collective, self.ranks, self.nodes, place
         rows = [row for row in self.table.measured if (row.collective, row.ranks, row.nodes, row.place) == wanted]
         nearest = min(rows, key=lambda row: abs(math.log2(row.nbytes) - middle), default=None)
@@ -205,9 +209,7 @@ def key(library: str, version: str) -> dict[str, str]:
 
 
 def _processor() -> str:
-    import platform
-
-    name = platform.processor() or platform.machine()
+    name = os.uname().machine if hasattr(os, "uname") else sys.platform  # `platform` starts a process to know more
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
