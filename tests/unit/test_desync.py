@@ -52,7 +52,11 @@ def told(size: int, function: Do, *words: str) -> None:
         (lambda comm: comm.broadcast(X, 0), lambda comm: comm.broadcast(X, 1), ["root=0", "root=1"]),
         (lambda comm: comm.reduce(X, root=0), lambda comm: comm.reduce(X, root=1), ["root=0", "root=1"]),
         (lambda comm: comm.gather(X, 0), lambda comm: comm.gather(X, 1), ["root=0", "root=1"]),
-        (all_reduce, lambda comm: comm.all_reduce_async(X[1:]).wait(), ["(native, started, float32 (99,)", "(native, float32 (100,)"]),
+        (
+            all_reduce,
+            lambda comm: comm.all_reduce_async(X[1:]).wait(),
+            ["(native, started, float32 (99,)"],
+        ),
         (all_reduce, lambda comm: comm.split(0), ["all_reduce #1", "split #1"]),
     ],
     ids=["count", "dtype", "op", "algorithm", "collective", "barrier", "root", "reduce", "gather", "started", "split"],
