@@ -14,7 +14,7 @@ All methods are collective calls (all ranks, same order, same arguments) unless 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,23 +30,33 @@ from dtrain.collectives.plans import Plans
 from dtrain.collectives.window import WindowWork
 from dtrain.collectives.work import Request, Watched, Work
 
+if TYPE_CHECKING:
+    from dtrain.collectives.scheduled import Own
+
 
 class Communicator(Plans):
     """`size` ranks, of which this process is number `rank`."""
 
     # Non-blocking twins: the same arguments, a `Work` as the result
 
-    def all_reduce_async(self, array: Any, op: str = "sum", out: Array | None = None) -> Work:
+    def all_reduce_async(
+        self, array: Any, op: str = "sum", out: Array | None = None, algorithm: "str | Own" = "auto"
+    ) -> Work:
         """`all_reduce`, started: array and out are left alone until `wait`."""
         if type(array) is not np.ndarray and on_gpu(array):
             return self.gpu.all_reduce_async(array, op, out)
         array = np.asarray(array)
         call, result = self._all_reduce_call(array, op, out)
         blocking = lambda: self.all_reduce(array, op, result)  # noqa: E731
-        return self._start("all_reduce", algorithms.ALL_REDUCE, call, result, blocking)
+        return self._start("all_reduce", algorithms.ALL_REDUCE, call, result, blocking, algorithm=algorithm)
 
     def reduce_scatter_async(
-        self, array: Any, op: str = "sum", out: Array | None = None, counts: Sequence[int] | None = None
+        self,
+        array: Any,
+        op: str = "sum",
+        out: Array | None = None,
+        counts: Sequence[int] | None = None,
+        algorithm: "str | Own" = "auto",
     ) -> Work:
         """`reduce_scatter`, started."""
         if type(array) is not np.ndarray and on_gpu(array):
@@ -54,23 +64,32 @@ class Communicator(Plans):
         array = as_rows(array)
         call, result = self._reduce_scatter_call(array, op, out, counts)
         blocking = lambda: self.reduce_scatter(array, op, result, counts=counts)  # noqa: E731
-        return self._start("reduce_scatter", algorithms.REDUCE_SCATTER, call, result, blocking)
+        return self._start("reduce_scatter", algorithms.REDUCE_SCATTER, call, result, blocking, algorithm=algorithm)
 
-    def all_gather_async(self, array: Any, out: Array | None = None, counts: Sequence[int] | None = None) -> Work:
+    def all_gather_async(
+        self,
+        array: Any,
+        out: Array | None = None,
+        counts: Sequence[int] | None = None,
+        algorithm: "str | Own" = "auto",
+    ) -> Work:
         """`all_gather`, started."""
         if type(array) is not np.ndarray and on_gpu(array):
             return self.gpu.all_gather_async(array, out, counts)
         array = as_rows(array)
         call, result = self._all_gather_call(array, out, counts)
         blocking = lambda: self.all_gather(array, result, counts)  # noqa: E731
-        return self._start("all_gather", algorithms.ALL_GATHER, call, result, blocking)
+        return self._start("all_gather", algorithms.ALL_GATHER, call, result, blocking, algorithm=algorithm)
 
-    def broadcast_async(self, array: Any, root: int = 0, out: Array | None = None) -> Work:
+    def broadcast_async(
+        self, array: Any, root: int = 0, out: Array | None = None, algorithm: "str | Own" = "auto"
+    ) -> Work:
         """`broadcast`, started."""
         if type(array) is not np.ndarray and on_gpu(array):
             return self.gpu.broadcast_async(array, root, out)
         call, result = self._broadcast_call(np.asarray(array), root, out)
-        return self._start("broadcast", algorithms.BROADCAST, call, result, lambda: deliver(call.target, result))
+        blocking = lambda: deliver(call.target, result)  # noqa: E731
+        return self._start("broadcast", algorithms.BROADCAST, call, result, blocking, algorithm=algorithm)
 
     def all_to_all_async(
         self,
@@ -78,6 +97,7 @@ class Communicator(Plans):
         out: Array | None = None,
         counts: Sequence[int] | None = None,
         out_counts: Sequence[int] | None = None,
+        algorithm: "str | Own" = "auto",
     ) -> Work:
         """`all_to_all`, started; counts without out_counts are exchanged first."""
         if type(array) is not np.ndarray and on_gpu(array):
@@ -87,19 +107,31 @@ class Communicator(Plans):
         if not call.alike:
             call.place = None  # in the window the starts of uneven blocks would lie where the next collective writes
         blocking = lambda: self.all_to_all(array, result, counts, out_counts)  # noqa: E731
-        return self._start("all_to_all", algorithms.ALL_TO_ALL, call, result, blocking)
+        return self._start("all_to_all", algorithms.ALL_TO_ALL, call, result, blocking, algorithm=algorithm)
 
-    def reduce_async(self, array: Any, op: str = "sum", root: int = 0, out: Array | None = None) -> Work:
+    def reduce_async(
+        self,
+        array: Any,
+        op: str = "sum",
+        root: int = 0,
+        out: Array | None = None,
+        algorithm: "str | Own" = "auto",
+    ) -> Work:
         """`reduce`, started; on the other ranks `wait` returns an array without elements."""
         if type(array) is not np.ndarray and on_gpu(array):
             return self.gpu.reduce_async(array, op, root, out)
         array = np.asarray(array)
         call, result = self._reduce_call(array, op, root, out)
         blocking = lambda: _or_nothing(self.reduce(array, op, root, result))  # noqa: E731
-        return self._start("reduce", algorithms.REDUCE, call, _or_nothing(result), blocking)
+        return self._start("reduce", algorithms.REDUCE, call, _or_nothing(result), blocking, algorithm=algorithm)
 
     def gather_async(
-        self, array: Any, root: int = 0, out: Array | None = None, counts: Sequence[int] | None = None
+        self,
+        array: Any,
+        root: int = 0,
+        out: Array | None = None,
+        counts: Sequence[int] | None = None,
+        algorithm: "str | Own" = "auto",
     ) -> Work:
         """`gather`, started; on the other ranks `wait` returns an array without elements."""
         if type(array) is not np.ndarray and on_gpu(array):
@@ -107,7 +139,9 @@ class Communicator(Plans):
         array = as_rows(array)
         call, result = self._gather_call(array, root, out, counts)
         blocking = lambda: _or_nothing(self.gather(array, root, result, counts))  # noqa: E731
-        return self._start("gather", algorithms.GATHER, call, _or_nothing(result), blocking, sum(call.counts))
+        return self._start(
+            "gather", algorithms.GATHER, call, _or_nothing(result), blocking, sum(call.counts), algorithm
+        )
 
     def scatter_async(
         self, array: Any | None, root: int = 0, out: Array | None = None, counts: Sequence[int] | None = None
@@ -204,8 +238,9 @@ class Communicator(Plans):
         result: Array,
         blocking: Callable[[], Array],
         elements: int | None = None,
+        algorithm: "str | Own" = "auto",
     ) -> Work:
-        """Start a call by the first way that can be started; by none, it is done at the first wait.
+        """Start a call by the algorithm, or the first that can be started; by none, it is done at the first wait.
 
         elements: how many there are to move, where source and target of this rank do not tell.
         """
@@ -213,7 +248,12 @@ class Communicator(Plans):
             elements = call.source.size or call.target.size
         something = self.size > 1 and (elements or (not call.alike and name == "all_to_all"))
         self._bring_levels(call)
-        found = algorithms.choose_start(table, call) if something else None
+        if algorithm != "auto" and something:
+            found = algorithms.choose(table, algorithm, call)
+            if found[1].start is None:
+                raise ValueError(f"algorithm={algorithm!r}: cannot be started without waiting; call {name} itself")
+        else:
+            found = algorithms.choose_start(table, call) if something else None
         if found is None:
             return self._defer(blocking, result)
         chosen, row = found
@@ -237,7 +277,7 @@ class Communicator(Plans):
             self._progress.wake()
             return Work(request, finish, (name,))
         self.counters.add(name, chosen, nbytes, row.volume(call))
-        if chosen not in ("window", "hierarchical"):
+        if chosen not in ("window", "hierarchical") or call.moved is not None:  # a schedule may have such a name too
             return self._watch(request, lambda: deliver(call.target, result), name)
         self._progress.poll()  # the slices of earlier works whose last rank has come meanwhile
         self._progress.wake()

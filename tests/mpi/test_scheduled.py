@@ -136,3 +136,22 @@ def test_splits_have_messages_of_their_own(comm: Communicator) -> None:
         assert part is not None
         assert part.all_reduce(np.ones(3), algorithm="ring").tolist() == [part.size] * 3
         part.close()
+
+
+def test_several_started_at_once(comm: Communicator) -> None:
+    """Schedules under way beside each other, waited for in another order, with blocking ones in between."""
+    texts = [name for name in ALGORITHMS["all_reduce"] if name != "hierarchical"]
+    arrays = [np.arange(3000.0) * (i + 1) + comm.rank for i in range(len(texts))]
+    for _ in range(3):
+        works = [comm.all_reduce_async(x, algorithm=text) for x, text in zip(arrays, texts, strict=True)]
+        gathered = comm.all_gather_async(np.array([comm.rank]), algorithm="ring")
+        to_root = comm.reduce_async(np.ones(5), root=comm.size - 1, algorithm="binomial")
+        assert comm.all_reduce(np.ones(2), algorithm="ring").tolist() == [comm.size] * 2
+        assert comm.all_reduce(np.ones(2)).tolist() == [comm.size] * 2
+        for i in reversed(range(len(works))):
+            expected = comm.size * np.arange(3000.0) * (i + 1) + sum(range(comm.size))
+            assert np.array_equal(works[i].wait(), expected), texts[i]
+        assert gathered.wait().tolist() == list(range(comm.size))
+        assert to_root.wait().tolist() == ([comm.size] * 5 if comm.rank == comm.size - 1 else [])
+    with pytest.raises(ValueError, match="not an algorithm"):
+        (comm.all_reduce_async if comm.size > 1 else comm.all_reduce)(np.ones(3), algorithm="rings")
