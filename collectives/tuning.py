@@ -21,7 +21,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +62,8 @@ class Table:
     """Fitted to them where they were measured: floating-point units may differ in a last bit, and a choice with it."""
     source: str = ""
     """Where it was read; not in the file."""
+    text: str = field(default="", compare=False, repr=False)
+    """Of the file, as it was read: what travels to the other ranks."""
 
     @classmethod
     def of(cls, key: Mapping[str, str], measured: Sequence[Measured]) -> "Table":
@@ -87,22 +89,22 @@ class Table:
         return f'{{{head},\n "measured": [\n  {parts[0]}\n ],\n "costs": [\n  {parts[1]}\n ]}}\n'
 
 
-def parse(text: str, key: Mapping[str, str], source: str = "") -> Table:
-    """The table in a file; ValueError says what is wrong with it."""
+def parse(text: str, key: Mapping[str, str] | None, source: str = "") -> Table:
+    """The table in a file; ValueError says what is wrong with it. key: what it must have been measured with."""
     try:
         content = json.loads(text)
     except ValueError as error:
         raise ValueError(f"no JSON: {error}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"no tuning table of format {FORMAT}")
-    if content.get("key") != key:
+    if content.get("key") != key and key is not None:
         raise ValueError(f"measured for {content.get('key')}, this is {dict(key)}")
     rows, costs = content.get("measured"), content.get("costs")
     if not isinstance(rows, list) or not isinstance(costs, list):
         raise ValueError("measured and costs: must be lists")
     measured = tuple(_row(number, row) for number, row in enumerate(rows))
     known = [(row.collective, row.ranks, row.nodes, row.place, row.times) for row in measured]
-    return Table(dict(key), measured, Costs.read(costs, known), source)
+    return Table(content["key"], measured, Costs.read(costs, known), source, text)
 
 
 def _row(number: int, row: Any) -> Measured:
@@ -252,7 +254,7 @@ def find(library: Callable[[], str], version: str) -> Table | None:
 
 def pack(table: Table | None) -> bytes:
     """What rank 0 sends to all ranks."""
-    return b"" if table is None else f"{table.source}\n{table.as_json()}".encode()
+    return b"" if table is None else f"{table.source}\n{table.text or table.as_json()}".encode()
 
 
 def unpack(content: bytes) -> Table | None:
@@ -260,4 +262,4 @@ def unpack(content: bytes) -> Table | None:
     if not content:
         return None
     source, _, text = content.decode().partition("\n")
-    return parse(text, json.loads(text)["key"], source)
+    return parse(text, None, source)
