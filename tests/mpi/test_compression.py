@@ -14,9 +14,8 @@ from dtrain.strategies import DistributedDataParallel
 from dtrain.strategies.compression import BetweenNodes
 from tests import training
 
+# Those that carry something from step to step: lots by its number, residuals, factors.
 KINDS: dict[str, dict[str, Any]] = {
-    "float16": {"kind": "float16"},
-    "bfloat16": {"kind": "bfloat16"},
     "int8": {"kind": "int8", "block": 64},
     "top_k": {"kind": "top_k", "fraction": 0.05},
     "power_sgd": {"kind": "power_sgd", "rank": 2},
@@ -33,7 +32,7 @@ def folder(comm: Communicator) -> Iterator[Path]:
         shutil.rmtree(path)
 
 
-def options(comm: Communicator, compression: dict[str, Any], steps: int = 12) -> dict[str, Any]:
+def options(comm: Communicator, compression: dict[str, Any], steps: int = 8) -> dict[str, Any]:
     if 24 % comm.size or comm.size == 1:
         pytest.skip(f"24 samples on {comm.size} ranks: a divisor of 24 that is more than 1 is needed")
     train = {"steps": steps, "dtype": "float32", "micro_batch": 24 // comm.size, "validate": {"every": 0}}
@@ -51,15 +50,15 @@ def compressor(trainer: Any) -> BetweenNodes:
 def test_a_resumed_run_is_the_uninterrupted_one(comm: Communicator, folder: Path, kind: str) -> None:
     sections = options(comm, KINDS[kind])
     whole = training.trainer(comm, **sections)
-    expected = training.losses(list(whole.run()))[7:]
+    expected = training.losses(list(whole.run()))[5:]
     first = training.trainer(comm, **sections)
     for record in first.run():
-        if record.step == 7:
+        if record.step == 5:
             break
     saved = first.save(folder)
     second = training.trainer(comm, **sections)
     second.load(saved)
-    assert compressor(second).steps == 7
+    assert compressor(second).steps == 5
     np.testing.assert_array_equal(training.losses(list(second.run())), expected)
     for name, parameter in training.parameters(whole).items():
         np.testing.assert_array_equal(training.parameters(second)[name], parameter, err_msg=name)
