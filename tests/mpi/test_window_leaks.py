@@ -109,8 +109,8 @@ def test_splits_leak_nothing(comm: Communicator) -> None:
     before = state(comm)
     for _ in range(splits):
         turn()
-    # Not flat yet: now and then (one split in six on 4 ranks) an array is still alive on some rank when its communicator
-    # is closed, and the segment stays mapped, a mapping for each rank of the part. Every time would be twice this limit.
+    # Not flat yet. At times (one split in six on 4 ranks) an array still lives on some rank when its communicator
+    # is closed, and the segment stays mapped, once for each rank of the part. Every time would be twice this limit.
     compare(comm, f"{splits} splits", before, state(comm), 6 << 20, 10 + splits * comm.size // 4)
 
 
