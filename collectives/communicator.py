@@ -248,12 +248,13 @@ class Communicator(Plans):
             elements = call.source.size or call.target.size
         something = self.size > 1 and (elements or (not call.alike and name == "all_to_all"))
         self._bring_levels(call)
+        found: tuple[str, Algorithm] | None = None
         if algorithm != "auto" and something:
             found = algorithms.choose(table, algorithm, call)
             if found[1].start is None:
                 raise ValueError(f"algorithm={algorithm!r}: cannot be started without waiting; call {name} itself")
-        else:
-            found = algorithms.choose_start(table, call) if something else None
+        elif something:
+            found = algorithms.choose_start(table, call)
         if found is None:
             return self._defer(blocking, result)
         chosen, row = found

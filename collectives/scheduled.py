@@ -309,8 +309,8 @@ def forwards(schedule: Schedule) -> bool:
         rank not in divmod(chunk, size)
         for rank in range(size)
         for step in schedule.of(rank)
-        for message in (*step.sends, *step.receives)
-        for chunk in message.chunks
+        for chunks in (*(send.chunks for send in step.sends), *(receive.chunks for receive in step.receives))
+        for chunk in chunks
     )
 
 

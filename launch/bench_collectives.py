@@ -23,6 +23,7 @@ import numpy as np
 
 from dtrain.collectives import Array, Communicator
 from dtrain.collectives.dtypes import dtype_from_name
+from dtrain.collectives.schedules.own import is_own
 from dtrain.errors import UserError
 from dtrain.launch import bench_cases, bench_memory, bench_peer, bench_table
 from dtrain.launch.bench_cases import Pattern, Place, Run
@@ -92,7 +93,7 @@ def measure(comm: Communicator, options: Options, tell: Tell, peer: Peer | None 
     memory = Memory(comm, max(options.sizes), dtype, options.cold, options.private)
     for collective in options.collectives:
         tell(f"# {collective}: {COLLECTIVES[collective].summary}")
-        for name in filter(bench_cases.own.is_own, options.algorithms):
+        for name in filter(is_own, options.algorithms):
             tell(f"# {bench_cases.described(collective, name, comm.size)}")
         for text in bench_table.titles(_placings(options, collective)):
             tell(text)
@@ -110,7 +111,7 @@ def check(comm: Communicator, options: Options) -> None:
     for collective in options.collectives:
         known |= dict.fromkeys(bench_cases.names(collective, comm.size))
     for name in options.algorithms:
-        if bench_cases.own.is_own(name):
+        if is_own(name):
             continue  # proven when its turn comes
         if not bench_cases.is_known(name, tuple(known)) and name != "all":
             where = f"{', '.join(options.collectives)} on {comm.size} rank{'s' * (comm.size > 1)}"
@@ -198,7 +199,7 @@ def _has_bound(comm: Communicator, size: int) -> bool:
 def _chosen(comm: Communicator, options: Options, collective: str) -> list[str]:
     known = bench_cases.names(collective, comm.size)
     if "all" in options.algorithms:
-        return [*known, *filter(bench_cases.own.is_own, options.algorithms)]
+        return [*known, *filter(is_own, options.algorithms)]
     return [name for name in dict.fromkeys(options.algorithms or DEFAULT) if bench_cases.is_known(name, known)]
 
 
