@@ -317,7 +317,7 @@ def _known(table: dict[str, Algorithm], name: str, call: Call) -> tuple[str, Alg
 def _schedule(table: dict[str, Algorithm], name: "str | Own", call: Call) -> tuple[str, Algorithm] | None:
     """A schedule as a row; None where only a row of the table has this name."""
     collective = next(each for each, rows in TABLES.items() if rows is table)
-    found = (_named if isinstance(name, str) else _own)(collective, name)  # type: ignore[arg-type]
+    found = (_named if isinstance(name, str) else _own)(collective, name)
     return ("copy", COPY) if found is not None and _alone(call) else found
 
 
