@@ -104,6 +104,20 @@ def test_plans(source, target, names):
     assert len(told) == len(names) and all(text.startswith(name) for text, name in zip(told, names, strict=True)), told
 
 
+def test_plans_for_three_axes_end_at_the_target():
+    random = np.random.default_rng(0)
+
+    def layout():
+        return Layout(**{str(axis): PLACEMENTS[random.integers(4)] for axis in random.permutation(["dp", "cp", "tp"])})
+
+    for _ in range(500):
+        source, target = layout(), layout()
+        steps = plan(source, target)
+        assert len(steps) <= 6 and (steps or source == target), f"{source} -> {target}"
+        for step in steps:  # only the innermost axis of a dim can be undone
+            assert not isinstance(step.before, Shard) or step.layout.cutters(step.before.dim)[-1] == step.axis
+
+
 def test_what_a_step_sends():
     (step,) = plan(Layout(tp=Shard(0)), Layout(tp=Shard(1)))
     sent = run_threads(4, lambda comm: step.sent(Mesh(comm, tp=4), (8, 8)))
