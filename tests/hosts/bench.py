@@ -9,6 +9,7 @@ algorithm can avoid, one way, headers left out / time. `native`: time of the MPI
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("--private", action="store_true", help="arrays from elsewhere, not in the shared window")
     arguments = parser.parse_args()
     rate = float(arguments.rate[:-4]) * UNITS[arguments.rate[-4:]] / 8
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the namespaces go then, too
     with tempfile.TemporaryDirectory() as folder:
         try:
             with namespaces.hosts(Path(folder)) as hosts:
