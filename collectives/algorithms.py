@@ -34,11 +34,12 @@ class Algorithm(NamedTuple):
     start: Callable[[Call], Request] | None = None  # the non-blocking form, if there is one
 
 
-# Arrays from elsewhere: up to here through the staging, above by the MPI library. Measured with MPICH 5.0 and Open
-# MPI 5.0 at 2 and 8 ranks on 2 cores: the staging wins up to 128-512 KiB for what is reduced or gathered, to 1-4 MiB
-# for broadcast.
-STAGED_BYTES = 256 * 1024
-STAGED_BROADCAST_BYTES = 1 << 20
+# Arrays from elsewhere: up to here through the staging, above by the MPI library, whose one copy through the kernel
+# beats two once they leave the caches. Measured with MPICH 5.0 at 2 and 8 ranks on 2 cores.
+STAGED_BYTES = 32 << 20  # all_reduce: all ranks' arrays together; reduce_scatter of more than two ranks: half of it
+STAGED_PAIR_BYTES = 4 << 20  # results that are moved between two ranks
+STAGED_LONG_BYTES = 64 << 20  # between more: one copy into the staging serves all; and reduce, slow in the libraries
+STAGED_ALL_TO_ALL_BYTES = 512 * 1024
 
 # Arrays in the window: above this length straight from there. What is moved, and reduce_scatter, needs one
 # synchronisation in the staging and two in the window; that costs as much as copying 128-256 KiB (2 and 8 ranks on 2
@@ -120,17 +121,38 @@ def _long_all_to_all(call: Call) -> bool:
     return not _even_on_node(call) or _long_gather(call)
 
 
-def _short(call: Call) -> bool:
-    """Through the staging: what is short, and what the MPI library cannot reduce."""
-    return call.source.nbytes <= STAGED_BYTES or not call.transport.reduces(call.op, call.source)
+def _through_staging(call: Call, limit: int) -> bool:
+    """What is short, and what the MPI library cannot reduce."""
+    return call.source.nbytes <= limit or not call.transport.reduces(call.op, call.source)
+
+
+def _short_all_reduce(call: Call) -> bool:
+    return _through_staging(call, STAGED_BYTES // call.transport.size)
+
+
+def _short_reduce_scatter(call: Call) -> bool:
+    size = call.transport.size
+    return _through_staging(call, STAGED_BYTES // (size if size == 2 else 2 * size))
+
+
+def _short_reduce(call: Call) -> bool:
+    return _through_staging(call, STAGED_LONG_BYTES)
+
+
+def _short_move(call: Call, nbytes: int) -> bool:
+    return nbytes <= (STAGED_PAIR_BYTES if call.transport.size == 2 else STAGED_LONG_BYTES)
 
 
 def _short_gather(call: Call) -> bool:
-    return sum(call.counts) * call.source.itemsize <= STAGED_BYTES
+    return _short_move(call, sum(call.counts) * call.source.itemsize)
+
+
+def _short_all_to_all(call: Call) -> bool:
+    return sum(call.counts) * call.source.itemsize <= STAGED_ALL_TO_ALL_BYTES
 
 
 def _short_broadcast(call: Call) -> bool:
-    return call.target.nbytes <= STAGED_BROADCAST_BYTES
+    return _short_move(call, call.target.nbytes)
 
 
 def _always(call: Call) -> bool:
@@ -178,7 +200,7 @@ ALL_REDUCE: dict[str, Algorithm] = {
     "copy": COPY,
     "hierarchical": _hierarchical(ways.hierarchical_all_reduce, hierarchy_volumes.all_reduce, _far),
     "window": _window(ways.window_all_reduce, volumes.window_all_reduce, _in_place_in_window, _long_reduce),
-    "staged": Algorithm(ways.staged_all_reduce, _on_node, _short, volumes.staged_all_reduce),
+    "staged": Algorithm(ways.staged_all_reduce, _on_node, _short_all_reduce, volumes.staged_all_reduce),
     "native": Algorithm(ways.native_all_reduce, _reduces, _always, volumes.least_all_reduce, ways.start_all_reduce),
     "exchange": Algorithm(ways.exchange_all_reduce, _several, _always, volumes.exchange_all_reduce),
 }
@@ -187,7 +209,7 @@ REDUCE_SCATTER: dict[str, Algorithm] = {
     "copy": COPY,
     "hierarchical": _hierarchical(ways.hierarchical_reduce_scatter, hierarchy_volumes.reduce_scatter),
     "window": _window(ways.window_reduce_scatter, volumes.window_reduce_scatter, preferred=_long),
-    "staged": Algorithm(ways.staged_reduce_scatter, _on_node, _short, volumes.staged_reduce_scatter),
+    "staged": Algorithm(ways.staged_reduce_scatter, _on_node, _short_reduce_scatter, volumes.staged_reduce_scatter),
     "native": Algorithm(
         ways.native_reduce_scatter, _reduces, _always, volumes.least_reduce_scatter, ways.start_reduce_scatter
     ),
@@ -213,7 +235,7 @@ BROADCAST: dict[str, Algorithm] = {
 REDUCE: dict[str, Algorithm] = {
     "copy": COPY,
     "window": _to_root(ways.window_reduce, volumes.window_reduce, _long_reduce),
-    "staged": Algorithm(ways.staged_reduce, _on_node, _short, volumes.staged_reduce),
+    "staged": Algorithm(ways.staged_reduce, _on_node, _short_reduce, volumes.staged_reduce),
     "native": Algorithm(ways.native_reduce, _reduces, _always, volumes.least_reduce, ways.start_reduce),
     "exchange": Algorithm(ways.exchange_reduce, _several, _always, volumes.exchange_reduce),
 }
@@ -222,7 +244,7 @@ ALL_TO_ALL: dict[str, Algorithm] = {
     "copy": COPY,
     "hierarchical": _hierarchical(ways.hierarchical_all_to_all, hierarchy_volumes.all_to_all, _never, _even_over_nodes),
     "window": _window(ways.window_all_to_all, volumes.window_all_to_all, preferred=_long_all_to_all),
-    "staged": Algorithm(ways.staged_all_to_all, _even_on_node, _short_gather, volumes.staged_all_to_all),
+    "staged": Algorithm(ways.staged_all_to_all, _even_on_node, _short_all_to_all, volumes.staged_all_to_all),
     "native": Algorithm(ways.native_all_to_all, _several, _always, volumes.all_to_all, ways.start_all_to_all),
 }
 

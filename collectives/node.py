@@ -41,7 +41,7 @@ from dtrain.collectives.work import Request
 
 ARRIVED, REDUCED, RECORDS = 0, 16, 32
 IN_FLIGHT = 64  # works started and not finished; far below RING, so that no record is overwritten that a peer may read
-STAGE_BYTES = 256 * 1024
+STAGE_BYTES = 512 * 1024
 TEXTS = 8 * (RECORDS + RING * RECORD_WORDS)
 STAGE_OFFSET = -(-(TEXTS + RING * TEXT_BYTES) // 4096) * 4096 + 2048  # as `arena.SKEW`: no slow copies
 

@@ -14,6 +14,7 @@ import numpy as np
 from dtrain.collectives import records
 from dtrain.collectives.arena import Place
 from dtrain.collectives.call import Call
+from dtrain.collectives.copying import copy
 from dtrain.collectives.dtypes import OPERATIONS, Array, accumulator, address, starts
 from dtrain.collectives.node import STAGE_BYTES, Node, Peers
 from dtrain.collectives.records import NO_PLACE, Record
@@ -142,9 +143,9 @@ def window_all_gather(call: Call) -> Run:
         target = target.view(np.uint8)
         own = target[blocks[mine]]
         if len(own) and address(own) != address(source):
-            own[...] = source.view(np.uint8)
+            copy(own, source.view(np.uint8))
         for rank in others:
-            target[blocks[rank]] = _view(node, rank, number, 0, lengths[rank])
+            copy(target[blocks[rank]], _view(node, rank, number, 0, lengths[rank]))
 
     extra = hash((item, *call.counts))
     return _windowed(node, records.record("all_gather", "window", "", None, 0, NO_PLACE, extra), part, place)
@@ -163,9 +164,9 @@ def window_all_to_all(call: Call) -> Run | None:
 
     def part(number: int, source: Array, target: Array) -> None:
         target = target.view(np.uint8)
-        target[mine * length : (mine + 1) * length] = source.view(np.uint8)[own]
+        copy(target[mine * length : (mine + 1) * length], source.view(np.uint8)[own])
         for rank in others:
-            target[rank * length : (rank + 1) * length] = _view(node, rank, number, begins[mine], length)
+            copy(target[rank * length : (rank + 1) * length], _view(node, rank, number, begins[mine], length))
 
     extra = hash((item, *call.counts))
     return _windowed(node, records.record("all_to_all", "window", "", None, 0, NO_PLACE, extra), part, place)
@@ -181,115 +182,129 @@ def window_broadcast(call: Call) -> Run:
         return _windowed(node, record, lambda number, source, target: None, place, sources=[])
 
     def part(number: int, source: Array, target: Array) -> None:
-        target.view(np.uint8)[...] = _view(node, root, number, 0, length)
+        copy(target.view(np.uint8), _view(node, root, number, 0, length))
 
     return _windowed(node, record, part, place, sources=node.only(root), users=[])
 
 
-# Through the staging
+# Through the staging: in chunks, whose views are made before
 
 
-def staged_all_gather(call: Call) -> Run | None:
+def staged_all_gather(call: Call) -> Run:
     """Target = the sources of all ranks, one after another."""
     node, item = call.stage, call.source.itemsize
     lengths = [count * item for count in call.counts]
-    if max(lengths) > STAGE_BYTES:
-        return None
     record = records.record("all_gather", "staged", "", None, 0, NO_PLACE, hash((tuple(call.counts), -1)))
-    slots = [[slot[:length] for slot, length in zip(node.slots(half, _OCTET), lengths, strict=True)] for half in (0, 1)]
-    blocks = [slice(start, start + length) for start, length in zip(starts(lengths), lengths, strict=True)]
-    if min(lengths) == 0:
-        return None
+    offsets = starts(lengths)
+    chunks: list[tuple[slice, list[tuple[slice, int, slice]]]] = []  # of source; of target, whose slot, of the slot
+    for begin in range(0, max(lengths), STAGE_BYTES):
+        parts = [max(0, min(STAGE_BYTES, length - begin)) for length in lengths]
+        fetch = [
+            (slice(offset + begin, offset + begin + part), rank, slice(part))
+            for rank, (offset, part) in enumerate(zip(offsets, parts, strict=True))
+            if part and rank != node.rank
+        ]
+        chunks.append((slice(begin, begin + parts[node.rank]), fetch))
+    halves = [node.slots(half, _OCTET) for half in (0, 1)]
+    own = slice(offsets[node.rank], offsets[node.rank] + lengths[node.rank])
 
     def run(source: Array, target: Array) -> None:
-        number = node.begin_record(record)
-        now = slots[node.next_half(number)]
-        now[node.rank][...] = source.view(np.uint8)
-        node.arrive(number)
-        target = target.view(np.uint8)
-        node.await_arrived(number)
-        for block, slot in zip(blocks, now, strict=True):
-            target[block] = slot
+        source, target = source.view(np.uint8), target.view(np.uint8)
+        for mine, fetch in chunks:
+            number = node.begin_record(record)
+            slots = halves[node.next_half(number)]
+            copy(slots[node.rank][: mine.stop - mine.start], source[mine])
+            node.arrive(number)
+            if mine.start == 0:
+                copy(target[own], source)
+            node.await_arrived(number)
+            for block, rank, part in fetch:
+                copy(target[block], slots[rank][part])
 
     return run
 
 
-def staged_all_to_all(call: Call) -> Run | None:
+def staged_all_to_all(call: Call) -> Run:
     """Target = the blocks for this rank of all sources, all of one length."""
     node, size, rank = call.stage, call.stage.size, call.stage.rank
     length = call.counts[0] * call.source.itemsize
     portion = STAGE_BYTES // size
-    if length > portion:
-        return None
     record = records.record("all_to_all", "staged", "", None, 0, NO_PLACE, length)
-    forms = []
+    halves = []
     for half in (0, 1):
         slots = node.slots(half, _OCTET)
-        mine = slots[rank][: portion * size].reshape(size, portion)[:, :length]
-        forms.append((mine, [slot[rank * portion : rank * portion + length] for slot in slots]))
+        mine = slots[rank][: portion * size].reshape(size, portion)
+        halves.append((mine, [slot[rank * portion : (rank + 1) * portion] for slot in slots]))
+    others = [other for other in range(size) if other != rank]
 
     def run(source: Array, target: Array) -> None:
-        number = node.begin_record(record)
-        mine, parts = forms[node.next_half(number)]
-        mine[...] = source.view(np.uint8).reshape(size, length)
-        node.arrive(number)
-        rows = target.view(np.uint8).reshape(size, length)
-        node.await_arrived(number)
-        for row, part in zip(rows, parts, strict=True):
-            row[...] = part
+        blocks, rows = source.view(np.uint8).reshape(size, length), target.view(np.uint8).reshape(size, length)
+        for begin in range(0, length, portion):
+            part = min(portion, length - begin)
+            number = node.begin_record(record)
+            mine, slots = halves[node.next_half(number)]
+            for other in others:
+                copy(mine[other, :part], blocks[other, begin : begin + part])
+            node.arrive(number)
+            copy(rows[rank, begin : begin + part], blocks[rank, begin : begin + part])
+            node.await_arrived(number)
+            for other in others:
+                copy(rows[other, begin : begin + part], slots[other][:part])
 
     return run
 
 
-def staged_broadcast(call: Call) -> Run | None:
+def staged_broadcast(call: Call) -> Run:
     """Target of every rank = target of root, who has copied his array there."""
     node, root, dtype, count = call.stage, call.root, call.target.dtype, call.target.size
     length = count * dtype.itemsize
-    if length > STAGE_BYTES:
-        return None
     record = records.record("broadcast", "staged", "", dtype, count, NO_PLACE, root)
-    slots = [node.slots(half, _OCTET)[root][:length] for half in (0, 1)]
+    halves = [node.slots(half, _OCTET)[root] for half in (0, 1)]
     sources = node.only(root)
 
     def run(source: Array, target: Array) -> None:
-        number = node.begin_record(record)
-        slot = slots[node.next_half(number)]
-        if node.rank == root:
-            slot[...] = target.view(np.uint8)
-            node.arrive(number)
-            return
-        node.arrive(number)
-        node.await_arrived(number, sources)
-        target.view(np.uint8)[...] = slot
+        octets = target.view(np.uint8)
+        for begin in range(0, length, STAGE_BYTES):
+            part = min(STAGE_BYTES, length - begin)
+            number = node.begin_record(record)
+            slot = halves[node.next_half(number)]
+            if node.rank == root:
+                copy(slot[:part], octets[begin : begin + part])
+                node.arrive(number)
+            else:
+                node.arrive(number)
+                node.await_arrived(number, sources)
+                copy(octets[begin : begin + part], slot[:part])
 
     return run
 
 
-def staged_reduce_scatter(call: Call) -> Run | None:
-    """Target = the sum of the ranks' blocks of this rank."""
+def staged_reduce_scatter(call: Call) -> Run:
+    """Target = the sum of the ranks' blocks of this rank; my own block comes straight from the source."""
     node, size, rank = call.stage, call.stage.size, call.stage.rank
     dtype, count, counts = call.source.dtype, call.source.size, list(call.counts)
     portion = STAGE_BYTES // dtype.itemsize // size
-    if max(counts) > portion:
-        return None
     ufunc = OPERATIONS[call.op]
     record = records.record("reduce_scatter", "staged", call.op, dtype, count, NO_PLACE, hash(tuple(counts)))
-    blocks = [slice(start, start + length) for start, length in zip(starts(counts), counts, strict=True)]
-    forms: list[tuple[list[Array], list[Array]]] = []
-    for half in (0, 1):
-        slots = node.slots(half, dtype)
-        mine = [slots[rank][owner * portion : owner * portion + counts[owner]] for owner in range(size)]
-        forms.append((mine, [slot[rank * portion : rank * portion + counts[rank]] for slot in slots]))
+    offsets = starts(counts)
+    halves = [node.slots(half, dtype) for half in (0, 1)]
+    others = [other for other in range(size) if other != rank]
 
     def run(source: Array, target: Array) -> None:
-        number = node.begin_record(record)
-        mine, parts = forms[node.next_half(number)]
-        for room, block in zip(mine, blocks, strict=True):
-            room[...] = source[block]
-        node.arrive(number)
-        node.await_arrived(number)
-        with np.errstate(all="ignore"):
-            reduce_into(ufunc, parts, 0, counts[rank], [target])
+        for begin in range(0, max(counts), portion):
+            lengths = [max(0, min(portion, length - begin)) for length in counts]
+            number = node.begin_record(record)
+            slots = halves[node.next_half(number)]
+            for other in others:
+                origin, length = offsets[other] + begin, lengths[other]
+                slots[rank][other * portion : other * portion + length] = source[origin : origin + length]
+            node.arrive(number)
+            node.await_arrived(number)
+            first, length = rank * portion, lengths[rank]
+            parts = [slot[first : first + length] for slot in slots]
+            parts[rank] = source[offsets[rank] + begin : offsets[rank] + begin + length]
+            with np.errstate(all="ignore"):
+                reduce_into(ufunc, parts, 0, length, [target[begin : begin + length]])
 
     return run
 
@@ -298,52 +313,106 @@ def staged_all_reduce(call: Call) -> Run | None:
     """Target = the sum; my own slice is added up straight from the source."""
     node, rank = call.stage, call.stage.rank
     dtype, count = call.source.dtype, call.source.size
-    if not SMALL_BYTES < call.source.nbytes <= STAGE_BYTES // dtype.itemsize * dtype.itemsize:
+    if call.source.nbytes <= SMALL_BYTES:
         return None
     ufunc = OPERATIONS[call.op]
     record = records.record("all_reduce", "staged", call.op, dtype, count, NO_PLACE, -1)
-    start, stop = owned(count, rank, node.size)
-    mine = slice(start, stop)
-    others = [owned(count, other, node.size) for other in range(node.size) if other != rank]
-    cuts = [slice(*ends) for ends in others if ends[0] < ends[1]]
-    forms: list[tuple[list[Array], list[tuple[slice, Array]], list[Array]]] = []
-    for half in (0, 1):
-        slots = [slot[:count] for slot in node.slots(half, dtype)]
-        owners = [slot for other, slot in enumerate(slots) if other != rank]
-        fetch = [(cut, slot[cut]) for cut, slot in zip(cuts, owners, strict=False)]
-        forms.append(([slot[mine] for slot in slots], fetch, [slots[rank][cut] for cut in cuts]))
+    chunk = STAGE_BYTES // dtype.itemsize
+    halves = [node.slots(half, dtype) for half in (0, 1)]
+    chunks = []  # where; my slice; the slices of the others
+    for begin in range(0, count, chunk):
+        length = min(chunk, count - begin)
+        ends = [owned(length, other, node.size) for other in range(node.size)]
+        others = [(other, slice(*ends[other])) for other in range(node.size) if other != rank]
+        others = [(other, cut) for other, cut in others if cut.start < cut.stop]
+        chunks.append((slice(begin, begin + length), slice(*ends[rank]), others))
+
+    def run(source: Array, target: Array) -> None:
+        for piece, mine, others in chunks:
+            number = node.begin_record(record)
+            slots = halves[node.next_half(number)]
+            own, result, room = source[piece], target[piece], slots[rank]
+            for _, cut in others:
+                copy(room[cut], own[cut])
+            node.arrive(number)
+            node.complete(number)  # works started before: REDUCED below speaks for them too
+            node.await_arrived(number)
+            if mine.start < mine.stop:
+                parts = [slot[mine] for slot in slots]
+                parts[rank] = own[mine]
+                with np.errstate(all="ignore"):
+                    reduce_into(ufunc, parts, 0, mine.stop - mine.start, [room[mine], result[mine]])
+            node.reduced(number)
+            node.await_reduced(number)
+            for other, cut in others:
+                copy(result[cut], slots[other][cut])
+
+    return run
+
+
+# By the MPI library
+
+
+def native(call: Call, name: str, alike: bool, do: Run) -> Run:
+    """All ranks come together in the window before the library's collective, as in `Call.met`."""
+    node = call.stage
+    dtype, count = (call.source.dtype, call.source.size) if alike else (None, 0)
+    record = records.record(name, "native", call.op, dtype, count, NO_PLACE, call._extra(name))
 
     def run(source: Array, target: Array) -> None:
         number = node.begin_record(record)
-        parts, fetch, rooms = forms[node.next_half(number)]
-        for room, cut in zip(rooms, cuts, strict=True):
-            room[...] = source[cut]
         node.arrive(number)
-        node.complete(number)  # works started before: REDUCED below speaks for them too
         node.await_arrived(number)
-        if start < stop:
-            own = list(parts)
-            own[rank] = source[mine]
-            with np.errstate(all="ignore"):
-                reduce_into(ufunc, own, 0, stop - start, [parts[rank], target[mine]])
-        node.reduced(number)
-        node.await_reduced(number)
-        for cut, part in fetch:
-            target[cut] = part
+        do(source, target)
 
     return run
+
+
+def native_all_reduce(call: Call) -> Run:
+    """Target = the sum of all sources."""
+    transport, op, inside = call.transport, call.op, call.in_place
+    return native(call, "all_reduce", True, lambda x, y: transport.all_reduce(y if inside else x, y, op))
+
+
+def native_reduce_scatter(call: Call) -> Run:
+    """Target = the sum of the ranks' blocks of this rank."""
+    transport, op, counts = call.transport, call.op, call.counts
+    return native(call, "reduce_scatter", True, lambda x, y: transport.reduce_scatter(x, y, counts, op))
+
+
+def native_all_gather(call: Call) -> Run:
+    """Target = the sources of all ranks, one after another."""
+    transport, counts = call.transport, call.counts
+    return native(call, "all_gather", False, lambda x, y: transport.all_gather(x, y, counts))
+
+
+def native_all_to_all(call: Call) -> Run:
+    """Target = the blocks for this rank of all sources."""
+    transport, counts, out_counts = call.transport, call.counts, call.out_counts
+    return native(call, "all_to_all", False, lambda x, y: transport.all_to_all(x, y, counts, out_counts))
+
+
+def native_broadcast(call: Call) -> Run:
+    """Target of every rank = target of root."""
+    transport, root = call.transport, call.root
+    return native(call, "broadcast", True, lambda x, y: transport.broadcast(y, root))
 
 
 # (collective, row) -> what prepares it; it returns None for what has no prepared form.
 PREPARED: dict[tuple[str, str], Callable[[Call], Run | None]] = {
     ("all_reduce", "window"): window_all_reduce,
     ("all_reduce", "staged"): staged_all_reduce,
+    ("all_reduce", "native"): native_all_reduce,
     ("reduce_scatter", "window"): window_reduce_scatter,
     ("reduce_scatter", "staged"): staged_reduce_scatter,
+    ("reduce_scatter", "native"): native_reduce_scatter,
     ("all_gather", "window"): window_all_gather,
     ("all_gather", "staged"): staged_all_gather,
+    ("all_gather", "native"): native_all_gather,
     ("all_to_all", "window"): window_all_to_all,
     ("all_to_all", "staged"): staged_all_to_all,
+    ("all_to_all", "native"): native_all_to_all,
     ("broadcast", "window"): window_broadcast,
     ("broadcast", "staged"): staged_broadcast,
+    ("broadcast", "native"): native_broadcast,
 }

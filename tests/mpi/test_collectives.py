@@ -124,8 +124,8 @@ def test_many_works_in_flight(comm: Communicator) -> None:
 def test_pieces(comm: Communicator, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is longer than one MPI call may be goes in pieces; here with a call of 64 bytes."""
     monkeypatch.setattr(type(comm.transport), "limit", 64, raising=False)
-    monkeypatch.setattr("dtrain.collectives.algorithms.STAGED_BYTES", -1)
-    monkeypatch.setattr("dtrain.collectives.algorithms.STAGED_BROADCAST_BYTES", -1)
+    for limit in ("", "_PAIR", "_LONG", "_ALL_TO_ALL"):
+        monkeypatch.setattr(f"dtrain.collectives.algorithms.STAGED{limit}_BYTES", -1)
     comm.forget()
     for count in (0, 1, 3, 16, 17, 1000):
         for dtype in (np.dtype("float32"), np.dtype("complex128"), np.dtype("float16")):
