@@ -38,6 +38,7 @@ class Algorithm(NamedTuple):
 # beats two once they leave the caches. Measured with MPICH 5.0 at 2 and 8 ranks on 2 cores.
 STAGED_BYTES = 32 << 20  # all_reduce: all ranks' arrays together; reduce_scatter of more than two ranks: half of it
 STAGED_PAIR_BYTES = 4 << 20  # results that are moved between two ranks
+STAGED_PAIR_BROADCAST_BYTES = 64 * 1024  # one rank copies while the other waits
 STAGED_LONG_BYTES = 64 << 20  # between more: one copy into the staging serves all; and reduce, slow in the libraries
 STAGED_ALL_TO_ALL_BYTES = 512 * 1024
 
@@ -152,7 +153,7 @@ def _short_all_to_all(call: Call) -> bool:
 
 
 def _short_broadcast(call: Call) -> bool:
-    return _short_move(call, call.target.nbytes)
+    return call.target.nbytes <= (STAGED_PAIR_BROADCAST_BYTES if call.transport.size == 2 else STAGED_LONG_BYTES)
 
 
 def _always(call: Call) -> bool:

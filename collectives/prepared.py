@@ -380,14 +380,18 @@ def native_reduce_scatter(call: Call) -> Run:
     return native(call, "reduce_scatter", True, lambda x, y: transport.reduce_scatter(x, y, counts, op))
 
 
-def native_all_gather(call: Call) -> Run:
+def native_all_gather(call: Call) -> Run | None:
     """Target = the sources of all ranks, one after another."""
+    if np.may_share_memory(call.source, call.target):
+        return None  # goes out of a copy: `Call.apart`
     transport, counts = call.transport, call.counts
     return native(call, "all_gather", False, lambda x, y: transport.all_gather(x, y, counts))
 
 
-def native_all_to_all(call: Call) -> Run:
+def native_all_to_all(call: Call) -> Run | None:
     """Target = the blocks for this rank of all sources."""
+    if np.may_share_memory(call.source, call.target):
+        return None  # goes out of a copy: `Call.apart`
     transport, counts, out_counts = call.transport, call.counts, call.out_counts
     return native(call, "all_to_all", False, lambda x, y: transport.all_to_all(x, y, counts, out_counts))
 

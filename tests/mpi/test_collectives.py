@@ -124,7 +124,7 @@ def test_many_works_in_flight(comm: Communicator) -> None:
 def test_pieces(comm: Communicator, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is longer than one MPI call may be goes in pieces; here with a call of 64 bytes."""
     monkeypatch.setattr(type(comm.transport), "limit", 64, raising=False)
-    for limit in ("", "_PAIR", "_LONG", "_ALL_TO_ALL"):
+    for limit in ("", "_PAIR", "_PAIR_BROADCAST", "_LONG", "_ALL_TO_ALL"):
         monkeypatch.setattr(f"dtrain.collectives.algorithms.STAGED{limit}_BYTES", -1)
     comm.forget()
     for count in (0, 1, 3, 16, 17, 1000):

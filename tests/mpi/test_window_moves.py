@@ -205,3 +205,14 @@ def test_the_window_is_taken(comm: Communicator) -> None:
     assert number == before[0] + 1 and comm.node._mine[16] == number, "one collective, with its end published"
     with pytest.raises(ValueError, match=r"algorithm='window'.*possible here: auto, .*staged"):
         comm.all_gather(np.ones(3), algorithm="window")
+
+
+def test_own_block_gathered_again_by_the_library(comm: Communicator) -> None:
+    """In place and again: MPI takes no message from where it delivers one, the second time as the first."""
+    everything = comm.empty(comm.size * 500)
+    own = everything[comm.rank * 500 : (comm.rank + 1) * 500]
+    for turn in range(3):
+        everything[...] = -1
+        own[...] = comm.rank + turn
+        comm.all_gather(own, out=everything, algorithm="native" if comm.size > 1 else "auto")
+        assert bits(everything) == bits(np.repeat(np.arange(comm.size, dtype=np.float32) + turn, 500))
