@@ -171,6 +171,8 @@ class ZeRO(Strategy):
         def arrived(gradient: Array) -> None:
             if not self.synchronise:
                 return
+            if name not in unit.missing and not self.accumulate:  # the next microbatch, before the unit was complete
+                raise UnusedParametersError(sorted(unit.missing))
             if name not in unit.missing or (self.accumulate and unit.sums):
                 raise RuntimeError(f"a second gradient of {name}: run all backwards but the last within no_sync()")
             unit.missing.remove(name)

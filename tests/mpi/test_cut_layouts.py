@@ -1,0 +1,72 @@
+"""Layouts that cut the model, over MPI and shared memory: this layout = one process.
+
+Few here: tests/unit has all of them on threads. What only processes have: windows, and parameters that exist once.
+"""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dtrain.collectives import Communicator, single
+from tests import training
+
+GPT: dict[str, Any] = {"kind": "gpt", "layers": 4, "dim": 32, "heads": 4, "sequence": 16}
+TRAIN: dict[str, Any] = {"steps": 3, "micro_batch": 2, "global_batch": 24}
+
+
+def train(comm: Communicator, **sections: Any) -> Any:
+    trainer = training.trainer(comm, **{"model": GPT, "train": TRAIN, **sections})
+    records = list(trainer.run())
+    return trainer, training.losses(records), [r.validation_loss for r in records if r.validation_loss is not None]
+
+
+def compare(comm: Communicator, **sections: Any) -> Any:
+    mine, losses, validation = train(comm, **sections)
+    _, expected, expected_validation = train(single())
+    np.testing.assert_allclose(losses, expected, rtol=1e-10)
+    np.testing.assert_allclose(validation, expected_validation, rtol=1e-10)
+    return mine
+
+
+@pytest.mark.parametrize("replicate", [False, True])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero(comm: Communicator, stage: int, replicate: bool) -> None:
+    if 24 % comm.size:
+        pytest.skip(f"24 samples do not divide over {comm.size} ranks")
+    train = {**TRAIN, "micro_batch": next(size for size in (4, 3, 2, 1) if 24 // comm.size % size == 0)}
+    trainer = compare(comm, parallel={"data_parallel": f"zero{stage}", "replicate": replicate}, train=train)
+    if comm.size > 1:
+        assert all(group.is_shared != replicate for group in trainer.flat.groups)
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb_h1"])
+def test_pipeline(comm: Communicator, schedule: str) -> None:
+    if comm.size > 4:
+        pytest.skip(f"{comm.size} stages of 4 blocks")
+    compare(comm, parallel={"pp": comm.size}, pipeline={"schedule": schedule})
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_tensor(comm: Communicator, sequence: bool) -> None:
+    compare(comm, parallel={"tp": comm.size, "sequence": sequence})
+
+
+@pytest.mark.parametrize("data_parallel", ["ddp", "zero1", "zero3"])
+def test_three_dimensions(comm: Communicator, data_parallel: str) -> None:
+    if comm.size not in (4, 8):
+        pytest.skip("tp 2 x pp 2 x dp needs 4 or 8 ranks")
+    compare(comm, parallel={"tp": 2, "pp": 2, "sequence": True, "data_parallel": data_parallel})
+
+
+def test_ranks_that_share_see_what_one_writes(comm: Communicator) -> None:
+    trainer = training.trainer(comm, model=GPT, train={**TRAIN, "micro_batch": 1}, parallel={"data_parallel": "zero3"})
+    if comm.size == 1:
+        pytest.skip("one rank shares with nobody")
+    group = trainer.flat.groups[0]
+    comm.barrier()
+    if comm.rank == 1:
+        group.data[3] = 12345.0
+    comm.barrier()
+    assert group.data[3] == 12345.0
+    assert "parameters once per node" in trainer.strategies[0].notes()[0]
