@@ -33,6 +33,7 @@ from dtrain.errors import UserError
 from dtrain.launch import assembly, configuration, environment, pictures
 from dtrain.launch.progress import Progress
 from dtrain.launch.traffic import Traffic, table
+from dtrain.models import Model
 from dtrain.trainer import StepRecord, Trainer
 
 
@@ -63,10 +64,11 @@ def run(config: Config, source: Path) -> None:
             if every and (record.step % every == 0 or record.step == trainer.total_steps):
                 folder.save()
         collectives = traffic.rows(trainer.step - first)
+        speaker = folder.speaker()
         if trainer.step > first + 1:
             for line in table(collectives, f"communication per step, mean of {trainer.step - first} steps"):
                 progress.note(line)
-        for line in folder.close(time.perf_counter() - started, first_step, collectives):
+        for line in folder.close(time.perf_counter() - started, first_step, collectives, speaker):
             progress.note(line)
 
 
@@ -218,12 +220,26 @@ class RunFolder:
         with self.comm.counters.purpose("checkpoint"):
             self.trainer.save(self.checkpoints, config.checkpoint.keep, extra)
 
+    def speaker(self) -> Model | None:
+        """The model that writes the sample at the end, on rank 0; None where there is no text to write. Collective."""
+        trainer = self.trainer
+        if trainer.config.model.kind != "gpt" or trainer.data.tokenizer is None or not trainer.config.sample.tokens:
+            return None
+        from dtrain.launch.sample import assembled
+
+        with self.comm.counters.purpose("sample"):
+            return assembled(trainer)
+
     def close(
-        self, seconds: float, first_step: float | None, collectives: list[dict[str, Any]] | None = None
+        self,
+        seconds: float,
+        first_step: float | None,
+        collectives: list[dict[str, Any]] | None = None,
+        speaker: Model | None = None,
     ) -> Iterator[str]:
         """Write summary, picture and sample; returns what to tell. Every rank calls it, rank 0 does it.
 
-        collectives: what was communicated, per step, as `Traffic.rows` has it.
+        collectives: what was communicated, per step, as `Traffic.rows` has it. speaker: see there.
         """
         if self.comm.rank != 0:
             return
@@ -257,20 +273,20 @@ class RunFolder:
             verdict = "below" if validation[-1] < trainer.data.entropy else "NOT below"
             measure = "entropy of the classes" if config.model.kind == "mlp" else "unigram entropy of the text"
             yield (f"validation loss {validation[-1]:.4f}, {verdict} the {measure}, {trainer.data.entropy:.4f}")
-        yield from self._sample()
+        yield from self._sample(speaker)
         yield f"trained {trainer.step} steps in {seconds:.1f} s; everything is in {self.path}/"
 
-    def _sample(self) -> Iterator[str]:
+    def _sample(self, speaker: Model | None) -> Iterator[str]:
         trainer, options = self.trainer, self.trainer.config.sample
         if trainer.config.model.kind != "gpt" or trainer.data.tokenizer is None or not options.tokens:
             return
-        if not trainer.is_alone:  # the others would have to take part, and they have left
-            yield f"a sample of its text: dtrain sample {self.path}"
+        if speaker is None:
+            yield f"a sample of its text, from a process that has room for the whole model: dtrain sample {self.path}"
             return
         from dtrain.launch.sample import generate
 
         text = generate(
-            trainer.model,
+            speaker,
             trainer.data.tokenizer,
             options.prompt,
             options.tokens,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,6 +24,10 @@ from dtrain.errors import UserError
 from dtrain.launch import environment
 from dtrain.models import Model
 
+if TYPE_CHECKING:
+    from dtrain.trainer import Trainer
+
+MOST_GATHERED = 1 << 30  # bytes of parameters that rank 0 takes together for the sample at the end of a run
 START = "\n"  # what an empty prompt stands for: a model of text needs something to go on from
 
 
@@ -110,6 +115,28 @@ def load(run_folder: Path) -> tuple[Model, Tokenizer]:
             )
         parameter.data = values.astype(parameter.dtype, copy=False)
     return model, tokenizer
+
+
+def assembled(trainer: Trainer) -> Model | None:
+    """The model of the trainer on rank 0, such that it runs there alone; None on other ranks. Collective.
+
+    None on all where it is spread over ranks and is too large for one.
+    """
+    from dtrain import models
+    from dtrain.whole import whole_parameters
+
+    if trainer.is_alone:
+        return trainer.model if trainer.mesh.comm.rank == 0 else None
+    config = trainer.config
+    if trainer.num_parameters * trainer.flat.groups[0].dtype.itemsize > MOST_GATHERED:
+        return None
+    values = whole_parameters(trainer.flat, trainer.mesh.comm)
+    if trainer.mesh.comm.rank != 0:
+        return None
+    model = models.outline(config.model, trainer.data, dtype=config.train.dtype)
+    for name, parameter in model.named_parameters().items():
+        parameter.data = values[name]
+    return model
 
 
 @dataclass(frozen=True)

@@ -161,14 +161,15 @@ def _forward(logits: Array, comm: Communicator, targets: Array, first: int) -> t
     counted = targets != IGNORED
     loss = np.where(counted, np.log(sums) + largest - chosen, 0).sum()
     exponentials *= (counted / sums)[:, None]
-    return np.asarray(loss, logits.dtype), (exponentials, rows, targets[rows] - first)
+    # As of whole logits: the loss of half precision is float32, a sum over many tokens would not fit.
+    return np.asarray(loss, wide), (exponentials, rows, targets[rows] - first, logits.dtype)
 
 
 def _backward(node: Any, g: Array) -> tuple[Array]:
-    softmax, rows, columns = node.saved
+    softmax, rows, columns, dtype = node.saved
     gradient = softmax * g
     gradient[rows, columns] -= g
-    return (gradient.astype(node.dtype, copy=False),)
+    return (gradient.astype(dtype, copy=False),)
 
 
 CROSS_ENTROPY = Op("vocabulary_cross_entropy", _forward, _backward)

@@ -58,6 +58,7 @@ class ZeRO(Strategy):
         parameters = {p.name: p for p in model.named_parameters().values()}
         self.buffers = ZeroBuffers(self.stage, self.replicate, parameters, mesh, lambda name: unit_of.get(name, ENDS))
         self.flat = self.buffers
+        self.alone = not any(group.pages for group in self.buffers.groups)  # else a forward gathers
         members: dict[int, list[ZeroGroup]] = {}
         for group in self.buffers.groups:
             members.setdefault(unit_of.get(next(iter(group.parameters)), ENDS), []).append(group)
