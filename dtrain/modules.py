@@ -35,6 +35,19 @@ class Context:
     step: int
     row_ids: Array
     """(B,) int64: the consumed position of each sample of the batch, so that its mask is the same on any rank."""
+    places: Array | None = None
+    """(T,) int64: where in their samples the tokens at hand stand, where these are not all; else None."""
+    length: int = 0
+    """Tokens of a whole sample, where there are `places`."""
+
+    def rows(self, count: int, first: int = 0, total: int | None = None) -> Array:
+        """The ids (B * count,) of rows first .. first + count of each sample, of the `total` (default: count) rows at
+        hand: the same ids that these rows have where a sample is whole."""
+        if self.places is None:
+            places, total = np.arange(first, first + count), count if total is None else total
+        else:
+            places, total = self.places[first : first + count], self.length
+        return (self.row_ids[:, None] * total + places).reshape(-1)
 
 
 class Module:
@@ -181,6 +194,5 @@ class Dropout(Module):
         """
         if context is None or self.p == 0:
             return x
-        rows = int(np.prod(x.shape[1:-1]))  # per sample
-        row_ids = (context.row_ids[:, None] * rows + np.arange(rows)).reshape(-1)
+        row_ids = context.rows(int(np.prod(x.shape[1:-1])))
         return F.dropout(x, self.p, random.key(context.seed, "dropout " + self.name, context.step), row_ids)

@@ -1,6 +1,7 @@
 """What a strategy is: one way to use one axis of the mesh, seen by the trainer as a few verbs.
 
     apply(model, mesh)           once: cut parameters, set layouts, attach callbacks; values need not exist yet
+    part_of(batch, context)      this rank's part of a microbatch, where the axis cuts samples
     no_sync()                    around the backward of every microbatch but the last
     execute, evaluate            a strategy that runs the microbatches itself, as a pipeline does; else None
     reduce_gradients(model)      each step, after the last backward
@@ -46,6 +47,10 @@ class Strategy:
     def apply(self, model: Module, mesh: Mesh) -> Module:
         """Make the model of one process this rank's part of it; returns the model to train."""
         return model
+
+    def part_of(self, batch: dict[str, Array], context: Context) -> Microbatch:
+        """What this rank computes of these samples, which all ranks of the axis have: all of it."""
+        return batch, context
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Within this context backwards accumulate without communication."""

@@ -66,10 +66,13 @@ class Attention(Module):
 
     def forward(self, x: Tensor, residual: Tensor, context: Context | None = None) -> Tensor:
         """X (B, T, C), normed; residual (B, T, C) -> residual + attention(x)."""
-        length = x.shape[1]
+        return add_branch(residual, self.out, self.mix(self.qkv(x)), self.dropout, context)
+
+    def mix(self, qkv: Tensor) -> Tensor:
+        """From (B, T, [q heads | k heads | v heads]) to (B, T, all heads): the one place where tokens meet."""
+        length = qkv.shape[1]
         rotary = None if self.angles is None else (self.angles[0][:length], self.angles[1][:length])
-        mixed = F.packed_attention(self.qkv(x), self.heads, self.kv_heads, causal=self.causal, rotary=rotary)
-        return add_branch(residual, self.out, mixed, self.dropout, context)
+        return F.packed_attention(qkv, self.heads, self.kv_heads, causal=self.causal, rotary=rotary)
 
 
 class MLP(Module):

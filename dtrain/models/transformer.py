@@ -46,6 +46,11 @@ class Transformer(Model):
             )
         x = self.embedding(inputs)
         if self.positions is not None:
-            table: Tensor = self.positions.weight
-            x = x + (table if length == self.sequence else table[:length])
+            x = x + self.place(length)
         return self.dropout(x, context)
+
+    def place(self, length: int) -> Tensor:
+        """What learned positions add to `length` tokens, (length, dim)."""
+        assert self.positions is not None
+        table: Tensor = self.positions.weight
+        return table if length == self.sequence else table[:length]

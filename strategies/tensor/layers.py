@@ -128,7 +128,7 @@ class SequenceDropout(Dropout):
     """Dropout on my tokens of (B, T, C): the mask is that of the same tokens in the whole."""
 
     def __init__(self, whole: Dropout, comm: Communicator, length: Callable[[], int]) -> None:
-        """length: T, as of now."""
+        """length: T, as of now: the tokens that tp cuts, which may be a part of each sample already."""
         super().__init__(whole.p)
         self.name, self.comm, self.length = whole.name, comm, length
 
@@ -138,7 +138,7 @@ class SequenceDropout(Dropout):
             return x
         total = self.length()
         first = sum(cut(total, self.comm.size)[: self.comm.rank])
-        row_ids = (context.row_ids[:, None] * total + first + np.arange(x.shape[TOKENS])).reshape(-1)
+        row_ids = context.rows(x.shape[TOKENS], first, total)
         return F.dropout(x, self.p, random.key(context.seed, "dropout " + self.name, context.step), row_ids)
 
 
