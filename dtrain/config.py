@@ -391,6 +391,9 @@ class TrainConfig(_Section, frozen=True, kw_only=True):
     """Of them at a time on one data rank; the rest by gradient accumulation."""
     dtype: DType = "float32"
     """Of parameters and activations; reductions in float32 at least."""
+    loss_scale: float | Literal["dynamic"] | None = None
+    """Factor on the loss that keeps small gradients of float16 from vanishing; null: 1024 for float16, else 1. dynamic:
+    begins at 2^24; a step that overflows is skipped and halves it, 2000 good ones double it."""
     recompute: bool = False
     """Keep only the inputs of each layer for the backward, compute the rest again."""
     validate: ValidateConfig = field(default_factory=ValidateConfig)
@@ -398,6 +401,14 @@ class TrainConfig(_Section, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         """Check the values."""
         _at_least(1, "train", steps=self.steps, global_batch=self.global_batch, micro_batch=self.micro_batch)
+        if self.loss_scale == "dynamic":
+            _require(
+                self.dtype == "float16",
+                f"train.loss_scale: dynamic; of use with train.dtype: float16 only, not {self.dtype}, whose range is "
+                "wide enough. Allowed: a number, or null",
+            )
+        elif self.loss_scale is not None:
+            _require(self.loss_scale > 0, f"train.loss_scale: {self.loss_scale}; must be above 0, dynamic, or null")
 
 
 class ParallelConfig(_Section, frozen=True, kw_only=True):
@@ -543,6 +554,11 @@ class Config(_Section, frozen=True, kw_only=True):
             self.train.dtype not in ("float16", "bfloat16") or compression not in ("float16", "bfloat16"),
             f"parallel.compression.kind: {compression}; saves nothing: train.dtype {self.train.dtype} has as many "
             "bytes already. Allowed: none, int8, top_k, power_sgd",
+        )
+        _require(
+            self.train.loss_scale != "dynamic" or compression not in ("top_k", "power_sgd"),
+            f"parallel.compression.kind: {compression}; keeps what it did not send for later steps, which with "
+            "train.loss_scale: dynamic may have another scale. Allowed: none, int8, or a loss_scale that is a number",
         )
         fitting = ("images", "table") if isinstance(self.model, MLPConfig) else ("text", "tokens")
         _require(

@@ -30,13 +30,12 @@ from dtrain.config import Config
 from dtrain.data import Data, Dataset, Sampler, masked, share
 from dtrain.errors import UserError
 from dtrain.flat import Block, FlatBuffers, reduce_partial
+from dtrain.loss_scale import make_loss_scale
 from dtrain.mesh import Mesh
 from dtrain.models import Model
 from dtrain.modules import Context
 from dtrain.strategy import Microbatch, Strategy
 
-# Gradients of float16 are kept away from the smallest numbers (6e-8) by scaling the loss up, and down again before use.
-LOSS_SCALE = {"float16": 1024.0}
 BATCH_AXES = ("dp", "ep")  # ranks that differ along these axes have other samples
 
 
@@ -56,6 +55,10 @@ class StepRecord:
     """Targets of the global batch."""
     validation_loss: float | None
     """After the update, at the steps where the configuration asks for it."""
+    loss_scale: float = 1.0
+    """Of this step's backward."""
+    skipped_steps: int | None = None
+    """Steps until now, this one included, whose gradients overflowed; None where the loss scale is no dynamic one."""
 
 
 class Trainer:
@@ -79,6 +82,7 @@ class Trainer:
         self.flat = flats[-1] if flats else FlatBuffers(model.named_parameters(), single(), mesh=mesh)
         self.flat.initialise(config.seed)
         self.optimizer = optimizers.build(config.optimizer, self.flat)
+        self.scaler = make_loss_scale(config.train.loss_scale, config.train.dtype)
         self.sampler = Sampler(len(data.train), config.seed)
         self.total_steps = config.train.steps
         self.step = self.consumed = 0
@@ -91,26 +95,31 @@ class Trainer:
     def train_step(self) -> StepRecord:
         """One step on the next global batch. Collective over the mesh."""
         start = time.perf_counter()
-        loss, count = self._executor("execute", self.execute)(list(self.microbatches()))
-        for strategy in self.strategies:
-            strategy.reduce_gradients(self.model)
-        reduce_partial(self.flat)
-        loss, count, squares = self.total(loss, count, optimizers.sum_squares(self.flat))
+        with np.errstate(over="ignore", invalid="ignore") if self.scaler.dynamic else nullcontext():
+            loss, count = self._executor("execute", self.execute)(list(self.microbatches()))
+            for strategy in self.strategies:
+                strategy.reduce_gradients(self.model)
+            reduce_partial(self.flat)
+            loss, count, squares = self.total(loss, count, optimizers.sum_squares(self.flat))
         self._refuse_divergence(loss)
 
-        correction = self.expected_targets / (count * self.loss_scale)
+        used = self.loss_scale
+        correction = self.expected_targets / (count * used)
         norm = math.sqrt(squares) * correction
-        scale = correction * optimizers.clip_factor(norm, self.config.optimizer.clip_norm)
         learning_rate = self.learning_rate(self.step + 1)
-        self.optimizer.step(learning_rate, scale)
-        for strategy in self.strategies:
-            strategy.after_update(self.model)
+        if self.scaler.judge(squares):
+            scale = correction * optimizers.clip_factor(norm, self.config.optimizer.clip_norm)
+            self.optimizer.step(learning_rate, scale)
+            for strategy in self.strategies:
+                strategy.after_update(self.model)
 
         self.flat.zero_grad()
         self.step += 1
         self.consumed += self.config.train.global_batch
         seconds = time.perf_counter() - start
-        return StepRecord(self.step, loss / count, norm, learning_rate, seconds, int(count), self.validation())
+        skipped = getattr(self.scaler, "skipped", None)
+        mean, targets = loss / count, int(count)
+        return StepRecord(self.step, mean, norm, learning_rate, seconds, targets, self.validation(), used, skipped)
 
     # The parts of a step
 
@@ -185,7 +194,8 @@ class Trainer:
 
     @property
     def loss_scale(self) -> float:
-        return LOSS_SCALE.get(self.config.train.dtype, 1.0)
+        """What the loss, and so every gradient, is multiplied with."""
+        return self.scaler.value
 
     @property
     def expected_targets(self) -> int:
@@ -237,6 +247,7 @@ class Trainer:
             "seed": self.config.seed,
             "data": self.data.fingerprint,
             "optimizer": {"kind": self.config.optimizer.kind, "steps": self.optimizer.steps},
+            "loss_scale": self.scaler.state(),
             **(extra or {}),
         }
         return checkpoint.save(root, self.step, self.mesh.comm, pieces, state, keep)
@@ -254,6 +265,7 @@ class Trainer:
             strategy.after_update(self.model)
         self.step, self.consumed = int(reader.state["step"]), int(reader.state["consumed"])
         self.optimizer.steps = int(reader.state["optimizer"]["steps"])
+        self.scaler.load_state(reader.state.get("loss_scale", {}))
         for strategy in self.strategies:
             strategy.load_state(reader)
 

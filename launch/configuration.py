@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -198,7 +198,7 @@ _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 
 def _options(wanted: Any) -> tuple[Any, ...]:
-    return get_args(wanted) if isinstance(wanted, UnionType) else (wanted,)
+    return get_args(wanted) if get_origin(wanted) in (UnionType, Union) else (wanted,)
 
 
 def _structs(wanted: Any) -> list[type[msgspec.Struct]]:

@@ -13,6 +13,7 @@ second.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -55,6 +56,14 @@ class Record(Protocol):
     @property
     def tokens(self) -> int:
         """Of this step, on all ranks (of rows: samples)."""
+
+    @property
+    def loss_scale(self) -> float:
+        """Of the backward."""
+
+    @property
+    def skipped_steps(self) -> int | None:
+        """Until now; None without a dynamic loss scale."""
 
     @property
     def validation_loss(self) -> float | None:
@@ -169,8 +178,15 @@ def step_line(record: Record, total_steps: int, speed: float, remaining: float, 
     """One aligned line of a step: words before numbers, so that grep and awk find them."""
     return (
         f"{_place(record.step, total_steps)}  loss {record.loss:.4f}  grad_norm {record.grad_norm:.3f}  "
-        f"lr {record.learning_rate:.1e}  {speed:>10,.0f} {unit}/s  eta {clock(remaining)}"
+        f"lr {record.learning_rate:.1e}  {speed:>10,.0f} {unit}/s  eta {clock(remaining)}{_scale(record)}"
     )
+
+
+def _scale(record: Record) -> str:
+    """The dynamic loss scale, where there is one."""
+    if record.skipped_steps is None:
+        return ""
+    return f"  loss scale 2^{math.log2(record.loss_scale):.0f}, {record.skipped_steps} skipped"
 
 
 def clock(seconds: float) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import resource
@@ -201,6 +202,9 @@ class RunFolder:
             "tokens": record.step * record.tokens,
             "memory_bytes": self._largest(peak_memory()),
         }
+        if record.skipped_steps is not None:
+            row["grad_norm"] = record.grad_norm if math.isfinite(record.grad_norm) else None  # JSON has no inf
+            row |= {"loss_scale": record.loss_scale, "skipped_steps": record.skipped_steps}
         if record.validation_loss is not None:
             row["validation_loss"] = record.validation_loss
         self._since.clear()
