@@ -100,6 +100,73 @@ class GPTConfig(TransformerConfig, frozen=True, kw_only=True, tag="gpt"):
     """A decoder that predicts the next token. The defaults are GPT-2's style; Llama's: configs/gpt_llama.yaml."""
 
 
+class MoEConfig(_Section, frozen=True, kw_only=True):
+    """Mixtures of experts in the place of MLPs."""
+
+    experts: int = 8
+    every: int = 1
+    """Every so many blocks one has experts: 2 is every other."""
+    router: Literal["top", "expert_choice"] = "top"
+    """top: every token takes its best experts; expert_choice: every expert takes its best tokens of a sequence, also by
+    what comes later in it."""
+    top: int = 1
+    """Experts per token; 1 is Switch, 2 GShard. expert_choice: on average."""
+    capacity: float | None = 1.25
+    """Rows that an expert takes of a sequence, relative to its even share; what is above is dropped and goes on through
+    the residual alone. null: no limit (dropless)."""
+    hidden: int | None = None
+    """Width of an expert; null: that of the dense MLP divided by top + shared, so that a token costs as much."""
+    shared: int = 0
+    """Experts that every token goes through, beside those that are chosen."""
+    balance: float = 0.01
+    """Weight (alpha) of the loss that evens the loads of a sequence."""
+    z_loss: float = 0.0
+    """Weight of the loss that keeps the router's logits small; ST-MoE has 0.001."""
+    bias_rate: float = 0.0
+    """Step of the biases that even the loads of batches without a loss; DeepSeek-V3 has 0.001, and balance 0.0001."""
+    noise: float = 0.0
+    """Standard deviation of what is added to the router's logits in training."""
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        hidden = 1 if self.hidden is None else self.hidden
+        _at_least(1, "model.moe", experts=self.experts, every=self.every, top=self.top, hidden=hidden)
+        _at_least(0, "model.moe", shared=self.shared, balance=self.balance, z_loss=self.z_loss)
+        _at_least(0, "model.moe", bias_rate=self.bias_rate, noise=self.noise)
+        _require(
+            self.top <= self.experts, f"model.moe.top: {self.top}; must be at most model.moe.experts: {self.experts}"
+        )
+        _require(
+            self.capacity is None or self.capacity > 0,
+            f"model.moe.capacity: {self.capacity}; must be above 0, or null for no limit",
+        )
+        _require(
+            self.router == "top" or self.capacity is not None,
+            "model.moe.capacity: null; router: expert_choice needs one, such as 1.0",
+        )
+
+
+class MoEGPTConfig(GPTConfig, frozen=True, kw_only=True, tag="moe_gpt"):
+    """A GPT with mixtures of experts."""
+
+    moe: MoEConfig = field(default_factory=MoEConfig)
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        super().__post_init__()
+        _require(
+            self.moe.every <= self.layers,
+            f"model.moe.every: {self.moe.every}; must be at most model.layers: {self.layers}",
+        )
+        _require(self.expert_hidden >= 1, f"model.moe.top: {self.moe.top}; leaves experts no width: set model.moe.hidden")
+
+    @property
+    def expert_hidden(self) -> int:
+        """Width of an expert."""
+        dense = 4 * self.dim if self.hidden is None else self.hidden
+        return dense // (self.moe.top + self.moe.shared) if self.moe.hidden is None else self.moe.hidden
+
+
 class BERTConfig(TransformerConfig, frozen=True, kw_only=True, tag="bert"):
     """An encoder that fills in masked tokens."""
 
@@ -131,7 +198,7 @@ class MLPConfig(_Member, frozen=True, kw_only=True, tag="mlp"):
         _fraction("model", dropout=self.dropout)
 
 
-ModelConfig: TypeAlias = GPTConfig | BERTConfig | MLPConfig
+ModelConfig: TypeAlias = GPTConfig | MoEGPTConfig | BERTConfig | MLPConfig
 
 
 # --- data: what it learns from ----------------------------------------------------------------------------------------

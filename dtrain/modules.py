@@ -14,7 +14,7 @@ Context.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
@@ -35,6 +35,10 @@ class Context:
     step: int
     row_ids: Array
     """(B,) int64: the consumed position of each sample of the batch, so that its mask is the same on any rank."""
+    loss_gradient: float = 1.0
+    """What the backward of the loss begins with: auxiliary losses begin theirs with the same."""
+    recorded: dict[str, Array] = field(default_factory=dict)
+    """What modules tell of this microbatch, by their name; a recomputation tells the same again."""
     places: Array | None = None
     """(T,) int64: where in their samples the tokens at hand stand, where these are not all; else None."""
     length: int = 0

@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,8 @@ class StepRecord:
     """Of this step's backward."""
     skipped_steps: int | None = None
     """Steps until now, this one included, whose gradients overflowed; None where the loss scale is no dynamic one."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """What the model tells of the step, such as the loads of experts."""
 
 
 class Trainer:
@@ -96,7 +98,7 @@ class Trainer:
         """One step on the next global batch. Collective over the mesh."""
         start = time.perf_counter()
         with np.errstate(over="ignore", invalid="ignore") if self.scaler.dynamic else nullcontext():
-            loss, count = self._executor("execute", self.execute)(list(self.microbatches()))
+            loss, count = self._executor("execute", self.execute)(microbatches := list(self.microbatches()))
             for strategy in self.strategies:
                 strategy.reduce_gradients(self.model)
             reduce_partial(self.flat)
@@ -112,6 +114,7 @@ class Trainer:
             self.optimizer.step(learning_rate, scale)
             for strategy in self.strategies:
                 strategy.after_update(self.model)
+        details = self.model.after_step([context for _, context in microbatches], self.mesh)
 
         self.flat.zero_grad()
         self.step += 1
@@ -119,7 +122,8 @@ class Trainer:
         seconds = time.perf_counter() - start
         skipped = getattr(self.scaler, "skipped", None)
         mean, targets = loss / count, int(count)
-        return StepRecord(self.step, mean, norm, learning_rate, seconds, targets, self.validation(), used, skipped)
+        validation = self.validation()
+        return StepRecord(self.step, mean, norm, learning_rate, seconds, targets, validation, used, skipped, details)
 
     # The parts of a step
 
@@ -214,7 +218,7 @@ class Trainer:
             batch = dataset.batch(part)
             if self.data.mask_token is not None:
                 batch = masked(batch, seed, positions, self.data.mask_token, self._mask_fraction)
-            context = Context(seed=seed, step=self.step, row_ids=positions)
+            context = Context(seed, self.step, positions, loss_gradient=self.loss_gradient)
             for strategy in self.strategies:
                 batch, context = strategy.part_of(batch, context)
             yield batch, context
@@ -240,7 +244,7 @@ class Trainer:
             for kind, blocks in self._blocks().items()
             for block in blocks
         ]
-        pieces += [piece for strategy in self.strategies for piece in strategy.state()]
+        pieces += [piece for part in (self.model, *self.strategies) for piece in part.state()]
         state = {
             "step": self.step,
             "consumed": self.consumed,
@@ -266,8 +270,8 @@ class Trainer:
         self.step, self.consumed = int(reader.state["step"]), int(reader.state["consumed"])
         self.optimizer.steps = int(reader.state["optimizer"]["steps"])
         self.scaler.load_state(reader.state.get("loss_scale", {}))
-        for strategy in self.strategies:
-            strategy.load_state(reader)
+        for part in (self.model, *self.strategies):
+            part.load_state(reader)
 
     def _blocks(self) -> dict[str, list[Block]]:
         """What this rank owns of all tensors that a checkpoint holds."""

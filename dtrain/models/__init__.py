@@ -17,8 +17,14 @@ from dtrain.models.base import Model, Sizes
 from dtrain.models.bert import BERT
 from dtrain.models.gpt import GPT
 from dtrain.models.mlp import MLP
+from dtrain.models.moe import MoEGPT
 
-MODELS: dict[str, Callable[[Any, Sizes, Any], Model]] = {"gpt": GPT, "bert": BERT, "mlp": MLP}
+MODELS: dict[str, Callable[[Any, Sizes, Any], Model]] = {
+    "gpt": GPT,
+    "moe_gpt": MoEGPT,
+    "bert": BERT,
+    "mlp": MLP,
+}
 
 
 def outline(config: ModelConfig, data: Sizes, dtype: Any = "float32") -> Model:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 import dtrain.functional as F
 from dtrain.arrays import Array
+from dtrain.checkpoint import Piece, Reader
+from dtrain.mesh import Mesh
 from dtrain.modules import Context, Module
 from dtrain.tensor import Tensor
 
@@ -71,3 +73,15 @@ class Model(Module):
         for block in self.blocks if blocks is None else blocks:
             x = F.checkpoint(lambda x, block=block: block(x, context), x) if self.recompute else block(x, context)
         return x
+
+    def after_step(self, contexts: Sequence[Context], mesh: Mesh) -> dict[str, Any]:
+        """After a step, from what the modules told of its microbatches; returns what the log should tell, the same on
+        all ranks. Collective over the mesh."""
+        return {}
+
+    def state(self) -> list[Piece]:
+        """What a checkpoint must hold beside the parameters, the same on all ranks."""
+        return []
+
+    def load_state(self, reader: Reader) -> None:
+        """Take it back from a checkpoint, as far as it is there."""

@@ -1,7 +1,9 @@
 """The table of ops: one row per member. A new op is one `Op` and one line here; a user's own op needs no line."""
 
 from dtrain.op import Op
-from dtrain.ops import activation, arithmetic, attention, elementwise, linear, loss, normalization, reduction, shape
+from dtrain.ops import (
+    activation, arithmetic, attention, elementwise, linear, loss, normalization, reduction, routing, shape,
+)  # fmt: skip
 
 OPS: dict[str, Op] = {
     "add": arithmetic.ADD,
@@ -39,6 +41,9 @@ OPS: dict[str, Op] = {
     "matmul": linear.MATMUL,
     "linear": linear.LINEAR,
     "embedding": linear.EMBEDDING,
+    "grouped_linear": routing.GROUPED_LINEAR,
+    "combine_rows": routing.COMBINE_ROWS,
+    "reorder_rows": routing.REORDER_ROWS,
     "gelu": activation.GELU,
     "silu": activation.SILU,
     "swiglu": activation.SWIGLU,
