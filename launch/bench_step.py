@@ -67,7 +67,7 @@ def bench_step(
     python = peer_python or sys.executable
     versions: dict[str, str] = {}
     if peer is not None:
-        missing = _peer_missing(config, python)
+        missing = peer_missing(config, python)
         if missing:
             tell(missing)
             peer = None
@@ -142,7 +142,7 @@ def peer_spec(config: Config, vocabulary: int, steps: int, tuned: bool = False) 
     }
 
 
-def _peer_missing(config: Config, python: str) -> str | None:
+def peer_missing(config: Config, python: str) -> str | None:
     """Why the peer cannot run here, and what to do about it; None when it can; UserError when it never could."""
     if not isinstance(config.model, GPTConfig) or config.optimizer.kind not in ("adam", "adamw", "sgd"):
         asked = f"{config.model.kind} with {config.optimizer.kind}"

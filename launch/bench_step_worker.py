@@ -7,27 +7,32 @@ trainer: data, forward, backward, communication, clipping, update. The bare matm
 that a busy machine is as busy for both.
 """
 
+from __future__ import annotations
+
 import faulthandler
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dtrain.launch import environment
 from dtrain.launch.bench_launch import PAIRS
 from dtrain.launch.failures import guard
 
+if TYPE_CHECKING:
+    from dtrain.collectives import Communicator
+    from dtrain.trainer import Trainer
+
 
 def work(folder: Path) -> None:
     """Run the configuration in `folder` to its last step and write this rank's report there. Collective."""
-    import time
-
     from dtrain.launch import configuration
 
     config = configuration.load(folder / "config.yaml")
     from dtrain.collectives import world
-    from dtrain.launch import bare_matmuls
     from dtrain.launch.assembly import assemble
     from dtrain.launch.run import peak_memory
 
@@ -45,9 +50,29 @@ def work(folder: Path) -> None:
         first_step_end = first_step_end or time.time()
     memory = peak_memory()  # before the buffers of the bare matmuls
 
+    report: dict[str, object] = {
+        "rank": comm.rank,
+        "first_step_end": first_step_end,
+        "step_seconds": seconds,
+        "memory_bytes": memory,
+        "parameters": trainer.model.num_parameters(),
+        "loss": record.loss,
+        "vocabulary": trainer.data.vocabulary,
+        "versions": _versions(),
+    }
+    if trainer.mesh.size("dp") == comm.size and config.parallel.data_parallel in ("naive", "ddp"):
+        report |= _beside_bare_matmuls(trainer, comm, lambda: next(records))
+    (folder / f"report-{comm.rank}.json").write_text(json.dumps(report))
+    comm.barrier()
+
+
+def _beside_bare_matmuls(trainer: Trainer, comm: Communicator, step: Callable[[], object]) -> dict[str, object]:
+    """Steps and their matrix products alone, in turns; of a model that is whole on every rank."""
+    from dtrain.launch import bare_matmuls
+
     products = bare_matmuls.of_step(trainer.model, trainer.config, trainer.mesh["dp"].size)
-    half = config.train.dtype in ("float16", "bfloat16")
-    make = bare_matmuls.runner(products, "float32" if half else config.train.dtype)  # BLAS has no products of halves
+    dtype = trainer.config.train.dtype
+    make = bare_matmuls.runner(products, "float32" if dtype in ("float16", "bfloat16") else dtype)  # BLAS has no halves
     make()
 
     def timed(what: Callable[[], object]) -> float:
@@ -58,21 +83,11 @@ def work(folder: Path) -> None:
         comm.barrier()
         return time.perf_counter() - before
 
-    pairs = [(timed(make), timed(lambda: next(records))) for _ in range(PAIRS)]
-    report = {
-        "rank": comm.rank,
-        "first_step_end": first_step_end,
-        "step_seconds": seconds,
-        "memory_bytes": memory,
-        "parameters": trainer.model.num_parameters(),
-        "loss": record.loss,
-        "vocabulary": trainer.data.vocabulary,
+    pairs = [(timed(make), timed(step)) for _ in range(PAIRS)]
+    return {
         "bare_and_step_seconds": pairs,
         "bare_flops": sum(product.flops * count for product, count in products.items()),
-        "versions": _versions(),
     }
-    (folder / f"report-{comm.rank}.json").write_text(json.dumps(report))
-    comm.barrier()
 
 
 def _versions() -> dict[str, str]:

@@ -60,6 +60,33 @@ def run_command(config: Path, overrides: tuple[str, ...]) -> None:
     run(loaded, config)
 
 
+@cli.command(
+    "verify",
+    help="Compare this layout with one process on the same data from the same weights: losses, gradient norms, every "
+    "gradient and every parameter, with a verdict for each and the layer where a difference begins. Under mpirun.\n\n"
+    f"Exit code 1 when more differs than rounding explains.\n\n{_CONFIG}",
+)
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
+@click.option("--steps", default=3, show_default=True, type=click.IntRange(1), help="How many to train.")
+@click.option(
+    "--dtype",
+    default="float64",
+    show_default=True,
+    type=click.Choice(["float64", "float32", "bfloat16", "float16", "config"]),
+    help="Of both sides; config: that of the configuration.",
+)
+@click.option("--all", "show_all", is_flag=True, help="Show all tensors, in forward order.")
+def verify_command(config: Path, overrides: tuple[str, ...], steps: int, dtype: str, show_all: bool) -> None:
+    """Train both and compare."""
+    from dtrain.launch import configuration
+
+    loaded = configuration.load(config, overrides)
+    from dtrain.launch.verify_report import command
+
+    command(loaded, steps, dtype, show_all)
+
+
 @cli.command()
 @click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
 @click.option("--prompt", default="", help="The text to go on from.")
@@ -252,6 +279,41 @@ def bench_step(
     from dtrain.launch.bench_step import bench_step
 
     bench_step(loaded, peer, ranks, steps, rounds, json_path, peer_python)
+
+
+@bench.command(
+    "layouts",
+    help="Measure the training step in several layouts of the same ranks, beside PyTorch's DDP, "
+    f"ZeroRedundancyOptimizer and FSDP2. Starts mpirun itself.\n\n{_CONFIG}",
+)
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
+@click.option("--ranks", default=8, show_default=True, type=click.IntRange(2), help="How many.")
+@click.option("--layouts", help="Names by commas; default: ddp,zero1,zero3,tp2,pp2,dp2tp2pp2.")
+@click.option("--peer", type=click.Choice(["torch", "torch-tuned"]), help="PyTorch's counterparts too, in turns.")
+@click.option("--peer-python", help="The Python that has the peer; default: this one.")
+@click.option("--steps", default=12, show_default=True, type=click.IntRange(1), help="Measured steps of each launch.")
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1), help="Launches of each.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all numbers to this file too.")
+def bench_layouts(
+    config: Path,
+    overrides: tuple[str, ...],
+    ranks: int,
+    layouts: str | None,
+    peer: str | None,
+    peer_python: str | None,
+    steps: int,
+    rounds: int,
+    json_path: Path | None,
+) -> None:
+    """Measure one configuration in several layouts."""
+    from dtrain.launch import configuration
+
+    loaded = configuration.load(config, overrides)
+    from dtrain.launch.bench_layouts import DEFAULT, bench_layouts
+
+    names = layouts.split(",") if layouts else DEFAULT
+    bench_layouts(loaded, names, ranks, peer, steps, rounds, json_path, peer_python)
 
 
 @cli.group()

@@ -152,7 +152,9 @@ class GPT(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def make_optimizer(config: dict[str, Any], model: nn.Module, fused: bool | None) -> torch.optim.Optimizer:
+def make_optimizer(
+    config: dict[str, Any], model: nn.Module, fused: bool | None, sharded: bool = False
+) -> torch.optim.Optimizer:
     """SGD, Adam or AdamW with the configuration's values; weight decay on matrices alone, as dtrain has it."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
@@ -161,6 +163,12 @@ def make_optimizer(config: dict[str, Any], model: nn.Module, fused: bool | None)
     if config["kind"] == "sgd":
         return torch.optim.SGD(groups, lr=rate, momentum=config["momentum"], nesterov=config["nesterov"], fused=fused)
     kind = torch.optim.AdamW if config["kind"] == "adamw" else torch.optim.Adam
+    if sharded:
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        return ZeroRedundancyOptimizer(
+            groups, kind, lr=rate, betas=tuple(config["betas"]), eps=config["epsilon"], fused=fused
+        )
     return kind(groups, lr=rate, betas=tuple(config["betas"]), eps=config["epsilon"], fused=fused)
 
 
@@ -179,8 +187,18 @@ def main(spec_path: str, report_path: str) -> None:
     if size > 1:
         store = dist.FileStore(spec["store"], size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=300))
-        net = nn.parallel.DistributedDataParallel(gpt, gradient_as_bucket_view=tuned)
-    optimizer = make_optimizer(spec["optimizer"], gpt, tuned or None)
+        if spec.get("parallel") == "fsdp2":
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+
+            mesh = init_device_mesh("cpu", (size,))
+            for block in gpt.blocks:
+                fully_shard(block, mesh=mesh)
+            fully_shard(gpt, mesh=mesh)
+        else:
+            net = nn.parallel.DistributedDataParallel(gpt, gradient_as_bucket_view=tuned)
+    sharded = size > 1 and spec.get("parallel") == "zero_redundancy"
+    optimizer = make_optimizer(spec["optimizer"], gpt, tuned or None, sharded)
     micro = train["micro_batch"]
     portions = train["global_batch"] // size // micro
     sequence, vocabulary = spec["model"]["sequence"], spec["model"]["vocabulary"]
@@ -194,7 +212,7 @@ def main(spec_path: str, report_path: str) -> None:
         total = 0.0
         for i, batch in enumerate(batches):
             last = i == portions - 1
-            with nullcontext() if last or size == 1 else net.no_sync():
+            with nullcontext() if last or size == 1 or not hasattr(net, "no_sync") else net.no_sync():
                 part = net(batch[:, :-1], batch[:, 1:]) / portions
                 part.backward()
             total += part.item()
