@@ -158,7 +158,9 @@ class MoEGPTConfig(GPTConfig, frozen=True, kw_only=True, tag="moe_gpt"):
             self.moe.every <= self.layers,
             f"model.moe.every: {self.moe.every}; must be at most model.layers: {self.layers}",
         )
-        _require(self.expert_hidden >= 1, f"model.moe.top: {self.moe.top}; leaves experts no width: set model.moe.hidden")
+        _require(
+            self.expert_hidden >= 1, f"model.moe.top: {self.moe.top}; leaves experts no width: set model.moe.hidden"
+        )
 
     @property
     def expert_hidden(self) -> int:

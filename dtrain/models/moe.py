@@ -1,4 +1,4 @@
-"""A GPT in whose blocks some MLPs are mixtures of experts: every token goes through the few experts that a router chose.
+"""A GPT in whose blocks some MLPs are mixtures of experts: a token goes through the few experts that a router chose.
 
     x ──┬── norm ──┬── router ── probabilities ── choice ───────────────┬ gates
         │          ├── rows sorted by expert ── experts (grouped) ── × ─┴─ sum per token ──┐
@@ -66,7 +66,7 @@ class Router(Module):
 
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Plan]:  # type: ignore[override]
         """X (B, T, C) -> gates (R,), a number per row of the plan."""
-        config, (batch, tokens, _) = self.config, x.shape
+        config, tokens = self.config, x.shape[1]
         wide = np.result_type(x.dtype, np.float32) if x.dtype.itemsize > 2 else np.dtype(np.float32)
         logits = F.linear(x.astype(wide), self.weight.astype(wide))
         if context is not None and config.noise:

@@ -2,8 +2,17 @@
 
 from dtrain.op import Op
 from dtrain.ops import (
-    activation, arithmetic, attention, elementwise, linear, loss, normalization, reduction, routing, shape,
-)  # fmt: skip
+    activation,
+    arithmetic,
+    attention,
+    elementwise,
+    linear,
+    loss,
+    normalization,
+    reduction,
+    routing,
+    shape,
+)
 
 OPS: dict[str, Op] = {
     "add": arithmetic.ADD,

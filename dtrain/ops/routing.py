@@ -10,6 +10,7 @@ Reference: Gale et al., MegaBlocks, arXiv:2211.15841 (dropless, grouped products
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -94,8 +95,11 @@ def _combine_jvp(inputs: Any, tangents: Any, output: Any, **attributes: Any) -> 
     return drows.through(COMBINE_ROWS, gates, **attributes) + rows.through(COMBINE_ROWS, dgates, **attributes)
 
 
-COMBINE_ROWS = Op("combine_rows", _combine_forward, _combine_vjp, _combine_jvp, lambda i, output, a: 2 * i[0][0] * i[0][1])
+def _combine_flops(inputs: tuple[Shape, ...], output: Shape, attributes: dict[str, Any]) -> int:
+    return 2 * math.prod(inputs[0])
 
+
+COMBINE_ROWS = Op("combine_rows", _combine_forward, _combine_vjp, _combine_jvp, _combine_flops)
 
 # x[order], where every row is taken once; `back` is the order that undoes it.
 REORDER_ROWS = Op(
