@@ -9,6 +9,10 @@ norm and a fused update are slices, and nothing is copied to communicate. Vector
 the order of definition, so that an optimizer which decays matrices only needs two calls for the whole model. Vectors
 come first, and the matrices at the end are the last of the model: a backward fills the buffer from its end.
 
+A parameter that is cut over an axis of the batch (a table over dp, an expert over ep) gets its gradient from the samples
+of all ranks there already: its group is summed over the other axes of the batch only (`peers`). Frozen parameters
+(`requires_grad` is False) have values, but no place in the buffers.
+
 Invariant: every parameter begins on a cache line of its own (64 bytes), and what lies between parameters is always 0
 in both arrays: sums and updates may run straight over it.
 """
@@ -16,7 +20,7 @@ in both arrays: sums and updates may run straight over it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +29,7 @@ import numpy as np
 from dtrain.arrays import Array
 from dtrain.collectives import Communicator, single
 from dtrain.layout import Only, Partial, Shard
-from dtrain.mesh import Mesh
+from dtrain.mesh import BATCH_AXES, Mesh
 from dtrain.parameter import Parameter
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
@@ -109,6 +113,12 @@ class FlatGroup:
             parameter.data = view
             parameter.buffer = self.grad[where].reshape(parameter.shape)
             parameter.grad = None
+
+    @property
+    def peers(self) -> Communicator:
+        """The ranks with other samples that hold the same of this group: the gradients are summed over them."""
+        axes = () if self.mesh is None else summed_axes(self.cut_axes, self.mesh)
+        return single() if self.mesh is None or not axes else self.mesh[axes]
 
     @property
     def owned_data(self) -> Array:
@@ -203,6 +213,9 @@ class FlatBuffers:
         are those that the parameters have in the whole model. Parameters of different sections have groups apart.
         """
         parameters = {parameter.name or path: parameter for path, parameter in parameters.items()}
+        self.frozen = {name: parameter for name, parameter in parameters.items() if not parameter.requires_grad}
+        """What is not trained: in no group, so without gradient, state, or part in a checkpoint."""
+        parameters = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
         self.mesh = mesh
         self.fresh = {name for name, parameter in parameters.items() if parameter.is_placeholder}
         by_kind: dict[tuple[Kind, int], dict[str, Parameter]] = {}
@@ -211,7 +224,16 @@ class FlatBuffers:
         self.parameters = parameters
         # One order on all ranks, also where each has other parameters: what is summed over an axis meets there.
         kinds = sorted(by_kind, key=lambda each: (each[0][2], each[0][3], each[0][1], str(each[0][0]), each[1]))
-        self.groups = [self.group_type(by_kind[each], comm, pad_to, mesh) for each in kinds]
+        if mesh is not None:
+            mesh.open(summed_axes(cut_axes, mesh) for (_, cut_axes, _, _), _ in kinds)
+        # What is cut over an axis of the batch has another length on each rank there: no memory of all of them.
+        homes = [
+            mesh[summed_axes(cut_axes, mesh)] if mesh and comm.size > 1 and set(cut_axes) & set(BATCH_AXES) else comm
+            for (_, cut_axes, _, _), _ in kinds
+        ]
+        self.groups = [
+            self.group_type(by_kind[each], home, pad_to, mesh) for each, home in zip(kinds, homes, strict=True)
+        ]
         if mesh is not None:
             mesh.open(axes for group in self.groups for axes in _meetings(group))
 
@@ -231,8 +253,15 @@ class FlatBuffers:
                 elif name in self.fresh:
                     parameter.data[...] = parameter.initial_values(seed)
             peers.all_reduce(group.data, out=group.data)
+        self.fill_frozen(seed)
         self.fresh.clear()
         self.changed()
+
+    def fill_frozen(self, seed: int) -> None:
+        """Give the frozen parameters that have no values yet their initial ones, on every rank for itself."""
+        for parameter in self.frozen.values():
+            if parameter.is_placeholder:
+                parameter.data = parameter.initial_values(seed)
 
     def zero_grad(self) -> None:
         """Forget all gradients: the next backward overwrites. The memory keeps its old values until then."""
@@ -292,6 +321,11 @@ def reduce_partial(flat: FlatBuffers) -> None:
         for comm in comms:
             if comm is not None and comm.size > 1:
                 comm.all_reduce(gradient, out=gradient)
+
+
+def summed_axes(cut_axes: Sequence[str], mesh: Mesh) -> tuple[str, ...]:
+    """The axes of the batch over which the gradient of a parameter that `cut_axes` cut is to be summed."""
+    return tuple(axis for axis in BATCH_AXES if axis not in cut_axes and mesh.size(axis) > 1)
 
 
 def _meetings(group: FlatGroup) -> Iterator[tuple[str | int, ...]]:

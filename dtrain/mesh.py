@@ -30,6 +30,7 @@ from dtrain.config import ORDER
 from dtrain.errors import UserError
 
 SHOWN_RANKS = 64  # rows of the table in the log
+BATCH_AXES = ("dp", "ep")  # ranks that differ along these axes have other samples
 
 
 class Grid:

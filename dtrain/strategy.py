@@ -76,7 +76,8 @@ class Strategy:
 
 def unused_parameters(model: Module) -> list[str]:
     """Names of the parameters that the last backward did not reach."""
-    return [name for name, parameter in model.named_parameters().items() if parameter.grad is None]
+    parameters = model.named_parameters().items()
+    return [name for name, parameter in parameters if parameter.grad is None and parameter.requires_grad]
 
 
 class UnusedParametersError(RuntimeError):

@@ -31,12 +31,11 @@ from dtrain.data import Data, Dataset, Sampler, masked, share
 from dtrain.errors import UserError
 from dtrain.flat import Block, FlatBuffers, reduce_partial
 from dtrain.loss_scale import make_loss_scale
-from dtrain.mesh import Mesh
+from dtrain.mesh import BATCH_AXES, Mesh
 from dtrain.models import Model
 from dtrain.modules import Context
 from dtrain.strategy import Microbatch, Strategy
 
-BATCH_AXES = ("dp", "ep")  # ranks that differ along these axes have other samples
 
 
 @dataclass(frozen=True, slots=True)

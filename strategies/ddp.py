@@ -8,6 +8,7 @@
 
 The buffer comes from `comm.empty`: on one node it lies in a shared window and is reduced in place, without a copy.
 Buckets are posted in one fixed order on all ranks, whatever order they fill in. Sent per step and rank: 2 (n-1)/n Ψ.
+What is cut over the axis itself, such as the tables of a recommender, has no peers to be summed with, and no bucket.
 With a `Compressor` it is the one who sums a bucket; then the buffer lies where it says.
 
 Reference: Li et al., PyTorch Distributed (VLDB 2020): buckets, hooks, no_sync, unused parameters.
@@ -157,7 +158,7 @@ class DistributedDataParallel(Strategy):
         if self.compressor is not None:
             self.compressor.start(self.posted)
         else:
-            self.works.append(self.comm.all_reduce_async(bucket.gradient, out=bucket.gradient))
+            self.works.append(bucket.group.peers.all_reduce_async(bucket.gradient, out=bucket.gradient))
         self.posted += 1
 
 
@@ -169,6 +170,8 @@ def make_buckets(flat: FlatBuffers, bucket_bytes: int) -> list[Bucket]:
     buckets: list[Bucket] = []
     defined = {name: i for i, name in enumerate(flat.parameters)}
     for group in flat.groups:
+        if group.mesh is not None and group.peers.size == 1:
+            continue
         names: list[str] = []
         stop = group.grad.size
         for name in reversed(group.slices):

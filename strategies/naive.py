@@ -23,7 +23,6 @@ class NaiveDataParallel(Strategy):
 
     def apply(self, model: Module, mesh: Mesh) -> Module:
         """Make the flat buffers, in memory of this rank alone."""
-        self.comm = mesh["dp"]
         self.flat = FlatBuffers(model.named_parameters(), single(), mesh=mesh)
         return model
 
@@ -31,6 +30,7 @@ class NaiveDataParallel(Strategy):
         """Sum every gradient over the ranks, one parameter after another."""
         if names := unused_parameters(model):
             raise UnusedParametersError(names)
-        for parameter in model.named_parameters().values():
-            assert parameter.grad is not None
-            self.comm.all_reduce(parameter.grad, out=parameter.grad)
+        for group in self.flat.groups:
+            for parameter in group.parameters.values():
+                assert parameter.grad is not None
+                group.peers.all_reduce(parameter.grad, out=parameter.grad)

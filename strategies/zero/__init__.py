@@ -188,7 +188,7 @@ class ZeRO(Strategy):
         unit.sums += 1
         if self.stage == 1:
             for group in unit.groups:
-                self.works.append(self.comm.reduce_scatter_async(group.grad, out=group.owned_grad))
+                self.works.append(group.comm.reduce_scatter_async(group.grad, out=group.owned_grad))
             return
         number, arrays = self.lent.pop(unit)
         sums = [group.owned_grad if unit.sums == 1 else np.empty_like(group.owned_grad) for group in unit.groups]

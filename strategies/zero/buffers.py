@@ -46,8 +46,6 @@ class Pages:
 class ZeroGroup(FlatGroup):
     """The parameters of one unit that lie alike, padded to a multiple of the ranks; `owned` is this rank's n-th."""
 
-    owned_over = ("dp",)
-
     def __init__(
         self,
         stage: int,
@@ -59,6 +57,7 @@ class ZeroGroup(FlatGroup):
     ) -> None:
         """replicate: every rank has its own copy of what it needs, also where ranks could share one."""
         self.stage, self.replicate, self.comm = stage, replicate, comm
+        self.owned_over = ("dp",) if comm.size > 1 else ()  # what is cut over dp already has one owner
         self.pages: Pages | None = None
         """Room for the gathered parameters where this rank keeps only its own."""
         self.mine: Array | None = None
@@ -147,5 +146,6 @@ class ZeroBuffers(FlatBuffers):
             if group.pages is not None and group.mine is not None:
                 group.mine[...] = group.data[group.owned]
                 group.pages.give_back()
+        self.fill_frozen(seed)
         self.fresh.clear()
         self.changed()
