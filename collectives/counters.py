@@ -59,6 +59,7 @@ class _Family:
     def __init__(self) -> None:
         self.members: WeakSet[Counters] = WeakSet()
         self.purpose = ""
+        self.finished = 0.0
 
     def turn(self, purpose: str) -> None:
         self.purpose = purpose
@@ -77,6 +78,11 @@ class Counters:
         """When and what, for the report of a job that hangs."""
         self._family = _Family()
         self.follow(self)
+
+    @property
+    def finished(self) -> float:
+        """When (`monotonic`) this communicator, its parent or one split from it last finished or started a call."""
+        return self._family.finished
 
     def follow(self, parent: "Counters") -> None:
         """Count for the purposes of `parent` from now on, and it for mine."""
@@ -103,7 +109,8 @@ class Counters:
     def add(self, collective: str, algorithm: str, nbytes: int, volume: Volume) -> None:
         """Count one call."""
         self.last = last = (collective, algorithm, nbytes)
-        self.recent.append((monotonic(), last))
+        self._family.finished = now = monotonic()
+        self.recent.append((now, last))
         sums = self._sums.get((collective, algorithm))
         if sums is None:
             sums = self._sums[collective, algorithm] = [0, 0, 0, 0]

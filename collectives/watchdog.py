@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,7 @@ class Watchdog:
         self._timeout = timeout
         self._groups = groups
         self._main = threading.get_ident()
-        self._seen: dict[int, tuple[FrameType, float]] = {}  # thread -> the frame of its collective, since when
+        self._seen: dict[int, tuple[Hashable, float]] = {}  # thread -> which call it is in, since when
         self._asked = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="dtrain watchdog", daemon=True)
@@ -75,7 +75,7 @@ class Watchdog:
 
     def look(self, now: float) -> tuple[int, float] | None:
         """The thread that is in one call of the MPI library for longer than the limit, and for how long."""
-        seen: dict[int, tuple[FrameType, float]] = {}
+        seen: dict[int, tuple[Hashable, float]] = {}
         for thread, frame in sys._current_frames().items():
             caller = callers.Caller(frame)
             if caller.frame is None or thread == self._thread.ident:
@@ -83,11 +83,20 @@ class Watchdog:
             files = {os.path.basename(each.f_code.co_filename) for each in caller.inner}
             if files.intersection(_OWN) or not files.intersection(_LIBRARY):
                 continue
+            call = self._call(caller.frame)
             before = self._seen.get(thread)
-            seen[thread] = before if before is not None and before[0] is caller.frame else (caller.frame, now)
+            seen[thread] = before if before is not None and before[0] == call else (call, now)
         self._seen = seen
         late = [(thread, now - since) for thread, (_, since) in seen.items() if now - since > self._timeout]
         return late[0] if late else None
+
+    def _call(self, frame: FrameType) -> Hashable:
+        """What tells this call from a later one: equal numbers of a frame that is over mean that something was counted.
+
+        The frame itself is not kept: all arrays that the user's functions name would live a second longer.
+        """
+        finished = next((group.counters.finished for group in self._groups), 0.0)
+        return id(frame), id(frame.f_locals.get("self")), finished
 
     def _end(self, thread: int, waited: float) -> None:
         rank, size = self._transport.rank, self._transport.size
