@@ -1,0 +1,276 @@
+"""`dtrain verify`: the layout of a configuration beside one process, tensor by tensor.
+
+    rank 0      reference: one process, no strategies ──► losses, norms, gradients, parameters ─┐ one tensor at a time
+    all ranks   the layout, n steps on the same data ───► what each rank holds of them ─────────┴─► largest difference
+
+Both begin with the same weights and see the same samples, because these depend on the seed alone. They may differ by
+rounding only, and `Tolerance` says by how much. Of what differs more, the place where it began is named: during the
+first step everything that flows out of the blocks is measured (`Probe`), and its gradients are compared before
+anything was updated, so a mistake has not spread yet.
+
+Invariant: no tensor is gathered. Rank 0 sends its own around, every rank compares the blocks that it holds, and the
+blocks of all ranks must cover the tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+from msgspec.structs import replace
+
+from dtrain.arrays import Array, named_dtype
+from dtrain.collectives import Communicator
+from dtrain.config import Config, MLPConfig, ValidateConfig
+from dtrain.errors import UserError
+from dtrain.flat import Block
+from dtrain.launch import assembly, configuration
+from dtrain.launch.verify_reference import Reference, Tensors, gradients, parameters, probed, unprobed
+from dtrain.manifest import check_tiling
+from dtrain.trainer import Trainer
+
+OPERATIONS = 10  # of a block, one after the other, in its forward and its backward
+SAFETY = 4.0
+LEAST_SCALE = 1e-3  # of the largest of all gradients: below, a tensor is compared with that instead of its own largest
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Largest relative difference that rounding can explain, and how it comes about."""
+
+    relative: float
+    because: str
+
+    @classmethod
+    def of(cls, config: Config, steps: int) -> Tolerance:
+        """Rounding errors add up like a random walk: over the terms of the longest sum (all targets of a batch) and the
+        operations that a gradient goes through; linearly over steps. Sums are in float32 at least, where the terms do
+        not count beside the rounding of half-precision results."""
+        dtype = config.train.dtype
+        unit = float(ml_dtypes.finfo(named_dtype(dtype)).eps) / 2  # type: ignore[no-untyped-call]
+        wide = min(unit, float(np.finfo(np.float32).eps) / 2)
+        terms = config.train.global_batch * getattr(config.model, "sequence", 1)
+        layers = len(config.model.hidden) if isinstance(config.model, MLPConfig) else config.model.layers
+        row = OPERATIONS * (layers + 1) + config.train.global_batch // config.train.micro_batch
+        relative = SAFETY * steps * (wide * math.sqrt(terms * row) if unit == wide else unit * math.sqrt(row))
+        counted = f"{terms} terms x {row} operations in a row" if unit == wide else f"{row} roundings in a row"
+        return cls(relative, f"{SAFETY:g} x {steps} steps x {unit:.1e} ({dtype}) x sqrt({counted})")
+
+
+@dataclass(frozen=True)
+class Row:
+    """The verdict about one number of every step, or one tensor."""
+
+    kind: str
+    """loss, grad_norm, gradient 1 (of the first step), gradient n, parameter."""
+    name: str
+    difference: float
+    """The largest of any element."""
+    scale: float
+    """What it is to be compared with."""
+    excess: float
+    """The largest difference / what is allowed for that element: right up to 1."""
+
+    @property
+    def right(self) -> bool:
+        """Whether rounding explains the difference; no number is not right."""
+        return self.excess <= 1
+
+
+@dataclass
+class Report:
+    """What came out; the same on all ranks."""
+
+    steps: int
+    tolerance: Tolerance
+    rows: list[Row]
+    finding: str | None
+    """Where it began, if something is wrong."""
+
+    @property
+    def right(self) -> bool:
+        """Whether the layout computes what one process does."""
+        return all(row.right for row in self.rows)
+
+
+def verify(
+    config: Config, comm: Communicator, steps: int = 3, tolerance: Tolerance | None = None,
+    reference: Reference | None = None,
+) -> Report:  # fmt: skip
+    """Compare the layout of `config` on the ranks of `comm` with one process, over `steps` steps. Collective.
+
+    reference: one that was trained before, of the same configuration (asked for on rank 0). A UserError says what does
+    not fit the ranks, or cannot be compared.
+    """
+    config = comparable(configuration.for_ranks(config, comm.size), steps)
+    tolerance = tolerance or Tolerance.of(config, steps)
+    trainer = assembly.assemble(config, comm)
+    if comm.broadcast_object(reference is None):
+        if comm.rank == 0:
+            reference = Reference.train(config, steps, after_step=lambda: comm.barrier())
+        else:
+            for _ in range(steps):  # nobody waits longer than for a step: that would be a hang
+                comm.barrier()
+    return _compare(trainer, reference if comm.rank == 0 else None, steps, tolerance)
+
+
+def comparable(config: Config, steps: int) -> Config:
+    """The configuration of both sides: nothing but training. UserError where rounding is not the only difference."""
+    compression = config.parallel.compression.kind
+    if compression != "none":
+        raise UserError(
+            f"parallel.compression.kind: {compression}; loses what it does not send, so it never equals one process. "
+            "To verify the rest of the layout add 'parallel.compression={kind: none}'"
+        )
+    train = replace(config.train, steps=max(steps, config.train.steps), validate=ValidateConfig(every=0))
+    return replace(config, train=train)
+
+
+def _compare(trainer: Trainer, reference: Reference | None, steps: int, tolerance: Tolerance) -> Report:
+    """`reference`: on rank 0 only. Collective."""
+    comm = trainer.mesh.comm
+    relative = tolerance.relative
+    scalars: list[tuple[float, float]] = comm.broadcast_object(reference.records if reference else None)
+    rows, diverged = [], None
+    sums = probed(trainer)
+    for step in range(steps):
+        record = trainer.train_step()
+        for kind, mine, expected in zip(
+            ("loss", "grad_norm"), (record.loss, record.grad_norm), scalars[step], strict=True
+        ):
+            difference = float(comm.all_reduce(np.array([_size(mine - expected)]), op="max")[0])
+            scale = abs(expected)
+            rows.append(Row(kind, f"step {step + 1}", difference, scale, _excess(difference, relative * scale)))
+        if step == 0:
+            unprobed(trainer)
+            diverged = _diverged(trainer, sums, reference, relative)
+            rows += _tensors(trainer, "gradient 1", gradients(trainer), reference, relative)
+    rows += _tensors(trainer, f"gradient {steps}", gradients(trainer), reference, relative) if steps > 1 else []
+    rows += _tensors(trainer, "parameter", parameters(trainer), reference, relative)
+    order = comm.broadcast_object(list(reference.values) if reference else None)
+    return Report(steps, tolerance, rows, _finding(rows, diverged, order))
+
+
+def _tensors(
+    trainer: Trainer, kind: str, blocks: Iterator[Block], reference: Reference | None, relative: float
+) -> Iterator[Row]:
+    """A row for each tensor of the reference. Collective."""
+    comm = trainer.mesh.comm
+    held: dict[str, list[Block]] = {}
+    for block in blocks:
+        held.setdefault(block.name, []).append(block)
+    expected = {} if reference is None else _expected(kind, reference)
+    names: list[tuple[str, list[int]]] = comm.broadcast_object([(name, [*v.shape]) for name, v in expected.items()])
+    largest = max((float(np.abs(v).max(initial=0)) for v in expected.values()), default=0.0)
+    largest = comm.broadcast_object(largest)
+    found: dict[str, tuple[float, float, list[tuple[list[int], list[int]]]]] = {}
+    scales = {}
+    for name, shape in names:
+        value = comm.broadcast(expected[name] if expected else np.empty(shape))
+        scale = max(float(np.abs(value).max(initial=0)), LEAST_SCALE * largest)
+        allowed = np.asarray(relative * scale)
+        if kind == "parameter":
+            extra = comm.broadcast(_adapted(name, reference, relative) if reference else np.empty(shape))
+            allowed = allowed + extra
+        scales[name] = scale
+        difference = excess = 0.0
+        boxes = []
+        for block in held.pop(name, []):
+            box = tuple(slice(first, first + n) for first, n in zip(block.start, block.array.shape, strict=True))
+            apart = np.abs(block.array.astype(np.float64) - value[box])
+            apart[np.isnan(apart)] = np.inf
+            difference = max(difference, float(apart.max(initial=0)))
+            limit = np.broadcast_to(allowed, value.shape)[box]
+            with np.errstate(divide="ignore", invalid="ignore"):
+                over = np.where(apart > 0, apart / limit, 0.0)
+            excess = max(excess, float(over.max(initial=0)))
+            boxes.append(([each.start for each in box], [each.stop for each in box]))
+        found[name] = difference, excess, boxes
+    everyone = comm.all_gather_object(found)
+    for name, shape in names:
+        parts = [each[name] for each in everyone]
+        covered = {(tuple(start), tuple(stop)) for *_, mine in parts for start, stop in mine if 0 not in shape}
+        excess = max(part[1] for part in parts)
+        try:
+            check_tiling(name, shape, sorted(covered))
+        except ValueError:
+            excess = math.inf  # some of it is nowhere, or twice
+        yield Row(kind, name, max(part[0] for part in parts), scales[name], excess)
+
+
+def _expected(kind: str, reference: Reference) -> Tensors:
+    if kind == "parameter":
+        return reference.values
+    found = reference.first if kind == "gradient 1" else reference.last
+    return {name: found[name] for name in reference.values}
+
+
+def _adapted(name: str, reference: Reference, relative: float) -> Array:
+    """What is allowed to the elements of a parameter beside rounding: Adam and its kin divide a gradient by its own
+    size, so an element whose gradient is rounding error itself goes anywhere, as far as others go."""
+    smallest = reference.smallest[name]
+    noise = relative * max(
+        float(np.abs(reference.first[name]).max(initial=0)),
+        LEAST_SCALE * max(float(np.abs(g).max(initial=0)) for g in reference.first.values()),
+    )
+    share = np.minimum(1.0, noise / np.maximum(smallest, np.finfo(np.float64).tiny))
+    return 2 * reference.moved[name] * share
+
+
+# Where it began
+
+
+def _diverged(trainer: Trainer, sums: dict[str, Array], reference: Reference | None, relative: float) -> str | None:
+    """The first block, in forward order, from which something else came than in the reference. Collective."""
+    mesh = trainer.mesh
+    mine = {name: each.tolist() for name, each in sums.items()}
+    inner = {axis: mesh.coordinates[axis] for axis in ("tp", "cp")}  # ranks that may have parts of the same tokens
+    everyone = mesh.comm.all_gather_object([mine, [*inner.values()]])
+    first = None
+    if reference is not None:
+        for name, expected in reference.sums.items():
+            places: dict[tuple[int, ...], Array] = {}
+            for others, place in everyone:
+                if name in others:
+                    places[tuple(place)] = places.get(tuple(place), np.zeros(3)) + others[name]
+            whole = [each for each in places.values() if each[2] == expected[2]]
+            if len(whole) < len(places):  # cut along the tokens
+                whole = [np.sum(list(places.values()), axis=0)]
+            root = math.sqrt(expected[2] * expected[1])
+            limits = relative * np.array([root, expected[1], 0])
+            if not whole or not all((np.abs(each - expected) <= limits).all() for each in whole):
+                first = name
+                break
+    return mesh.comm.broadcast_object(first)  # type: ignore[no-any-return]
+
+
+def _finding(rows: list[Row], diverged: str | None, order: list[str]) -> str | None:
+    wrong = {kind: [row.name for row in rows if row.kind == kind and not row.right] for kind in {r.kind for r in rows}}
+    loss = wrong["loss"]
+    gradient = sorted(wrong["gradient 1"], key=order.index)
+    if diverged is not None:
+        return f"forward of step 1: {diverged} is the first that gives something else"
+    if "step 1" in loss:
+        return "forward of step 1: all blocks are right, the loss is not: the model's exit, or who counts which targets"
+    if gradient:
+        first, last = (name.rpartition(".")[0] for name in (gradient[0], gradient[-1]))
+        span = first if first == last else f"{first} is the first in forward order, {last} the last"
+        where = "" if first == last else "; a backward comes from the end: look at the last"
+        return f"gradients of step 1 ({len(gradient)} of {len(order)} tensors): {span}{where}"
+    if "step 1" in wrong["grad_norm"]:
+        return "norm of the gradients in step 1: all gradients are right, but not each counts once"
+    values = sorted(wrong["parameter"], key=order.index)
+    if values:
+        return f"update: {values[0].rpartition('.')[0]} is the first in forward order with other parameters"
+    return "a later step" if any(wrong.values()) else None
+
+
+def _size(x: float) -> float:
+    return math.inf if math.isnan(x) else abs(x)
+
+
+def _excess(difference: float, allowed: float) -> float:
+    return 0.0 if difference == 0 else difference / allowed if allowed else math.inf
