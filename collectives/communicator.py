@@ -185,7 +185,7 @@ class Communicator(Plans):
 
     def recv(self, out: Array, source: int, tag: int = 0) -> Array:
         """Receive into out, which has the shape and dtype of what rank source sends."""
-        if self._progress.busy() or (type(out) is not np.ndarray and on_gpu(out)):
+        if self._progress.crowded or self._progress.busy() or (type(out) is not np.ndarray and on_gpu(out)):
             return self.recv_async(out, source, tag).wait()
         check_pair("source", source, tag, self.rank, self.size)
         target = target_of(destination(out, out.shape, out.dtype))

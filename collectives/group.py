@@ -60,6 +60,7 @@ class Group:
         self._has_levels = has_levels(transport)
         self._levels: Levels | None = None
         self._progress = progress or Progress()
+        self._progress.crowded |= transport.crowded
         self._progress.groups.add(self)
         self._path = "world"  # the same on all ranks of this communicator, and of no other
         self._splits = 0

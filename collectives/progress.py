@@ -17,7 +17,7 @@ import threading
 from typing import TYPE_CHECKING, Protocol
 from weakref import WeakSet
 
-from dtrain.collectives.waiting import LIMIT, hand_over
+from dtrain.collectives.waiting import LIMIT, hand_over, patiently
 
 if TYPE_CHECKING:
     from dtrain.collectives.background import Background
@@ -47,6 +47,7 @@ class Progress:
         self.letters: Letters | None = None
         self.watchdog: Watchdog | None = None
         self.failure: BaseException | None = None  # of the thread, raised where this rank waits
+        self.crowded = False  # more ranks than cores
         self._requests: list[Request] = []
         self._lock = threading.Lock()
 
@@ -99,5 +100,7 @@ class Progress:
         with self._lock:  # from here on it is this thread's alone
             if request in self._requests:
                 self._requests.remove(request)
+        if self.crowded:  # inside its calls the MPI library spins on the core that the sender needs
+            patiently(request.test)
         request.wait()
         self.check()
