@@ -18,7 +18,7 @@ DType: TypeAlias = Literal["float32", "float64", "bfloat16", "float16"]
 ORDER = "tp-cp-ep-dp-pp"  # of the axes of the mesh, fastest first
 
 # The axes that a strategy of this version uses; all others have size 1.
-PARALLEL_AXES = ("dp", "pp", "tp")
+PARALLEL_AXES = ("dp", "pp", "tp", "ep")
 
 
 def _require(holds: bool, message: str) -> None:
@@ -629,6 +629,21 @@ class Config(_Section, frozen=True, kw_only=True):
             f"parallel.compression.kind: {compression}; keeps what it did not send for later steps, which with "
             "train.loss_scale: dynamic may have another scale. Allowed: none, int8, or a loss_scale that is a number",
         )
+        if isinstance(self.model, MoEGPTConfig):
+            experts = self.model.moe.experts
+            _require(
+                self.parallel.ep <= experts,
+                f"parallel.ep: {self.parallel.ep}; must be at most model.moe.experts: {experts}",
+            )
+            _require(
+                self.parallel.cp == 1,
+                f"parallel.cp: {self.parallel.cp}; model.kind: moe_gpt counts the loads of whole sequences: allowed: 1",
+            )
+        else:
+            _require(
+                self.parallel.ep == 1,
+                f"parallel.ep: {self.parallel.ep}; model.kind: {self.model.kind} has no experts: allowed: 1",
+            )
         fitting = ("images", "table") if isinstance(self.model, MLPConfig) else ("text", "tokens")
         _require(
             self.data.kind in fitting,
@@ -644,21 +659,24 @@ def check(config: Config, num_ranks: int) -> Config:
     parallel = config.parallel
     dp = filled({axis: getattr(parallel, axis) for axis in ("pp", "dp", "cp", "ep", "tp")}, num_ranks)["dp"]
     train = config.train
+    data_ranks = dp * parallel.ep  # that have samples of their own
+    names = "parallel.dp x parallel.ep" if parallel.ep > 1 else "parallel.dp"
+    numbers = f"{dp} x {parallel.ep}" if parallel.ep > 1 else f"{dp}"
     if parallel.pp > 1 and config.pipeline.microbatches is not None:
-        portions = dp * config.pipeline.microbatches
+        portions = data_ranks * config.pipeline.microbatches
         if train.global_batch % portions:
             nearest = _nearest_multiples(train.global_batch, portions)
             raise ValueError(
-                f"train.global_batch: {train.global_batch}; must be a multiple of parallel.dp x pipeline.microbatches "
-                f"= {dp} x {config.pipeline.microbatches} = {portions}, nearest: {nearest}"
+                f"train.global_batch: {train.global_batch}; must be a multiple of {names} x pipeline.microbatches "
+                f"= {numbers} x {config.pipeline.microbatches} = {portions}, nearest: {nearest}"
             )
         train = replace(train, micro_batch=train.global_batch // portions)
-    portion = dp * train.micro_batch
+    portion = data_ranks * train.micro_batch
     if train.global_batch % portion:
-        fits = _divisors(train.global_batch // dp) if train.global_batch % dp == 0 else []
+        fits = _divisors(train.global_batch // data_ranks) if train.global_batch % data_ranks == 0 else []
         raise ValueError(
-            f"train.global_batch: {train.global_batch}; must be a multiple of parallel.dp x train.micro_batch = "
-            f"{dp} x {train.micro_batch} = {portion}, nearest: {_nearest_multiples(train.global_batch, portion)}"
+            f"train.global_batch: {train.global_batch}; must be a multiple of {names} x train.micro_batch = "
+            f"{numbers} x {train.micro_batch} = {portion}, nearest: {_nearest_multiples(train.global_batch, portion)}"
             + (f"; or train.micro_batch: {_listed(fits)}" if fits else "")
         )
     return replace(config, parallel=replace(parallel, dp=dp), train=train)

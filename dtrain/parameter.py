@@ -66,10 +66,10 @@ class Parameter(Tensor):
     def cut(self, mesh: Place, layout: Layout) -> None:
         """Keep only what this rank holds by `layout`, which replaces the parameter's: values too, if there are any.
 
-        ValueError where the parameter is cut already (add the axis to its layout and cut once) or the layout does not
-        fit its shape or is partial.
+        Several strategies may cut one after the other, each by the layout with its axis added, as long as there are no
+        values. ValueError where values are cut already, or the layout does not fit the shape or is partial.
         """
-        if self.layout.axes(Shard):
+        if self.layout.axes(Shard) and not self.is_placeholder:
             raise ValueError(f"{self} is cut already: give all axes that cut it in one layout")
         if layout.axes(Partial):
             raise ValueError(

@@ -47,7 +47,7 @@ def strategies(config: Config) -> list[Strategy]:
     """The strategies of a mesh, in the order in which they are applied; one process has none: it is the reference."""
     parallel = config.parallel
     chosen = [make(config) for axis, make in AXES.items() if getattr(parallel, axis) > 1]
-    if parallel.dp > 1:
+    if parallel.dp * parallel.ep > 1:  # both axes have samples of their own, to be summed over
         chosen.append(DATA_PARALLEL[parallel.data_parallel](parallel))
     return chosen
 

@@ -45,17 +45,24 @@ def _tensor(config: Config) -> Strategy:
     return TensorParallel(plan, config.parallel.sequence)
 
 
+def _expert(config: Config) -> Strategy:
+    from dtrain.strategies.expert import ExpertParallel
+
+    return ExpertParallel()
+
+
 def _pipeline(config: Config) -> Strategy:
     from dtrain.strategies.pipeline import PipelineParallel  # many files that few runs need
 
     pipeline = config.pipeline
-    microbatches = config.train.global_batch // config.parallel.dp // config.train.micro_batch
+    microbatches = config.train.global_batch // (config.parallel.dp * config.parallel.ep) // config.train.micro_batch
     return PipelineParallel(pipeline.schedule, microbatches, pipeline.chunks, pipeline.cut)
 
 
 # An axis of the mesh that is longer than 1 -> its strategy. They are applied in this order, that of the data axis last.
 AXES: dict[str, Callable[[Config], Strategy]] = {
     "tp": _tensor,
+    "ep": _expert,
     "pp": _pipeline,
 }
 

@@ -30,6 +30,7 @@ from dtrain.layout import Partial, Shard
 from dtrain.mesh import Mesh
 from dtrain.models import Model
 from dtrain.models.blocks import MLP, Attention
+from dtrain.models.moe import Experts, MoE
 from dtrain.modules import Context, Dropout, Embedding, Linear, Module
 from dtrain.parameter import Parameter
 from dtrain.strategies.tensor import layers
@@ -43,6 +44,7 @@ PLANS: dict[str, dict[str, str]] = {
         r"embedding": "vocabulary",
         r"blocks\.\d+\.attention": "attention",
         r"blocks\.\d+\.mlp": "mlp",
+        r"blocks\.\d+\.moe": "moe",
         r"head": "head",
     },
     "mlp": {r"blocks\.\d+\.linear": "column_gather", r"head": "head"},
@@ -204,6 +206,24 @@ def _mlp(strategy: TensorParallel, module: Module) -> Module:
     return Branch(module, strategy.enter)
 
 
+def _moe(strategy: TensorParallel, module: Module) -> Module:
+    """Every expert cut like an MLP; all ranks route all tokens alike, and each makes its part of every gradient."""
+    assert isinstance(module, MoE) and isinstance(module.experts, Experts)
+    strategy.cut(module.experts.gate, Shard(1))
+    strategy.cut(module.experts.up, Shard(1))
+    strategy.cut(module.experts.down, Shard(2))
+    if module.shared is not None:
+        strategy.cut(module.shared.gate.weight if module.shared.gate else None, Shard(0))
+        strategy.cut(module.shared.up.weight, Shard(0))
+        strategy.cut(module.shared.down.weight, Shard(1))
+    weight = module.router.weight  # what the gates multiply is a part of the sum, and so is their gradient
+    weight.gradient_layout = weight.gradient_layout.with_(tp=Partial())
+    module.router.share = 1 / strategy.comm.size
+    add = module.add
+    module.add = lambda residual, y, context: add(residual, strategy.leave(y), context)  # type: ignore[method-assign]
+    return Branch(module, strategy.enter)
+
+
 def _column_gather(strategy: TensorParallel, module: Module) -> Module:
     """A layer whose outputs are gathered at once: for what follows, nothing has changed."""
     assert isinstance(module, Linear)
@@ -217,6 +237,7 @@ STYLES: dict[str, Callable[[TensorParallel, Module], Module]] = {
     "vocabulary": _vocabulary,
     "attention": _attention,
     "mlp": _mlp,
+    "moe": _moe,
     "head": _head,
     "column_gather": _column_gather,
 }

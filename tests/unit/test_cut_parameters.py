@@ -175,6 +175,11 @@ def test_initial_values_are_slices_of_the_whole(layout):
         assert drawn.whole == (5, 4, 3) and drawn.shape == layout.local_shape(mesh, (5, 4, 3))
         with pytest.raises(ValueError, match="is cut already"):
             drawn.cut(mesh, layout)
+        axes = iter(layout.axes(Shard))
+        again = parameter("w", (5, 4, 3))
+        for axis in axes:  # without values, one axis after the other
+            again.cut(mesh, again.layout.with_(**{axis: layout[axis]}))
+        assert again.boxes == drawn.boxes and again.shape == drawn.shape
 
     run_threads(6, on_rank)
 
