@@ -130,6 +130,10 @@ class FlatGroup:
         """Their gradients, after the strategies have reduced them."""
         return self.grad[self.owned]
 
+    def bytes_held(self) -> dict[str, int]:
+        """Of parameters and gradients, on this rank, between two steps."""
+        return {"parameters": self.data.nbytes, "gradients": self.grad.nbytes}
+
     @property
     def replicating_axes(self) -> tuple[str, ...]:
         """The axes of the mesh along which all ranks hold the same of this group."""

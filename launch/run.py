@@ -31,7 +31,7 @@ from dtrain import __version__, cache, checkpoint, kernels
 from dtrain.collectives import Communicator, world
 from dtrain.config import Config
 from dtrain.errors import UserError
-from dtrain.launch import assembly, configuration, environment, pictures
+from dtrain.launch import assembly, configuration, environment, memory, pictures, timelines
 from dtrain.launch.progress import Progress
 from dtrain.launch.traffic import Traffic, table
 from dtrain.models import Model
@@ -47,7 +47,7 @@ def run(config: Config, source: Path) -> None:
     resumed = folder.open(source)
     comm.report_to(folder.path)
     with Progress(config, trainer.total_steps, trainer.step, on=comm.rank == 0) as progress:
-        for line in [*header(trainer), *resumed]:
+        for line in [*header(trainer), *memory.lines(folder.memory), *resumed]:
             progress.note(line)
         if folder.finished:
             return
@@ -65,11 +65,11 @@ def run(config: Config, source: Path) -> None:
             if every and (record.step % every == 0 or record.step == trainer.total_steps):
                 folder.save()
         collectives = traffic.rows(trainer.step - first)
-        speaker = folder.speaker()
+        timeline, speaker = timelines.measured(trainer), folder.speaker()
         if trainer.step > first + 1:
             for line in table(collectives, f"communication per step, mean of {trainer.step - first} steps"):
                 progress.note(line)
-        for line in folder.close(time.perf_counter() - started, first_step, collectives, speaker):
+        for line in folder.close(time.perf_counter() - started, first_step, collectives, timeline, speaker):
             progress.note(line)
 
 
@@ -113,6 +113,7 @@ class RunFolder:
         self.finished = False
         """Trained to the last step and told about by an earlier start: nothing is left to do."""
         self._since: list[StepRecord] = []
+        self.memory = memory.kept(trainer)
 
     def open(self, source: Path) -> list[str]:
         """Make the folder, continue an earlier run if asked; returns what to tell about it."""
@@ -239,11 +240,13 @@ class RunFolder:
         seconds: float,
         first_step: float | None,
         collectives: list[dict[str, Any]] | None = None,
+        timeline: dict[str, Any] | None = None,
         speaker: Model | None = None,
     ) -> Iterator[str]:
         """Write summary, picture and sample; returns what to tell. Every rank calls it, rank 0 does it.
 
-        collectives: what was communicated, per step, as `Traffic.rows` has it. speaker: see there.
+        collectives: what was communicated, per step, as `Traffic.rows` has it. timeline, speaker: of `measured` and
+        `speaker`.
         """
         if self.comm.rank != 0:
             return
@@ -262,9 +265,14 @@ class RunFolder:
             "parameters": trainer.num_parameters,
             "peak_memory_bytes_per_rank": last.get("memory_bytes"),
             "layout": {"ranks": self.comm.size, **trainer.mesh.sizes, "data_parallel": config.parallel.data_parallel},
+            "memory": self.memory,
+            "pipeline": timeline,
             "collectives": collectives or [],
             "versions": {"dtrain": __version__, "numpy": np.__version__, "python": platform.python_version()},
         }
+        if timeline is not None:
+            self._write_text("pipeline.svg", timeline.pop("svg"))
+            yield timelines.told(timeline, self.path / "pipeline.svg", self.comm.size)
         self._write_text("summary.json", json.dumps(summary, indent=2) + "\n")
         if len(self.metrics) > 1:
             picture = pictures.loss_curve(

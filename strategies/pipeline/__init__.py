@@ -8,7 +8,7 @@ stages.py      what a rank keeps of a model          engine.py     runs an order
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from dtrain.errors import UserError
@@ -42,6 +42,10 @@ class PipelineParallel(Strategy):
         self.plan = Timeline(self._programs_for(self.microbatches))
         stages = split(model, mesh, self.plan.rank_of, self.cut)
         self.engine = Engine(self.comm, stages, self.plan.rank_of)
+        mine = [[number, stage.part.start, stage.part.stop] for number, stage in stages.items()]
+        self.parts = {
+            number: (start, stop) for held in self.comm.all_gather_object(mine) for number, start, stop in held
+        }
         return model
 
     def execute(self, trainer: Trainer, microbatches: list[Microbatch]) -> tuple[float, float]:
@@ -54,6 +58,15 @@ class PipelineParallel(Strategy):
     def evaluate(self, trainer: Trainer, microbatches: Iterable[Microbatch]) -> tuple[float, float]:
         """The forwards alone."""
         return self.engine.evaluate(trainer, microbatches)
+
+    def notes(self) -> list[str]:
+        """The plan, and what lies on each rank."""
+        plan = self.plan
+        head = (
+            f"{self.schedule}: {plan.stages} stages on {plan.ranks} ranks, {plan.microbatches} microbatches; planned "
+            f"bubble {plan.bubble:.1%} of the step"
+        )
+        return [head, *placed(plan, self.parts)]
 
     def measured(self) -> list[Span]:
         """The spans of the last step on all ranks of this pipeline, in seconds from its begin. Collective over `pp`.
@@ -81,3 +94,19 @@ class PipelineParallel(Strategy):
                 raise UserError(f"pipeline: {error}") from None
             self._programs[microbatches] = made
         return self._programs[microbatches]
+
+
+def placed(plan: Timeline, parts: Mapping[int, tuple[int, int]]) -> list[str]:
+    """A line for each rank of a pipeline: its stages with their blocks (first, behind the last), what is in flight."""
+    lines = []
+    for rank, most in enumerate(plan.in_flight()):
+        stages = []
+        for number in sorted(parts):
+            if plan.rank_of[number] == rank:
+                start, stop = parts[number]
+                blocks = "no block" if start == stop else f"block {start}" if stop == start + 1 else ""
+                blocks = blocks or f"blocks {start}-{stop - 1}"
+                ends = "entrance, " * (number == 0), ", exit and loss" * (number == plan.stages - 1)
+                stages.append(f"stage {number}: {ends[0]}{blocks}{ends[1]}")
+        lines.append(f"rank {rank}: {'; '.join(stages)}; at most {most} in flight")
+    return lines

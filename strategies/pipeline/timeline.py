@@ -51,8 +51,7 @@ class Timeline:
     @property
     def bubble(self) -> float:
         """The share of the whole time (length x ranks) in which ranks have nothing to do."""
-        busy = sum(span.stop - span.start for span in self.spans)
-        return 1 - busy / (self.length * self.ranks)
+        return bubble(self.spans, self.ranks)
 
     @property
     def messages(self) -> int:
@@ -95,6 +94,12 @@ class Timeline:
                 yield f"rank {rank} at {action} (action {done[rank]}) waits for {missing} of rank " + str(
                     self.rank_of[missing.stage]
                 )
+
+
+def bubble(spans: Sequence[Span], ranks: int) -> float:
+    """The share of the time from the first start to the last stop in which ranks do nothing; planned or measured."""
+    length = max(span.stop for span in spans) - min(span.start for span in spans)
+    return 1 - sum(span.stop - span.start for span in spans) / (length * ranks)
 
 
 def needs(action: Action, stages: int, known: Mapping[Action, float]) -> Iterator[Action]:
