@@ -26,7 +26,7 @@ from dtrain import checkpoint, optimizers, schedules
 from dtrain.arrays import Array
 from dtrain.autograd import no_grad
 from dtrain.collectives import single
-from dtrain.config import Config
+from dtrain.config import Config, OptimizerConfig
 from dtrain.data import Data, Dataset, Sampler, masked, share
 from dtrain.errors import UserError
 from dtrain.flat import Block, FlatBuffers, reduce_partial
@@ -66,7 +66,13 @@ class Trainer:
     """A model, its data and its optimizer on a mesh; `run` makes the steps."""
 
     def __init__(
-        self, config: Config, mesh: Mesh, data: Data, model: Model, strategies: Sequence[Strategy] = ()
+        self,
+        config: Config,
+        mesh: Mesh,
+        data: Data,
+        model: Model,
+        strategies: Sequence[Strategy] = (),
+        optimizer: Callable[[OptimizerConfig, FlatBuffers], optimizers.Optimizer] = optimizers.build,
     ) -> None:
         whole = model.named_parameters()
         self.num_parameters = model.num_parameters()
@@ -82,7 +88,7 @@ class Trainer:
         flats = [strategy.flat for strategy in strategies if strategy.flat is not None]
         self.flat = flats[-1] if flats else FlatBuffers(model.named_parameters(), single(), mesh=mesh)
         self.flat.initialise(config.seed)
-        self.optimizer = optimizers.build(config.optimizer, self.flat)
+        self.optimizer = optimizer(config.optimizer, self.flat)
         self.scaler = make_loss_scale(config.train.loss_scale, config.train.dtype)
         self.sampler = Sampler(len(data.train), config.seed)
         self.total_steps = config.train.steps

@@ -21,6 +21,12 @@ def assemble(config: Config, comm: Communicator) -> Trainer:
     """
     config = for_ranks(config, comm.size)
     mesh = make_mesh(config, comm)
+    data, model = parts(config, comm)
+    return Trainer(config, mesh, data, model, strategies(config))
+
+
+def parts(config: Config, comm: Communicator) -> tuple[Data, models.Model]:
+    """Data and outline of the model; UserError where ranks read different data. Collective."""
     if isinstance(config.model, MLPConfig):
         data = open_data(config.data, seed=config.seed)
     else:
@@ -34,7 +40,7 @@ def assemble(config: Config, comm: Communicator) -> Trainer:
     _refuse_different_data(data, comm)
     model = models.outline(config.model, data, dtype=config.train.dtype)
     model.recompute = config.train.recompute
-    return Trainer(config, mesh, data, model, strategies(config))
+    return data, model
 
 
 def make_mesh(config: Config, comm: Communicator) -> Mesh:
