@@ -216,8 +216,7 @@ def _adapted(name: str, reference: Reference, relative: float) -> Array:
         float(np.abs(reference.first[name]).max(initial=0)),
         LEAST_SCALE * max(float(np.abs(g).max(initial=0)) for g in reference.first.values()),
     )
-    share = np.minimum(1.0, noise / np.maximum(smallest, np.finfo(np.float64).tiny))
-    return 2 * reference.moved[name] * share
+    return 2 * reference.moved[name] * noise / np.maximum(smallest, max(noise, np.finfo(np.float64).tiny))
 
 
 # Where it began
