@@ -25,7 +25,7 @@ from dtrain.arrays import Array
 from dtrain.checkpoint import Piece, Reader
 from dtrain.collectives import Communicator, Work, wait_all
 from dtrain.flat import FlatBuffers, FlatGroup
-from dtrain.mesh import Mesh
+from dtrain.mesh import BATCH_AXES, Mesh
 from dtrain.modules import Module
 from dtrain.strategy import Strategy, UnusedParametersError, unused_parameters
 
@@ -73,7 +73,7 @@ class Compressor(Protocol):
 
 
 class DistributedDataParallel(Strategy):
-    """Buckets of about `bucket_mb` MiB, each summed over the `dp` axis as soon as it is full."""
+    """Buckets of about `bucket_mb` MiB, each summed over the axes of the batch as soon as it is full."""
 
     axis = "dp"
 
@@ -87,7 +87,7 @@ class DistributedDataParallel(Strategy):
 
     def apply(self, model: Module, mesh: Mesh) -> Module:
         """Move parameters and gradients to flat buffers, watch the gradients."""
-        self.comm = mesh["dp"]
+        self.comm = mesh[BATCH_AXES]
         home = self.comm
         if self.compressor is not None:
             opened = self.compressor.open(self.comm, mesh)

@@ -26,7 +26,7 @@ import numpy as np
 from dtrain.arrays import Array
 from dtrain.autograd import mode
 from dtrain.collectives import Work
-from dtrain.mesh import Mesh
+from dtrain.mesh import BATCH_AXES, Mesh
 from dtrain.models import Model
 from dtrain.modules import Module
 from dtrain.strategies.zero.buffers import ZeroBuffers, ZeroGroup
@@ -39,7 +39,7 @@ AT_ONCE = 2  # blocks whose gradients are being made or summed
 
 
 class ZeRO(Strategy):
-    """Stage 1, 2 or 3 over the `dp` axis."""
+    """Stage 1, 2 or 3 over the `dp` axis, and `ep` for what is not cut over it."""
 
     axis = "dp"
 
@@ -53,7 +53,7 @@ class ZeRO(Strategy):
     def apply(self, model: Module, mesh: Mesh) -> Module:
         """Move the parameters into the flat buffers of units, and follow what happens to these."""
         assert isinstance(model, Model)
-        self.comm = mesh["dp"]
+        self.comm = mesh[BATCH_AXES]
         unit_of = {p.name: i + 1 for i, block in enumerate(model.blocks) for p in block.named_parameters().values()}
         parameters = {p.name: p for p in model.named_parameters().values()}
         self.buffers = ZeroBuffers(self.stage, self.replicate, parameters, mesh, lambda name: unit_of.get(name, ENDS))
@@ -192,7 +192,10 @@ class ZeRO(Strategy):
             return
         number, arrays = self.lent.pop(unit)
         sums = [group.owned_grad if unit.sums == 1 else np.empty_like(group.owned_grad) for group in unit.groups]
-        works = [self.comm.reduce_scatter_async(array, out=out) for array, out in zip(arrays, sums, strict=True)]
+        works = [
+            group.comm.reduce_scatter_async(array, out=out)
+            for group, array, out in zip(unit.groups, arrays, sums, strict=True)
+        ]
 
         def finish(again: bool = unit.sums > 1) -> None:
             for work, group, out in zip(works, unit.groups, sums, strict=True):

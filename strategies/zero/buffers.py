@@ -23,8 +23,8 @@ import numpy as np
 
 from dtrain.arrays import Array
 from dtrain.collectives import Communicator
-from dtrain.flat import FlatBuffers, FlatGroup
-from dtrain.mesh import Mesh
+from dtrain.flat import FlatBuffers, FlatGroup, kind, summed_axes
+from dtrain.mesh import BATCH_AXES, Mesh
 from dtrain.parameter import Parameter
 
 
@@ -57,7 +57,8 @@ class ZeroGroup(FlatGroup):
     ) -> None:
         """replicate: every rank has its own copy of what it needs, also where ranks could share one."""
         self.stage, self.replicate, self.comm = stage, replicate, comm
-        self.owned_over = ("dp",) if comm.size > 1 else ()  # what is cut over dp already has one owner
+        axes = ("dp",) if mesh is None else summed_axes(kind(next(iter(parameters.values())))[1], mesh)
+        self.owned_over = axes if comm.size > 1 else ()  # what is cut over dp already has one owner
         self.pages: Pages | None = None
         """Room for the gathered parameters where this rank keeps only its own."""
         self.mine: Array | None = None
@@ -123,9 +124,9 @@ class ZeroBuffers(FlatBuffers):
         mesh: Mesh,
         unit_of: Callable[[str], int],
     ) -> None:
-        """unit_of: the number of the unit of a parameter by its name. Collective over mesh["dp"]."""
+        """unit_of: the number of the unit of a parameter by its name. Collective over the mesh."""
         self.group_type = partial(ZeroGroup, stage, replicate)  # type: ignore[assignment]
-        comm = mesh["dp"]
+        comm = mesh[BATCH_AXES]
         super().__init__(parameters, comm, pad_to=comm.size, mesh=mesh, section=unit_of)
         self.groups: list[ZeroGroup]  # type: ignore[assignment]
 

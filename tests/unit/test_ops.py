@@ -159,6 +159,20 @@ CASES = {
         (lambda x, w, b: F.linear(x, w, b), numbers(0, 3), numbers(4, 3), numbers(4)),
         (lambda x, w: F.linear(x, w), numbers(2, 0), numbers(4, 0)),
     ],
+    "grouped_linear": [
+        (lambda x, w: apply(OPS["grouped_linear"], x, w, counts=np.array([2, 0, 3])), numbers(5, 2), numbers(3, 4, 2)),
+        (lambda x, w: apply(OPS["grouped_linear"], x, w, counts=np.array([0])), numbers(0, 2), numbers(1, 4, 2)),
+    ],
+    "combine_rows": [
+        (
+            lambda x, g: apply(OPS["combine_rows"], x, g, tokens=np.array([3, 0, 3, 1]), size=5),
+            numbers(4, 2),
+            numbers(4),
+        ),
+    ],
+    "reorder_rows": [
+        (lambda x: apply(OPS["reorder_rows"], x, order=np.array([2, 0, 1]), back=np.array([1, 2, 0])), numbers(3, 2)),
+    ],
     "embedding": [(lambda w: F.embedding(w, IDS), numbers(4, 2)), (lambda w: F.embedding(w, IDS[:0]), numbers(4, 2))],
     "gelu": [
         (lambda x: F.gelu(x), numbers(2, 3)),
