@@ -18,7 +18,7 @@ DType: TypeAlias = Literal["float32", "float64", "bfloat16", "float16"]
 ORDER = "tp-cp-ep-dp-pp"  # of the axes of the mesh, fastest first
 
 # The axes that a strategy of this version uses; all others have size 1.
-PARALLEL_AXES = ("dp", "pp", "tp", "ep")
+PARALLEL_AXES = ("dp", "pp", "tp", "cp", "ep")
 
 
 def _require(holds: bool, message: str) -> None:
@@ -500,6 +500,8 @@ class ParallelConfig(_Section, frozen=True, kw_only=True):
     zero2, zero3: each rank keeps its share of the optimizer's state, of the gradients too, of the parameters too."""
     replicate: bool = False
     """zero: each rank has its own copy of the parameters that it needs, also where the ranks of a node could share."""
+    context: Literal["ring", "ulysses"] = "ring"
+    """cp: keys and values go round the ranks, or each rank has all tokens of some heads for the attention."""
     sequence: bool = False
     """tp: cut the tokens between the branches of a block too: norms, dropout and what is kept of them are 1/tp."""
     bucket_mb: float = 4.0

@@ -45,6 +45,12 @@ def _tensor(config: Config) -> Strategy:
     return TensorParallel(plan, config.parallel.sequence)
 
 
+def _context(config: Config) -> Strategy:
+    from dtrain.strategies.context import ContextParallel
+
+    return ContextParallel(config.parallel.context)
+
+
 def _expert(config: Config) -> Strategy:
     from dtrain.strategies.expert import ExpertParallel
 
@@ -62,6 +68,7 @@ def _pipeline(config: Config) -> Strategy:
 # An axis of the mesh that is longer than 1 -> its strategy. They are applied in this order, that of the data axis last.
 AXES: dict[str, Callable[[Config], Strategy]] = {
     "tp": _tensor,
+    "cp": _context,
     "ep": _expert,
     "pp": _pipeline,
 }
