@@ -199,18 +199,24 @@ def _durations(context: click.Context, parameter: click.Parameter, value: tuple[
 
 
 @show.command("pipeline")
-@click.option("--schedule", default="all", show_default=True, help="A name, FILE.csv or FILE.py:FUNCTION.")
-@click.option("--stages", default=4, show_default=True, type=click.IntRange(1), help="Ranks of the pipeline.")
-@click.option("--microbatches", default=8, show_default=True, type=click.IntRange(1), help="How many.")
+@click.argument("config", required=False, type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
+@click.option("--ranks", type=click.IntRange(1), help="With CONFIG: how many ranks there are.")
+@click.option("--schedule", help="A name, FILE.csv or FILE.py:FUNCTION; default: all of ours.")
+@click.option("--stages", type=click.IntRange(1), help="Ranks of the pipeline; default: 4.")
+@click.option("--microbatches", type=click.IntRange(1), help="How many; default: 8.")
 @click.option("--chunks", type=click.IntRange(1), help="Stages per rank, where the schedule leaves a choice.")
 @click.option("--seconds", multiple=True, callback=_durations, metavar="KIND=NUMBER", help="Time of F, B, I or W.")
 @click.option("--transfer", default=0.0, show_default=True, type=click.FloatRange(0), help="Time between two ranks.")
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Write the picture to this SVG.")
 @click.option("--csv", type=click.Path(path_type=Path), help="Write the actions to this file, a row per rank.")
 def show_pipeline(
-    schedule: str,
-    stages: int,
-    microbatches: int,
+    config: Path | None,
+    overrides: tuple[str, ...],
+    ranks: int | None,
+    schedule: str | None,
+    stages: int | None,
+    microbatches: int | None,
     chunks: int | None,
     seconds: dict[str, float],
     transfer: float,
@@ -219,11 +225,35 @@ def show_pipeline(
 ) -> None:
     """Show which rank runs which forward and backward when: checked, timed, with its bubble and its memory.
 
-    Without --schedule all schedules are compared.
+    Without --schedule all schedules are compared. With CONFIG and --ranks it is the pipeline of that run, with the
+    blocks of each stage.
     """
-    from dtrain.launch.show_pipeline import show_pipeline
+    asked = {"schedule": schedule, "stages": stages, "microbatches": microbatches, "chunks": chunks}
+    loaded = None
+    if config is not None:
+        from dtrain.launch import configuration
 
-    failures.on_rank_0(lambda: show_pipeline(schedule, stages, microbatches, chunks, seconds, transfer, output, csv))
+        given = [name for name, value in asked.items() if value is not None]
+        if given:
+            raise click.UsageError(
+                f"--{given[0]}: CONFIG says it; allowed instead: a key.path=value such as parallel.pp=4"
+            )
+        if ranks is None:
+            raise click.UsageError("--ranks: missing; with CONFIG it says how many ranks there are")
+        loaded = configuration.load(config, overrides)
+    elif ranks is not None:
+        raise click.UsageError("--ranks: goes with CONFIG; without one --stages says how many ranks the pipeline has")
+    from dtrain.launch import show_pipeline as show
+
+    def command() -> None:
+        if loaded is not None and ranks is not None:
+            show.of_config(loaded, ranks, seconds, transfer, output, csv)
+        else:
+            show.show_pipeline(
+                schedule or "all", stages or 4, microbatches or 8, chunks, seconds, transfer, output, csv
+            )
+
+    failures.on_rank_0(command)
 
 
 @cli.group()

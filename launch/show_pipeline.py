@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dtrain.config import Config, MLPConfig
 from dtrain.errors import UserError
+from dtrain.launch.configuration import for_ranks
 
 if TYPE_CHECKING:
-    from dtrain.strategies.pipeline.timeline import Span
+    from dtrain.strategies.pipeline.timeline import Span, Timeline
 
 MOST_ACTIONS = 20_000
 
@@ -23,8 +25,8 @@ def show_pipeline(
     transfer: float,
     output: Path | None,
     csv: Path | None,
-) -> None:
-    """Print the timeline of a schedule on `stages` ranks; write it to `output` (SVG) and its actions to `csv`.
+) -> Timeline | None:
+    """Print the timeline of a schedule on `stages` ranks; to `output` as SVG, its actions to `csv`; None: a comparison.
 
     seconds: of an action by kind (F, B, I, W), where they are not 1, 2, 1, 1.
     """
@@ -36,8 +38,10 @@ def show_pipeline(
     if unknown := sorted(set(seconds) - set(SECONDS)):
         raise UserError(f"--seconds {unknown[0]}: allowed: {', '.join(SECONDS)}")
     if schedule == "all":
+        if output is not None or csv is not None:
+            raise UserError("--schedule: missing; --output and --csv take one schedule")
         _compare(stages, microbatches, seconds, transfer)
-        return
+        return None
     try:
         programs = schedules.programs(schedule, stages, microbatches, chunks)
         timeline = Timeline(programs, {**SECONDS, **seconds}, transfer)
@@ -57,6 +61,41 @@ def show_pipeline(
     print(f"{title}\n")
     _print_rows(timeline.spans, stages)
     print(f"\n{facts}")
+    return timeline
+
+
+def of_config(
+    config: Config, ranks: int, seconds: dict[str, float], transfer: float, output: Path | None, csv: Path | None
+) -> None:
+    """The same of the pipeline that `config` has on `ranks` ranks, and the blocks of each stage."""
+    from dtrain import models
+    from dtrain.data import open_data
+    from dtrain.strategies import AXES
+    from dtrain.strategies.pipeline import PipelineParallel, placed
+    from dtrain.strategies.pipeline.stages import blocks_of_stages
+
+    config = for_ranks(config, ranks)
+    if config.parallel.pp == 1:
+        raise UserError("parallel.pp: 1; there is no pipeline to show. Allowed: 2 or more, such as parallel.pp=4")
+    strategy = AXES["pp"](config)
+    assert isinstance(strategy, PipelineParallel)
+    sequence, vocabulary = (
+        (0, None) if isinstance(config.model, MLPConfig) else (config.model.sequence, config.model.vocabulary)
+    )
+    data = open_data(config.data, sequence, config.seed, vocabulary, config.model.kind == "bert")
+    model = models.outline(config.model, data, dtype=config.train.dtype)
+    timeline = show_pipeline(
+        strategy.schedule,
+        config.parallel.pp,
+        strategy.microbatches,
+        strategy.chunks,
+        seconds,
+        transfer,
+        output,
+        csv,
+    )
+    if timeline is not None:
+        print("\n".join(placed(timeline, blocks_of_stages(model, timeline.stages, strategy.cut))))
 
 
 def _compare(ranks: int, microbatches: int, seconds: dict[str, float], transfer: float) -> None:

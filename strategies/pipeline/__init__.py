@@ -17,7 +17,7 @@ from dtrain.models import Model
 from dtrain.modules import Module
 from dtrain.strategies.pipeline.engine import Engine
 from dtrain.strategies.pipeline.schedules import Action, Program, ScheduleError, programs
-from dtrain.strategies.pipeline.stages import split
+from dtrain.strategies.pipeline.stages import blocks_of_stages, split
 from dtrain.strategies.pipeline.timeline import Span, Timeline
 from dtrain.strategy import Microbatch, Strategy
 
@@ -40,12 +40,10 @@ class PipelineParallel(Strategy):
         self.comm = mesh["pp"]
         self._programs: dict[int, list[Program]] = {}
         self.plan = Timeline(self._programs_for(self.microbatches))
-        stages = split(model, mesh, self.plan.rank_of, self.cut)
+        parts = blocks_of_stages(model, self.plan.stages, self.cut)
+        stages = split(model, mesh, self.plan.rank_of, parts)
         self.engine = Engine(self.comm, stages, self.plan.rank_of)
-        mine = [[number, stage.part.start, stage.part.stop] for number, stage in stages.items()]
-        self.parts = {
-            number: (start, stop) for held in self.comm.all_gather_object(mine) for number, start, stop in held
-        }
+        self.parts = parts
         return model
 
     def execute(self, trainer: Trainer, microbatches: list[Microbatch]) -> tuple[float, float]:

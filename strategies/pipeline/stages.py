@@ -10,7 +10,7 @@ it is tied (an embedding that is also the head), and then its gradient is summed
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
 from dtrain.arrays import Array
@@ -58,19 +58,13 @@ class Stage:
         return self.model.loss_from(x, batch) if self.last else x
 
 
-def split(model: Model, mesh: Mesh, rank_of: Sequence[int], sizes: Sequence[int] | None) -> dict[int, Stage]:
+def split(model: Model, mesh: Mesh, rank_of: Sequence[int], parts: Mapping[int, tuple[int, int]]) -> dict[int, Stage]:
     """Cut the model into len(rank_of) stages, of which stage s goes to rank_of[s] of mesh["pp"]; those of this rank.
 
-    sizes: blocks per stage, by hand; None: balanced by the number of parameters that each block multiplies with.
+    parts: see `blocks_of_stages`.
     """
     stages, rank = len(rank_of), mesh.coordinates["pp"]
-    if sizes is None:
-        if stages > len(model.blocks):
-            raise UserError(f"parallel.pp: {stages} stages need as many blocks; the model has {len(model.blocks)}")
-        sizes = balanced(costs(model), stages)
-    sizes = by_hand(sizes, len(model.blocks), stages)
-    ends = list(accumulate(sizes))
-    place = [stage for stage, size in enumerate(sizes) for _ in range(size)]  # the stage of each block
+    place = [stage for stage, (start, stop) in parts.items() for _ in range(start, stop)]  # the stage of each block
 
     homes: dict[Parameter, set[int]] = {}
     for name, part in list(model.parts()):
@@ -99,10 +93,23 @@ def split(model: Model, mesh: Mesh, rank_of: Sequence[int], sizes: Sequence[int]
         if len(ranks) > 1:
             parameter.gradient_layout = parameter.gradient_layout.with_(pp=Partial())
     return {
-        number: Stage(model, number, stages, slice(end - size, end))
-        for number, (size, end) in enumerate(zip(sizes, ends, strict=True))
+        number: Stage(model, number, stages, slice(start, stop))
+        for number, (start, stop) in parts.items()
         if rank_of[number] == rank
     }
+
+
+def blocks_of_stages(model: Model, stages: int, sizes: Sequence[int] | None) -> dict[int, tuple[int, int]]:
+    """Stage -> its first block and the one behind its last.
+
+    sizes: blocks per stage, by hand; None: balanced by the number of parameters that each block multiplies with.
+    """
+    if sizes is None:
+        if stages > len(model.blocks):
+            raise UserError(f"parallel.pp: {stages} stages need as many blocks; the model has {len(model.blocks)}")
+        sizes = balanced(costs(model), stages)
+    sizes = by_hand(sizes, len(model.blocks), stages)
+    return {stage: (end - size, end) for stage, (size, end) in enumerate(zip(sizes, accumulate(sizes), strict=True))}
 
 
 def costs(model: Model) -> list[float]:
