@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from dtrain.flat import Block, FlatBuffers, reduce_partial
 from dtrain.loss_scale import make_loss_scale
 from dtrain.mesh import BATCH_AXES, Mesh
 from dtrain.models import Model
+from dtrain.models.base import IGNORED
 from dtrain.modules import Context
 from dtrain.strategy import Microbatch, Strategy
 
@@ -195,8 +197,12 @@ class Trainer:
         due = options.every and (self.step % options.every == 0 or self.step == self.total_steps)
         if not due or dataset is None:
             return None
-        start, count = share(0, min(len(dataset), options.batches * self.config.train.global_batch), *self._data_rank())
+        total, (rank, size) = min(len(dataset), options.batches * self.config.train.global_batch), self._data_rank()
+        start, count = share(0, total, rank, size)
         portions = self._portions(dataset, start, np.arange(start, start + count), self.config.seed + 1)
+        most = -(-share(0, total, 0, size)[1] // self.config.train.micro_batch)
+        if count <= (most - 1) * self.config.train.micro_batch:
+            portions = chain(portions, self._uncounted(dataset))
         with no_grad(), self.mesh.comm.counters.purpose("validation"):
             loss, targets, _ = self.total(*self._executor("evaluate", self.evaluate)(portions))
         return loss / targets
@@ -227,6 +233,11 @@ class Trainer:
             for strategy in self.strategies:
                 batch, context = strategy.part_of(batch, context)
             yield batch, context
+
+    def _uncounted(self, dataset: Dataset) -> Iterator[Microbatch]:
+        """A portion without targets, for a rank that has one less than others: their forwards may need it."""
+        for batch, context in self._portions(dataset, 0, np.arange(1), self.config.seed):
+            yield {**batch, "targets": np.full_like(batch["targets"], IGNORED)}, context
 
     @property
     def _mask_fraction(self) -> float:
