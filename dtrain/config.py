@@ -200,7 +200,31 @@ class MLPConfig(_Member, frozen=True, kw_only=True, tag="mlp"):
         _fraction("model", dropout=self.dropout)
 
 
-ModelConfig: TypeAlias = GPTConfig | MoEGPTConfig | BERTConfig | MLPConfig
+class DLRMConfig(_Member, frozen=True, kw_only=True, tag="dlrm"):
+    """A recommender: numbers and categories of a table, yes or no (Naumov et al. 2019)."""
+
+    dim: int = 16
+    """Width of the rows of all tables, and of what the bottom MLP makes of the numbers."""
+    bottom: tuple[int, ...] = (64,)
+    """Widths of the hidden layers before the pairs."""
+    top: tuple[int, ...] = (64, 32)
+    """Widths of the hidden layers after the pairs."""
+    activation: Literal["gelu", "relu", "silu", "tanh"] = "relu"
+    bias: bool = True
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        _at_least(1, "model", dim=self.dim)
+        for name in ("bottom", "top"):
+            widths = getattr(self, name)
+            _require(
+                all(width >= 1 for width in widths), f"model.{name}: {list(widths)}; every width must be 1 or more"
+            )
+        _fraction("model", dropout=self.dropout)
+
+
+ModelConfig: TypeAlias = GPTConfig | MoEGPTConfig | BERTConfig | MLPConfig | DLRMConfig
 
 
 # --- data: what it learns from ----------------------------------------------------------------------------------------
@@ -260,10 +284,28 @@ class ImagesConfig(_Source, frozen=True, kw_only=True, tag="images"):
 
 
 class TableConfig(_Source, frozen=True, kw_only=True, tag="table"):
-    """Rows of numbers and a class: CSV or NPZ."""
+    """Rows of numbers, words and a class: CSV or NPZ; `path: fair` is a survey of 6366 people inside statsmodels."""
 
     target: str | None = None
     """The column to predict; null: the last."""
+    categories: tuple[str, ...] = ()
+    """Columns of words (or numbers that only name something), each with an embedding table: for dlrm, of a CSV."""
+    hash_rows: int | None = None
+    """Rows of each embedding table, chosen by a hash of the word; null: a row for every different word."""
+    separator: str = "|"
+    """Between the words of a cell that has several."""
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        super().__post_init__()
+        twice = sorted({name for name in self.categories if self.categories.count(name) > 1})
+        _require(not twice, f"data.categories: {', '.join(twice)}; named twice")
+        _require(
+            self.target is None or self.target not in self.categories,
+            f"data.categories: {self.target}; is the target",
+        )
+        _at_least(1, "data", hash_rows=1 if self.hash_rows is None else self.hash_rows)
+        _require(self.separator != "", "data.separator: must be a character or more")
 
 
 DataConfig: TypeAlias = TextConfig | TokensConfig | ImagesConfig | TableConfig
@@ -504,6 +546,8 @@ class ParallelConfig(_Section, frozen=True, kw_only=True):
     """cp: keys and values go round the ranks, or each rank has all tokens of some heads for the attention."""
     sequence: bool = False
     """tp: cut the tokens between the branches of a block too: norms, dropout and what is kept of them are 1/tp."""
+    embedding: Literal["table", "row", "column", "replicate"] = "table"
+    """dlrm: a rank has some of the tables, some rows of each, or some columns of each; replicate: all of all."""
     bucket_mb: float = 4.0
     """MiB of gradients that ddp reduces at once."""
     compression: CompressionConfig = field(default_factory=NoCompressionConfig)
@@ -650,11 +694,28 @@ class Config(_Section, frozen=True, kw_only=True):
                 self.parallel.ep == 1,
                 f"parallel.ep: {self.parallel.ep}; model.kind: {self.model.kind} has no experts: allowed: 1",
             )
-        fitting = ("images", "table") if isinstance(self.model, MLPConfig) else ("text", "tokens")
+        by_rows = {"mlp": ("images", "table"), "dlrm": ("table",)}
+        fitting = by_rows.get(self.model.kind, ("text", "tokens"))
         _require(
             self.data.kind in fitting,
             f"data.kind: {self.data.kind}; model.kind: {self.model.kind} learns from {' or '.join(fitting)}",
         )
+        categories = list(self.data.categories) if isinstance(self.data, TableConfig) else []
+        _require(
+            bool(categories) == isinstance(self.model, DLRMConfig),
+            f"data.categories: {categories}; model.kind: dlrm needs one or more, {self.model.kind} takes numbers only"
+            if categories
+            else "data.categories: []; model.kind: dlrm needs one or more columns",
+        )
+        if isinstance(self.model, DLRMConfig):
+            for axis in ("tp", "pp", "cp", "ep"):
+                size = getattr(self.parallel, axis)
+                _require(size == 1, f"parallel.{axis}: {size}; model.kind: dlrm uses dp only: allowed: 1")
+            _require(
+                self.parallel.embedding == "replicate" or self.parallel.data_parallel in ("naive", "ddp", "zero1"),
+                f"parallel.embedding: {self.parallel.embedding}; with data_parallel: naive, ddp or zero1, not "
+                f"{self.parallel.data_parallel}; or embedding: replicate",
+            )
 
 
 # --- with the number of ranks -----------------------------------------------------------------------------------------

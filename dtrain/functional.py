@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 
 from dtrain.arrays import Array
-from dtrain.ops import activation, arithmetic, loss, normalization, shape
+from dtrain.ops import activation, arithmetic, bag, loss, normalization, shape
 from dtrain.ops import attention as attentions
 from dtrain.ops import linear as linears
 from dtrain.recompute import checkpoint
 from dtrain.tensor import Tensor, apply
 
 __all__ = [
-    "abs", "attention", "bias_residual", "checkpoint", "concat", "cos", "cross_entropy", "dropout", "embedding", "erf",
-    "exp", "gather", "gelu", "layer_norm", "linear", "log", "log_softmax", "logsumexp", "maximum", "packed_attention",
+    "abs", "attention", "bias_residual", "checkpoint", "concat", "cos", "cross_entropy", "dropout", "embedding",
+    "embedding_bag", "erf", "exp", "gather", "gelu", "layer_norm", "linear", "log", "log_softmax", "logsumexp",
+    "maximum", "packed_attention",
     "relu", "rms_norm", "rotary", "sigmoid", "silu", "sin", "softmax", "sqrt", "stack", "swiglu", "tanh", "where",
 ]  # fmt: skip
 
@@ -47,6 +48,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def embedding(weight: Tensor, ids: Any) -> Tensor:
     """Weight (V, C), ids (...) of integers in [0, V) -> (..., C)."""
     return apply(linears.EMBEDDING, weight, ids=_array(ids))
+
+
+def embedding_bag(weight: Tensor, ids: Any) -> Tensor:
+    """Weight (V, C), ids (K, L) of integers in [0, V), -1 for none -> the sum of the rows of each bag (K, C)."""
+    return apply(bag.EMBEDDING_BAG, weight, ids=_array(ids))
 
 
 def gather(x: Tensor, indices: Any, dim: int) -> Tensor:

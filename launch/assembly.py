@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dtrain import models
 from dtrain.collectives import Communicator
-from dtrain.config import Config, MLPConfig
+from dtrain.config import Config, DLRMConfig, MLPConfig
 from dtrain.data import Data, open_data
 from dtrain.errors import UserError
 from dtrain.launch.configuration import for_ranks
@@ -27,7 +27,7 @@ def assemble(config: Config, comm: Communicator) -> Trainer:
 
 def parts(config: Config, comm: Communicator) -> tuple[Data, models.Model]:
     """Data and outline of the model; UserError where ranks read different data. Collective."""
-    if isinstance(config.model, MLPConfig):
+    if isinstance(config.model, MLPConfig | DLRMConfig):
         data = open_data(config.data, seed=config.seed)
     else:
         data = open_data(

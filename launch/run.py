@@ -283,7 +283,7 @@ class RunFolder:
             yield f"loss curve: {picture}"
         if validation:
             verdict = "below" if validation[-1] < trainer.data.entropy else "NOT below"
-            measure = "entropy of the classes" if config.model.kind == "mlp" else "unigram entropy of the text"
+            measure = "entropy of the classes" if config.model.kind in ("mlp", "dlrm") else "unigram entropy of the text"
             yield (f"validation loss {validation[-1]:.4f}, {verdict} the {measure}, {trainer.data.entropy:.4f}")
         yield from self._sample(speaker)
         yield f"trained {trainer.step} steps in {seconds:.1f} s; everything is in {self.path}/"

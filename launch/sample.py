@@ -145,6 +145,7 @@ class _Sizes:
 
     vocabulary: int
     features: int = 0
+    tables: tuple[int, ...] = ()
 
 
 def _config(run_folder: Path) -> Config:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dtrain.config import Config, MLPConfig
+from dtrain.config import Config, DLRMConfig, MLPConfig
 from dtrain.errors import UserError
 
 SAMPLES = 2  # the shapes show which dim is the batch; FLOPs and bytes are those of so many samples
@@ -18,8 +18,8 @@ def graph(config: Config, output: Path) -> None:
     from dtrain import models
     from dtrain.data import open_data
 
-    sequence = 0 if isinstance(config.model, MLPConfig) else config.model.sequence
-    vocabulary = None if isinstance(config.model, MLPConfig) else config.model.vocabulary
+    sequence = 0 if isinstance(config.model, MLPConfig | DLRMConfig) else config.model.sequence
+    vocabulary = None if isinstance(config.model, MLPConfig | DLRMConfig) else config.model.vocabulary
     data = open_data(config.data, sequence, config.seed, vocabulary, config.model.kind == "bert")
     model = models.build(config.model, data, dtype=config.train.dtype, seed=config.seed)
     batch = data.train.batch(np.arange(min(SAMPLES, len(data.train))))

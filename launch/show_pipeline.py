@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dtrain.config import Config, MLPConfig
+from dtrain.config import Config, DLRMConfig, MLPConfig
 from dtrain.errors import UserError
 from dtrain.launch.configuration import for_ranks
 
@@ -80,7 +80,9 @@ def of_config(
     strategy = AXES["pp"](config)
     assert isinstance(strategy, PipelineParallel)
     sequence, vocabulary = (
-        (0, None) if isinstance(config.model, MLPConfig) else (config.model.sequence, config.model.vocabulary)
+        (0, None)
+        if isinstance(config.model, MLPConfig | DLRMConfig)
+        else (config.model.sequence, config.model.vocabulary)
     )
     data = open_data(config.data, sequence, config.seed, vocabulary, config.model.kind == "bert")
     model = models.outline(config.model, data, dtype=config.train.dtype)

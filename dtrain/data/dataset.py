@@ -25,7 +25,8 @@ class Dataset(Protocol):
     def batch(self, indices: Array) -> dict[str, Array]:
         """The samples at `indices` (B,) int64, as new arrays.
 
-        Tokens: inputs (B, T) and targets (B, T) int32; rows: inputs (B, F) float32 and targets (B,) int32.
+        Tokens: inputs (B, T) and targets (B, T) int32; rows: inputs (B, F) float32 and targets (B,) int32,
+        with categories also ids (B, columns, longest bag) int32.
         """
 
 
@@ -49,6 +50,8 @@ class Data:
     """The id that hides a token from BERT."""
     features: int = 0
     """Width F of the inputs of rows; 0 for tokens."""
+    tables: tuple[int, ...] = ()
+    """Rows of the embedding table of each categorical column."""
 
 
 def unigram_entropy(tokens: Array, vocabulary: int) -> float:

@@ -11,6 +11,7 @@ Invariant: the split depends on (seed, number of rows, fraction) alone; training
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +28,27 @@ class Rows:
     """Dataset of the chosen `rows` (N,) of x (n, F) and y (n,); `offset` and `divisor` are numbers or (F,)."""
 
     def __init__(
-        self, x: Array, y: Array, rows: Array, offset: Array | float = 0.0, divisor: Array | float = 1.0
+        self,
+        x: Array,
+        y: Array,
+        rows: Array,
+        offset: Array | float = 0.0,
+        divisor: Array | float = 1.0,
+        ids: Array | None = None,
     ) -> None:
-        self.x, self.y, self.rows, self.offset, self.divisor = x, y, rows, offset, divisor
+        """ids: of the categories of all samples, (n, columns, longest bag)."""
+        self.x, self.y, self.rows, self.offset, self.divisor, self.ids = x, y, rows, offset, divisor, ids
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def batch(self, indices: Array) -> dict[str, Array]:
-        """Inputs (B, F) float32, scaled, and targets (B,) int32."""
+        """Inputs (B, F) float32, scaled, targets (B,) int32, and the ids of categories if there are any."""
         assert indices.size == 0 or 0 <= indices.min() <= indices.max() < len(self), f"no such samples: {indices}"
         rows = self.rows[indices]
         inputs = (self.x[rows] - self.offset) / self.divisor
-        return {"inputs": inputs.astype(np.float32), "targets": self.y[rows].astype(np.int32)}
+        batch = {"inputs": inputs.astype(np.float32), "targets": self.y[rows].astype(np.int32)}
+        return batch if self.ids is None else {**batch, "ids": self.ids[rows]}
 
 
 def split_rows(n: int, seed: int, fraction: float, path: str) -> tuple[Array, Array]:
@@ -54,15 +63,32 @@ def split_rows(n: int, seed: int, fraction: float, path: str) -> tuple[Array, Ar
     return np.sort(order[kept:]), np.sort(order[:kept])
 
 
-def write_rows(folder: Path, x: Array, y: Array, classes: list[str], divisor: float = 1.0) -> None:
-    """Fill an entry of the cache with x (n, F), y (n,) and the names of the classes."""
+def write_rows(
+    folder: Path,
+    x: Array,
+    y: Array,
+    classes: list[str],
+    divisor: float = 1.0,
+    ids: Array | None = None,
+    tables: Sequence[int] = (),
+) -> None:
+    """Fill an entry of the cache with x (n, F), y (n,), the names of the classes; ids and tables as in `Data`."""
     y = y.astype(np.int32)
     np.save(folder / "x.npy", x, allow_pickle=False)
     np.save(folder / "y.npy", y, allow_pickle=False)
     content = hashlib.blake2b(repr((x.shape, x.dtype.name, classes)).encode(), digest_size=16)
     content.update(np.ascontiguousarray(x).data)
     content.update(y.data)
-    header = {"classes": classes, "divisor": divisor, "fingerprint": content.hexdigest()}
+    if ids is not None:
+        np.save(folder / "ids.npy", ids, allow_pickle=False)
+        content.update(repr((ids.shape, list(tables))).encode())
+        content.update(np.ascontiguousarray(ids).data)
+    header = {
+        "classes": classes,
+        "divisor": divisor,
+        "fingerprint": content.hexdigest(),
+        "tables": None if ids is None else list(tables),
+    }
     (folder / "header.json").write_text(json.dumps(header))
 
 
@@ -72,6 +98,8 @@ def row_data(
     """Open an entry that `write_rows` made. `standardise`: columns have mean 0 and deviation 1 in the training rows."""
     header = json.loads((folder / "header.json").read_bytes())
     x, y = (np.asarray(np.load(folder / name, mmap_mode="r", allow_pickle=False)) for name in ("x.npy", "y.npy"))
+    tables = header.get("tables")
+    ids = None if tables is None else np.asarray(np.load(folder / "ids.npy", mmap_mode="r", allow_pickle=False))
     classes = len(header["classes"])
     if vocabulary is not None and classes > vocabulary:
         raise UserError(f"data.path: {path}: {classes} classes, but the model has {vocabulary}; they must not be fewer")
@@ -84,14 +112,16 @@ def row_data(
         varies = deviation > 1e-14 * np.abs(offset)  # the mean of equal numbers is not quite that number
         offset, divisor = np.where(varies, offset, known[0]), np.where(varies, deviation, 1.0)
     return Data(
-        train=Rows(x, y, train, offset, divisor),
-        validation=Rows(x, y, validation, offset, divisor) if fraction else None,
+        train=Rows(x, y, train, offset, divisor, ids),
+        validation=Rows(x, y, validation, offset, divisor, ids) if fraction else None,
         vocabulary=classes,
         description=f"{what}: {len(train):,} + {len(validation):,} samples (training + validation) "
-        f"of {x.shape[1]:,} features in {classes} classes",
+        f"of {x.shape[1]:,} features in {classes} classes"
+        + ("" if tables is None else f", {len(tables)} categories with {sum(tables):,} rows"),
         entropy=unigram_entropy(y[train], classes),
         fingerprint=header["fingerprint"],
         features=x.shape[1],
+        tables=tuple(tables or ()),
     )
 
 

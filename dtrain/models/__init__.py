@@ -15,6 +15,7 @@ from dtrain.arrays import named_dtype
 from dtrain.config import ModelConfig
 from dtrain.models.base import Model, Sizes
 from dtrain.models.bert import BERT
+from dtrain.models.dlrm import DLRM
 from dtrain.models.gpt import GPT
 from dtrain.models.mlp import MLP
 from dtrain.models.moe import MoEGPT
@@ -24,6 +25,7 @@ MODELS: dict[str, Callable[[Any, Sizes, Any], Model]] = {
     "moe_gpt": MoEGPT,
     "bert": BERT,
     "mlp": MLP,
+    "dlrm": DLRM,
 }
 
 

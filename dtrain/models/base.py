@@ -28,6 +28,10 @@ class Sizes(Protocol):
     def features(self) -> int:
         """The width of a row; 0 for tokens."""
 
+    @property
+    def tables(self) -> tuple[int, ...]:
+        """The rows of the embedding table of each categorical column."""
+
 
 class Model(Module):
     """A module from inputs to logits, in three parts that a strategy may place apart: `enter`, `blocks`, `leave`.

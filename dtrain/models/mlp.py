@@ -14,7 +14,7 @@ import numpy as np
 
 import dtrain.functional as F
 from dtrain.arrays import Array
-from dtrain.config import MLPConfig
+from dtrain.config import DLRMConfig, MLPConfig
 from dtrain.models.base import Model, Sizes
 from dtrain.modules import Context, Dropout, Linear, Module
 from dtrain.tensor import Tensor
@@ -25,8 +25,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.
 class Layer(Module):
     """Linear, activation, dropout."""
 
-    def __init__(self, inputs: int, outputs: int, config: MLPConfig, dtype: Any) -> None:
-        self.linear = Linear(inputs, outputs, config.bias, _std(inputs, config.activation), dtype)
+    def __init__(self, inputs: int, outputs: int, config: MLPConfig | DLRMConfig, dtype: Any) -> None:
+        self.linear = Linear(inputs, outputs, config.bias, initial_std(inputs, config.activation), dtype)
         self.activation = config.activation
         self.dropout = Dropout(config.dropout)
 
@@ -44,7 +44,7 @@ class MLP(Model):
         widths = [sizes.features, *config.hidden]
         self.dtype = np.dtype(dtype)
         self.blocks: list[Module] = [Layer(widths[i], widths[i + 1], config, dtype) for i in range(len(config.hidden))]
-        self.head = Linear(widths[-1], sizes.vocabulary, config.bias, _std(widths[-1], "head"), dtype)
+        self.head = Linear(widths[-1], sizes.vocabulary, config.bias, initial_std(widths[-1], "head"), dtype)
         self.assign_names()
 
     def enter(self, inputs: Array, context: Context | None = None) -> Tensor:
@@ -57,5 +57,6 @@ class MLP(Model):
         return self.head(x)
 
 
-def _std(inputs: int, activation: str) -> float:
+def initial_std(inputs: int, activation: str) -> float:
+    """Of the weights of a layer by its inputs and its activation (or "head")."""
     return math.sqrt((1 if activation in ("tanh", "head") else 2) / max(1, inputs))

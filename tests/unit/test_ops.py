@@ -26,6 +26,7 @@ def distinct(*shape):
 
 
 IDS = np.array([[0, 3, 3], [1, 0, 3]])
+BAGS = np.array([[0, 3, 3], [-1, -1, -1], [1, -1, 0]])
 TARGETS = np.array([[0, -1, 4], [2, 2, -1]])
 ANGLES = np.outer(np.arange(3), [1.0, 0.1])
 TURN = (np.cos(ANGLES), np.sin(ANGLES))
@@ -172,6 +173,13 @@ CASES = {
     ],
     "reorder_rows": [
         (lambda x: apply(OPS["reorder_rows"], x, order=np.array([2, 0, 1]), back=np.array([1, 2, 0])), numbers(3, 2)),
+    ],
+    "embedding_bag": [
+        (lambda w: F.embedding_bag(w, BAGS), numbers(4, 2)),
+        (lambda w: F.embedding_bag(w, BAGS[:, :1]), numbers(4, 2)),
+        (lambda w: F.embedding_bag(w, IDS[:, :1]), numbers(4, 2)),
+        (lambda w: F.embedding_bag(w, BAGS[:0]), numbers(4, 2)),
+        (lambda w: F.embedding_bag(w, BAGS[1:2]), numbers(0, 2)),
     ],
     "embedding": [(lambda w: F.embedding(w, IDS), numbers(4, 2)), (lambda w: F.embedding(w, IDS[:0]), numbers(4, 2))],
     "gelu": [
@@ -454,6 +462,8 @@ MISTAKES = [
     (lambda: F.linear(Tensor(numbers(2, 3)), Tensor(numbers(4, 3)), Tensor(numbers(3))), ["linear", "bias", "[3]"]),
     (lambda: F.embedding(Tensor(numbers(4, 2)), np.array([1, 9])), ["embedding", "9", "vocabulary of 4"]),
     (lambda: F.embedding(Tensor(numbers(4, 2)), np.array([-1, 2])), ["embedding", "-1", "vocabulary of 4"]),
+    (lambda: F.embedding_bag(Tensor(numbers(4, 2)), np.array([[-2]])), ["embedding_bag", "-2", "table of 4"]),
+    (lambda: F.embedding_bag(Tensor(numbers(4, 2)), np.array([1])), ["embedding_bag", "integers", "(1,)"]),
     (lambda: F.embedding(Tensor(numbers(4, 2)), np.array([0.5])), ["embedding", "integers", "float64"]),
     (lambda: F.cross_entropy(Tensor(numbers(2, 3)), np.array([1, 3])), ["cross_entropy", "3", "3 classes"]),
     (lambda: F.cross_entropy(Tensor(numbers(2, 3)), np.array([1, -2])), ["cross_entropy", "-2"]),
