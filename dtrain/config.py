@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Literal, TypeAlias
 
 from msgspec import Struct, field
-from msgspec.structs import replace
+from msgspec.structs import fields, replace
 
 DType: TypeAlias = Literal["float32", "float64", "bfloat16", "float16"]
 
@@ -595,6 +595,54 @@ class PipelineConfig(_Section, frozen=True, kw_only=True):
                 _at_least(1, "pipeline", **{name: getattr(self, name)})
 
 
+class ParameterServerConfig(_Section, frozen=True, kw_only=True):
+    """Parameter servers instead of a mesh: the last ranks serve the parameters, the others compute gradients."""
+
+    servers: int = 0
+    """Ranks that hold parameters, each a range of them; 0: none, the mesh of `parallel` is used."""
+    mode: Literal["sync", "async", "ssp", "local_sgd"] = "sync"
+    """sync: an update from the gradients of all workers (= one process); async: an update per gradient, nobody waits;
+    ssp: so, but no worker is more than `staleness` gradients ahead of the slowest; local_sgd: workers update copies
+    of their own, which are averaged every `period` steps."""
+    staleness: int = 4
+    """ssp: how many gradients the fastest worker may be ahead."""
+    quorum: float = 1.0
+    """sync, local_sgd: share of the workers that makes an update; the late ones' gradients are dropped, and counted."""
+    period: int = 8
+    """local_sgd: steps between two averages."""
+    sparse: tuple[str, ...] = ()
+    """Names of embeddings (such as embedding) whose rows are pulled and pushed only where a batch has their ids."""
+    timeout: float = 60.0
+    """Seconds of silence after which a worker that should compute is taken for dead. Longer than a microbatch takes."""
+    slow: tuple[float, ...] = ()
+    """For experiments: worker i takes slow[i] times as long to compute as it needs."""
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        _at_least(0, "parameter_server", servers=self.servers, staleness=self.staleness)
+        _at_least(1, "parameter_server", period=self.period)
+        _require(0 < self.quorum <= 1, f"parameter_server.quorum: {self.quorum}; must be above 0, at most 1")
+        _require(self.timeout > 0, f"parameter_server.timeout: {self.timeout}; must be above 0")
+        _require(
+            all(factor >= 1 for factor in self.slow),
+            f"parameter_server.slow: {list(self.slow)}; every factor must be 1 or more",
+        )
+        given = [each.name for each in fields(self) if getattr(self, each.name) != each.default]
+        _require(
+            self.servers > 0 or not given,
+            f"parameter_server.servers: 0; the other keys ({', '.join(given)}) need 1 or more",
+        )
+        _require(
+            self.quorum == 1 or self.mode in ("sync", "local_sgd"),
+            f"parameter_server.quorum: {self.quorum}; mode {self.mode} waits for nobody: leave it out",
+        )
+        _require(
+            not self.sparse or self.mode != "local_sgd",
+            f"parameter_server.sparse: {list(self.sparse)}; the workers of mode local_sgd update whole copies: "
+            "leave it out",
+        )
+
+
 class CheckpointConfig(_Section, frozen=True, kw_only=True):
     """When the state is written, and from where it goes on."""
 
@@ -653,6 +701,7 @@ class Config(_Section, frozen=True, kw_only=True):
     train: TrainConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    parameter_server: ParameterServerConfig = field(default_factory=ParameterServerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
@@ -674,6 +723,10 @@ class Config(_Section, frozen=True, kw_only=True):
             self.train.loss_scale != "dynamic" or compression not in ("top_k", "power_sgd"),
             f"parallel.compression.kind: {compression}; keeps what it did not send for later steps, which with "
             "train.loss_scale: dynamic may have another scale. Allowed: none, int8, or a loss_scale that is a number",
+        )
+        _require(
+            self.parameter_server.servers == 0 or self.train.loss_scale != "dynamic",
+            "train.loss_scale: dynamic; with parameter_server, workers compute on different versions: allowed: a number",
         )
         if isinstance(self.model, MoEGPTConfig):
             experts = self.model.moe.experts
@@ -723,6 +776,8 @@ class Config(_Section, frozen=True, kw_only=True):
 
 def check(config: Config, num_ranks: int) -> Config:
     """Return the configuration with `parallel.dp` filled in; ValueError when mesh or batch do not fit `num_ranks`."""
+    if config.parameter_server.servers:
+        return _served(config, num_ranks)
     parallel = config.parallel
     dp = filled({axis: getattr(parallel, axis) for axis in ("pp", "dp", "cp", "ep", "tp")}, num_ranks)["dp"]
     train = config.train
@@ -747,6 +802,36 @@ def check(config: Config, num_ranks: int) -> Config:
             + (f"; or train.micro_batch: {_listed(fits)}" if fits else "")
         )
     return replace(config, parallel=replace(parallel, dp=dp), train=train)
+
+
+def _served(config: Config, num_ranks: int) -> Config:
+    """The configuration with `parallel.dp` the number of workers."""
+    servers, parallel = config.parameter_server.servers, config.parallel
+    if config.model.kind == "moe_gpt":
+        raise ValueError("model.kind: moe_gpt; parameter servers do not balance experts: use parallel.ep")
+    workers = num_ranks - servers
+    if workers < 1:
+        raise ValueError(
+            f"parameter_server.servers: {servers}; leaves no worker of {num_ranks} ranks: must be {num_ranks - 1} or "
+            f"less, or start {servers + 1} ranks or more"
+        )
+    for axis in ("tp", "pp", "cp", "ep"):
+        if getattr(parallel, axis) != 1:
+            raise ValueError(f"parallel.{axis}: {getattr(parallel, axis)}; with parameter_server, allowed: 1")
+    if parallel.dp not in (-1, workers):
+        raise ValueError(
+            f"parallel.dp: {parallel.dp}; {num_ranks} ranks with {servers} servers have {workers} workers: allowed: "
+            f"{workers}, or -1"
+        )
+    if config.train.global_batch < workers:
+        raise ValueError(
+            f"train.global_batch: {config.train.global_batch}; must be {workers} or more, a sample for each worker"
+        )
+    if len(config.parameter_server.slow) > workers:
+        raise ValueError(
+            f"parameter_server.slow: {list(config.parameter_server.slow)}; there are {workers} workers only"
+        )
+    return replace(config, parallel=replace(parallel, dp=workers))
 
 
 def filled(sizes: Mapping[str, int], num_ranks: int) -> dict[str, int]:

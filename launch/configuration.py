@@ -237,7 +237,8 @@ def _described(wanted: Any) -> str:
         if get_origin(option) is tuple:
             items = get_args(option)
             count = "" if items[-1] is Ellipsis else f"{len(items)} "
-            words.append(f"a list of {count}{'whole ' if items[0] is int else ''}numbers")
+            what = "texts" if items[0] is str else f"{'whole ' if items[0] is int else ''}numbers"
+            words.append(f"a list of {count}{what}")
         else:
             words += [_WORDS[option]] if option in _WORDS else map(str, get_args(option))
     return _listed(words)

@@ -39,6 +39,32 @@ def loss_curve(
     return path
 
 
+def histogram(counts: Mapping[int, int], title: str, label: str, unit: str) -> str:
+    """Bars of `counts` (whole number -> how often) as SVG; `label` stands below, `unit` at the side."""
+    low, high = min(counts, default=0), max(counts, default=0)
+    count_ticks = ticks(0.0, max(counts.values(), default=1))
+    wide = (WIDTH - LEFT - RIGHT) / (high - low + 1)
+    bottom = HEIGHT - BOTTOM
+    parts = _head(title)
+    for tick in count_ticks:
+        y = bottom - tick / count_ticks[-1] * (bottom - TOP)
+        parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="{GRID}"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{_label(tick, count_ticks)}</text>')
+    every = max(1, (high - low + 1) // 20)
+    for value in range(low, high + 1):
+        x, tall = LEFT + (value - low) * wide, counts.get(value, 0) / count_ticks[-1] * (bottom - TOP)
+        bar = f'x="{x + 0.1 * wide:.1f}" y="{bottom - tall:.1f}" width="{0.8 * wide:.1f}" height="{tall:.1f}"'
+        parts.append(f'<rect {bar} fill="{TRAIN}"><title>{value}: {counts.get(value, 0)}</title></rect>')
+        if (value - low) % every == 0:
+            parts.append(f'<text x="{x + wide / 2:.1f}" y="{bottom + 20}" text-anchor="middle">{value}</text>')
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    parts.append(f'<path d="M{LEFT} {bottom}H{WIDTH - RIGHT}" stroke="{INK}"/>')
+    parts.append(f'<text x="{middle:.1f}" y="{HEIGHT - 12}" text-anchor="middle">{_escaped(label)}</text>')
+    upright = f'transform="translate(18 {(TOP + bottom) / 2:.1f}) rotate(-90)" text-anchor="middle"'
+    parts.append(f"<text {upright}>{_escaped(unit)}</text>")
+    return "\n".join([*parts, "</svg>", ""])
+
+
 def terminal_curve(losses: Sequence[float], width: int = 60, height: int = 8) -> str:
     """`losses` (one value per logged step) as `height` lines of braille dots, `width` characters of curve, labels left.
 
@@ -116,13 +142,7 @@ def _svg(train: list[Point], validation: list[Point], reference: float | None, t
     def y(loss: float) -> float:
         return TOP + (high - loss) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
-        f'{FONT} font-size="12" fill="{INK}">',
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-    ]
-    if title:
-        parts.append(f'<text x="{LEFT}" y="26" font-size="15" font-weight="600">{_escaped(title)}</text>')
+    parts = _head(title)
     for tick in loss_ticks:
         parts.append(f'<path d="M{LEFT} {y(tick):.1f}H{WIDTH - RIGHT}" stroke="{GRID}"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{_label(tick, loss_ticks)}</text>')
@@ -153,6 +173,18 @@ def _svg(train: list[Point], validation: list[Point], reference: float | None, t
         legend.append((TRAIN, f"training {train[-1][1]:.4g}", ""))
     parts += _legend(legend[::-1])
     return "\n".join([*parts, "</svg>", ""])
+
+
+def _head(title: str) -> list[str]:
+    """The frame that all pictures share."""
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
+        f'{FONT} font-size="12" fill="{INK}">',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+    ]
+    if title:
+        parts.append(f'<text x="{LEFT}" y="26" font-size="15" font-weight="600">{_escaped(title)}</text>')
+    return parts
 
 
 def _line(points: list[Point], colour: str) -> str:

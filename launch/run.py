@@ -42,6 +42,10 @@ def run(config: Config, source: Path) -> None:
     """Train `config` (read from `source`) to its last step on all ranks of the job. Collective."""
     comm = world()
     environment.check_world(comm.size)
+    if config.parameter_server.servers:
+        from dtrain.launch.parameter_server import run_served
+
+        return run_served(config, source, comm)
     trainer = assembly.assemble(config, comm)
     folder = RunFolder(Path(config.output) / config.name, trainer)
     resumed = folder.open(source)
@@ -114,6 +118,8 @@ class RunFolder:
         """Trained to the last step and told about by an earlier start: nothing is left to do."""
         self._since: list[StepRecord] = []
         self.memory = memory.kept(trainer)
+        self.more: dict[str, Any] = {}
+        """What else summary.json is to tell."""
 
     def open(self, source: Path) -> list[str]:
         """Make the folder, continue an earlier run if asked; returns what to tell about it."""
@@ -269,6 +275,7 @@ class RunFolder:
             "pipeline": timeline,
             "collectives": collectives or [],
             "versions": {"dtrain": __version__, "numpy": np.__version__, "python": platform.python_version()},
+            **self.more,
         }
         if timeline is not None:
             self._write_text("pipeline.svg", timeline.pop("svg"))

@@ -1,0 +1,82 @@
+"""Tiny runs with parameter servers on the ranks of a communicator, workers first."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dtrain.collectives import Communicator
+from dtrain.launch import assembly
+from dtrain.launch.configuration import for_ranks
+from dtrain.mesh import Mesh
+from dtrain.strategies.parameter_server import Lead, Serve, Server, Worker, needs_whole
+from dtrain.trainer import StepRecord, Trainer
+from tests import training
+
+
+@dataclass
+class Served:
+    """What a rank has when the run is over; `records` and `lead` on the first server."""
+
+    server: Server | None = None
+    worker: Worker | None = None
+    records: list[StepRecord] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    parameters: dict[str, Any] = field(default_factory=dict)
+    """Flat pieces of the parameters that a server has: name -> (start, values)."""
+    sent: int = 0
+    received: int = 0
+
+    @property
+    def lead(self) -> Lead:
+        assert isinstance(self.server, Lead)
+        return self.server
+
+
+def serve(
+    comm: Communicator,
+    prepare: Callable[[Worker], None] = lambda worker: None,
+    folder: Path | None = None,
+    resume: Path | None = None,
+    **sections: Any,
+) -> Served:
+    """Run to the end; `prepare` may change a worker before it begins. `folder`: for checkpoints."""
+    config = for_ranks(training.config(**sections), comm.size)
+    servers = config.parameter_server.servers
+    data, model = assembly.parts(config, comm)
+    mine = comm.split(int(comm.rank >= comm.size - servers))
+    assert mine is not None
+    done = Served()
+    if comm.rank < comm.size - servers:
+        done.worker = worker = Worker(comm, config, data, model)
+        prepare(worker)
+        comm.counters.reset()
+        worker.work()
+    else:
+        trainer = Trainer(config, Mesh(mine, dp=-1), data, model, [Serve(needs_whole(config.optimizer.kind))])
+        if resume is not None:
+            trainer.load(resume)
+        save = (lambda: None) if folder is None else (lambda: (trainer.save(folder), None)[1])
+        if mine.rank == 0:
+            done.server = Lead(comm, trainer, save, done.records.append, done.notes.append)
+        else:
+            done.server = Server(comm, trainer, save)
+        comm.counters.reset()
+        done.server.serve()
+        for group in trainer.flat.groups:
+            for piece in group.pieces(group.owned):
+                done.parameters[piece.name] = piece.inside.start, group.data[piece.where].copy()
+    volume = comm.counters.volume()
+    done.sent, done.received = volume.sent, volume.received
+    return done
+
+
+def whole(results: list[Served], like: dict[str, Any]) -> dict[str, Any]:
+    """The parameters, put together from all servers, in the shapes of `like`."""
+    found = {name: np.full(values.size, np.nan, values.dtype) for name, values in like.items()}
+    for result in results:
+        for name, (start, values) in result.parameters.items():
+            found[name][start : start + values.size] = values
+    return {name: values.reshape(like[name].shape) for name, values in found.items()}
