@@ -56,6 +56,7 @@ class ContextParallel(Strategy):
         zigzag = self.kind == "ring" and any(attention.causal for attention in attentions)
         self.runs = (places.zigzag if zigzag else places.blocks)(self.length, self.comm.size)
         self.places = places.positions(self.runs[self.comm.rank])
+        model.sequence = len(self.places)  # what other strategies see of it on this rank
         for attention in attentions:
             if attention.qkv.weight.shape[0]:  # under tensor parallelism a rank may have no heads at all
                 self._replace(attention)

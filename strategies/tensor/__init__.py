@@ -64,7 +64,8 @@ class TensorParallel(Strategy):
         """Cut the parameters, replace the modules."""
         assert isinstance(model, Model)
         self.comm, self.mesh, self.model = mesh["tp"], mesh, model
-        self.tokens = getattr(model, "sequence", 0)  # of the current microbatch, where this rank sees its begin
+        self.seen = 0
+        """Tokens of the current microbatch, on a rank that sees its begin."""
         for path, module in list(model.named_modules().items()):
             style = next((style for pattern, style in self.plan.items() if re.fullmatch(pattern, path)), None)
             if style is not None:
@@ -88,6 +89,11 @@ class TensorParallel(Strategy):
         if self.sequence:
             return conjugate.reduce_scatter(y, self.comm, TOKENS)
         return conjugate.all_reduce(y, self.comm)
+
+    @property
+    def tokens(self) -> int:
+        """The tokens that this axis cuts: of the current microbatch, or as the model has them here."""
+        return self.seen or getattr(self.model, "sequence", 0)
 
     def cut(self, parameter: Parameter | None, shard: Shard) -> None:
         """Keep this rank's slice."""
@@ -119,7 +125,7 @@ class TensorParallel(Strategy):
         enter = model.enter
 
         def cut_tokens(inputs: Array, context: Context | None = None) -> Tensor:
-            self.tokens = inputs.shape[TOKENS]
+            self.seen = inputs.shape[TOKENS]
             dropout, model.dropout = model.dropout, _First(self.comm, model.dropout)
             try:
                 return enter(inputs, context)

@@ -106,6 +106,7 @@ class NoHeads(Attention):
 
     def __init__(self, whole: Attention) -> None:
         self.qkv, self.out, self.dropout, self.name = whole.qkv, whole.out, whole.dropout, whole.name
+        self.causal = whole.causal
 
     def forward(self, x: Tensor, residual: Tensor, context: Context | None = None) -> Tensor:
         """From (B, T, C) and the residual to their sum."""
