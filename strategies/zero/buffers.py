@@ -86,8 +86,11 @@ class ZeroGroup(FlatGroup):
             self.grad[...] = 0
         else:
             self.shard = np.zeros(share, self.dtype)
+        # Every rank is the first to touch its own part of what is shared: there it gets its memory, and pays for it.
+        self.data[self.owned if self.is_shared else slice(None)] = 0
+        if self.is_shared and values:
+            comm.barrier()
         if not self.is_shared or comm.rank == 0:
-            self.data[...] = 0
             for name, value in values.items():
                 self.data[self.slices[name]] = value.reshape(-1)
         comm.barrier()
