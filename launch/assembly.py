@@ -9,7 +9,7 @@ from dtrain.data import Data, open_data
 from dtrain.errors import UserError
 from dtrain.launch.configuration import for_ranks
 from dtrain.mesh import Mesh
-from dtrain.strategies import AXES, DATA_PARALLEL
+from dtrain.strategies import AXES, DATA_PARALLEL, embedding
 from dtrain.strategy import Strategy
 from dtrain.trainer import Trainer
 
@@ -52,6 +52,8 @@ def make_mesh(config: Config, comm: Communicator) -> Mesh:
 def strategies(config: Config) -> list[Strategy]:
     """The strategies of a mesh, in the order in which they are applied; one process has none: it is the reference."""
     parallel = config.parallel
+    if parallel.dp > 1 and parallel.embedding != "replicate" and config.model.kind == "dlrm":
+        return [embedding(config), DATA_PARALLEL[parallel.data_parallel](parallel)]
     chosen = [make(config) for axis, make in AXES.items() if getattr(parallel, axis) > 1]
     if parallel.dp * parallel.ep > 1:  # both axes have samples of their own, to be summed over
         chosen.append(DATA_PARALLEL[parallel.data_parallel](parallel))

@@ -65,6 +65,13 @@ def _pipeline(config: Config) -> Strategy:
     return PipelineParallel(pipeline.schedule, microbatches, pipeline.chunks, pipeline.cut)
 
 
+def embedding(config: Config) -> Strategy:
+    """The tables of a recommender, cut over the data axis; its strategy goes before that of the data axis."""
+    from dtrain.strategies.embedding import EmbeddingParallel
+
+    return EmbeddingParallel(config.parallel.embedding, config.train.micro_batch)
+
+
 # An axis of the mesh that is longer than 1 -> its strategy. They are applied in this order, that of the data axis last.
 AXES: dict[str, Callable[[Config], Strategy]] = {
     "tp": _tensor,
@@ -73,4 +80,4 @@ AXES: dict[str, Callable[[Config], Strategy]] = {
     "pp": _pipeline,
 }
 
-__all__ = ["AXES", "DATA_PARALLEL", "DistributedDataParallel", "NaiveDataParallel", "Strategy"]
+__all__ = ["AXES", "DATA_PARALLEL", "DistributedDataParallel", "NaiveDataParallel", "Strategy", "embedding"]

@@ -30,6 +30,7 @@ class NaiveDataParallel(Strategy):
         """Sum every gradient over the ranks, one parameter after another."""
         if names := unused_parameters(model):
             raise UnusedParametersError(names)
+        assert self.flat is not None
         for group in self.flat.groups:
             for parameter in group.parameters.values():
                 assert parameter.grad is not None
