@@ -76,6 +76,8 @@ class FlatGroup:
     is one collective on a slice.
     """
 
+    joined: tuple[str, ...] = ()
+    """Axes of partial gradients over which the data-parallel sum goes too."""
     owned_over: tuple[str, ...] = ()
     """The axes over which `owned` is cut: () or ("dp",)."""
 
@@ -116,8 +118,9 @@ class FlatGroup:
 
     @property
     def peers(self) -> Communicator:
-        """The ranks with other samples that hold the same of this group: the gradients are summed over them."""
-        axes = () if self.mesh is None else summed_axes(self.cut_axes, self.mesh)
+        """The ranks with other samples that hold the same of this group, and those along the axes that are joined: the
+        gradients are summed over them."""
+        axes = () if self.mesh is None else (*summed_axes(self.cut_axes, self.mesh), *self.joined)
         return single() if self.mesh is None or not axes else self.mesh[axes]
 
     @property
@@ -209,12 +212,15 @@ class FlatBuffers:
         pad_to: int = 1,
         mesh: Mesh | None = None,
         section: Callable[[str], int] = lambda name: 0,
+        join: bool = False,
     ) -> None:
         """Move the parameters (with their values) into flat buffers of `comm.empty`: a collective call.
 
         Parameters without values yet are 0 until `initialise`. The length of each buffer is a multiple of `pad_to`
         elements. Gradients that are present are forgotten. Without a mesh, all ranks that matter hold the same. Names
         are those that the parameters have in the whole model. Parameters of different sections have groups apart.
+        With `join`, partial gradients are summed in one go with those of other samples: over axes that cut no
+        parameter (cp), whose ranks have equal buffers. The memory is then that of all these ranks.
         """
         parameters = {parameter.name or path: parameter for path, parameter in parameters.items()}
         self.frozen = {name: parameter for name, parameter in parameters.items() if not parameter.requires_grad}
@@ -228,16 +234,21 @@ class FlatBuffers:
         self.parameters = parameters
         # One order on all ranks, also where each has other parameters: what is summed over an axis meets there.
         kinds = sorted(by_kind, key=lambda each: (each[0][2], each[0][3], each[0][1], str(each[0][0]), each[1]))
+        joined = [_joined(each[0], kinds) if join and mesh else () for each in kinds]
         if mesh is not None:
-            mesh.open(summed_axes(cut_axes, mesh) for (_, cut_axes, _, _), _ in kinds)
+            mesh.open((*summed_axes(each[0][1], mesh), *axes) for each, axes in zip(kinds, joined, strict=True))
         # What is cut over an axis of the batch has another length on each rank there: no memory of all of them.
         homes = [
-            mesh[summed_axes(cut_axes, mesh)] if mesh and comm.size > 1 and set(cut_axes) & set(BATCH_AXES) else comm
-            for (_, cut_axes, _, _), _ in kinds
+            mesh[(*summed_axes(cut_axes, mesh), *axes)]
+            if mesh and (axes or (comm.size > 1 and set(cut_axes) & set(BATCH_AXES)))
+            else comm
+            for ((_, cut_axes, _, _), _), axes in zip(kinds, joined, strict=True)
         ]
         self.groups = [
             self.group_type(by_kind[each], home, pad_to, mesh) for each, home in zip(kinds, homes, strict=True)
         ]
+        for group, axes in zip(self.groups, joined, strict=True):
+            group.joined = axes
         if mesh is not None:
             mesh.open(axes for group in self.groups for axes in _meetings(group))
 
@@ -319,7 +330,7 @@ def reduce_partial(flat: FlatBuffers) -> None:
             continue
         flat.fill_missing()
         gradient, only = group.owned_grad, dict(group.only)
-        whole = tuple(axis for axis in group.partial_axes if axis not in only)
+        whole = tuple(axis for axis in group.partial_axes if axis not in only and axis not in group.joined)
         comms: list[Communicator | None] = [group.mesh[whole]] if whole else []
         comms += [group.mesh.among(axis, only[axis]) for axis in group.partial_axes if axis in only]
         for comm in comms:
@@ -330,6 +341,12 @@ def reduce_partial(flat: FlatBuffers) -> None:
 def summed_axes(cut_axes: Sequence[str], mesh: Mesh) -> tuple[str, ...]:
     """The axes of the batch over which the gradient of a parameter that `cut_axes` cut is to be summed."""
     return tuple(axis for axis in BATCH_AXES if axis not in cut_axes and mesh.size(axis) > 1)
+
+
+def _joined(of: Kind, kinds: Sequence[tuple[Kind, int]]) -> tuple[str, ...]:
+    """The axes of its partial gradients along which all ranks hold whole parameters, and the same."""
+    apart = {axis for (_, cut_axes, _, only), _ in kinds for axis in (*cut_axes, *dict(only))}
+    return tuple(axis for axis in of[2] if axis not in apart)
 
 
 def _meetings(group: FlatGroup) -> Iterator[tuple[str | int, ...]]:

@@ -55,7 +55,8 @@ def strategies(config: Config) -> list[Strategy]:
     if parallel.dp > 1 and parallel.embedding != "replicate" and config.model.kind == "dlrm":
         return [embedding(config), DATA_PARALLEL[parallel.data_parallel](parallel)]
     chosen = [make(config) for axis, make in AXES.items() if getattr(parallel, axis) > 1]
-    if parallel.dp * parallel.ep > 1:  # both axes have samples of their own, to be summed over
+    overlapped = parallel.cp if parallel.data_parallel == "ddp" else 1  # ddp sums over both at once
+    if parallel.dp * parallel.ep * overlapped > 1:  # dp and ep have samples of their own, to be summed over
         chosen.append(DATA_PARALLEL[parallel.data_parallel](parallel))
     return chosen
 

@@ -8,6 +8,7 @@
 
 The buffer comes from `comm.empty`: on one node it lies in a shared window and is reduced in place, without a copy.
 Buckets are posted in one fixed order on all ranks, whatever order they fill in. Sent per step and rank: 2 (n-1)/n Ψ.
+Gradients that are partial over cp too are summed over both axes at once.
 What is cut over the axis itself, such as the tables of a recommender, has no peers to be summed with, and no bucket.
 With a `Compressor` it is the one who sums a bucket; then the buffer lies where it says.
 
@@ -95,7 +96,7 @@ class DistributedDataParallel(Strategy):
                 self.compressor = None
             else:
                 home = opened
-        self.flat = FlatBuffers(model.named_parameters(), home, mesh=mesh)
+        self.flat = FlatBuffers(model.named_parameters(), home, mesh=mesh, join=self.compressor is None)
         self.buckets = make_buckets(self.flat, self.bucket_bytes)
         if self.compressor is not None:
             self.compressor.attach([(bucket.group, bucket.where) for bucket in self.buckets])
