@@ -525,6 +525,11 @@ class TrainConfig(_Section, frozen=True, kw_only=True):
 class ParallelConfig(_Section, frozen=True, kw_only=True):
     """The mesh: ranks along each axis, and the strategy of the data axis."""
 
+    auto: bool = False
+    """Choose degrees, data_parallel, sequence, schedule, micro_batch and recompute by a cost model: see `dtrain plan`.
+    `parallel: auto` is short for it."""
+    memory_gb: float | None = None
+    """auto: what a rank may use, in GiB; null: only time counts."""
     dp: int = -1
     """Data; -1: what the other axes leave."""
     tp: int = 1
@@ -569,6 +574,9 @@ class ParallelConfig(_Section, frozen=True, kw_only=True):
             f"parallel.order: {self.order}; must name each axis once, fastest first, such as {ORDER}",
         )
         _require(self.bucket_mb > 0, f"parallel.bucket_mb: {self.bucket_mb}; must be above 0")
+        _require(
+            self.memory_gb is None or self.memory_gb > 0, f"parallel.memory_gb: {self.memory_gb}; must be above 0, or null"
+        )
         _require(
             self.data_parallel == "ddp" or self.compression.kind == "none",
             f"parallel.compression.kind: {self.compression.kind}; only data_parallel: ddp compresses, "

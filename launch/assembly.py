@@ -19,10 +19,29 @@ def assemble(config: Config, comm: Communicator) -> Trainer:
 
     Raises UserError when the mesh or the batch does not fit the ranks, or the data does not fit the model.
     """
+    config, _ = planned(config, comm)
     config = for_ranks(config, comm.size)
     mesh = make_mesh(config, comm)
     data, model = parts(config, comm)
     return Trainer(config, mesh, data, model, strategies(config))
+
+
+def planned(config: Config, comm: Communicator) -> tuple[Config, list[str]]:
+    """The configuration with what `parallel: auto` leaves open, chosen by rank 0, and why. Collective."""
+    if not config.parallel.auto:
+        return config, []
+    answer: tuple[Config | None, list[str]] = None, []
+    if comm.rank == 0:
+        from dtrain.launch import plan  # many files that few runs need
+
+        try:
+            answer = plan.chosen(config, comm.size, comm.hosts.count(comm.hosts[0]))
+        except UserError as error:
+            answer = None, [str(error)]
+    found, told = comm.broadcast_object(answer)
+    if found is None:
+        raise UserError(told[0])
+    return found, told
 
 
 def parts(config: Config, comm: Communicator) -> tuple[Data, models.Model]:

@@ -26,7 +26,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Return the configuration in the file, changed by overrides `key.path=value` (the value is YAML); UserError."""
     path = Path(path)
     values, lines = _read(path)
+    _spell_out(values)
     changed = [_override(values, override) for override in overrides]
+    _spell_out(values)
 
     def place(key: str) -> str:
         """Where the key stands: the override that set it, or the line of it or of the nearest enclosing section."""
@@ -51,6 +53,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     ) as error:  # a check of dtrain.config; msgspec adds where, the message says it already
         message = str(error).rpartition(" - at `$")[0] or str(error)
         raise UserError(f"{place(message.partition(':')[0])}: {message}") from None
+
+
+def _spell_out(values: dict[str, Any]) -> None:
+    """`parallel: auto` is short for a section."""
+    if values.get("parallel") == "auto":
+        values["parallel"] = {"auto": True}
 
 
 def for_ranks(config: Config, num_ranks: int) -> Config:

@@ -104,6 +104,52 @@ def sample(run_folder: Path, prompt: str, tokens: int, temperature: float, top_k
     sample(run_folder, prompt, tokens, temperature, seed, top_k)
 
 
+def _bytes(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+    if value is None:
+        return None
+    unit = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}.get(value[-1:].upper())
+    try:
+        number = float(value[:-1] if unit else value) * (unit or 1)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise click.BadParameter(f"{value}: must be bytes, with K, M, G or T for powers of 1024, such as 2G")
+    return number
+
+
+@cli.command("plan", help=f"Choose a layout: time and memory of the best ones, and why.\n\n{_CONFIG}")
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
+@click.option("--ranks", required=True, type=click.IntRange(1), help="How many ranks there are.")
+@click.option("--memory", callback=_bytes, help="What a rank may use, such as 2G; default: only time counts.")
+@click.option("--per-host", type=click.IntRange(1), help="Ranks on one host; default: all, or the cluster's.")
+@click.option("--cores", type=click.IntRange(1), help="Cores of a host; default: this machine's.")
+@click.option("--gflops", type=click.FloatRange(0, min_open=True), help="Of a core; default: measured here.")
+@click.option("--cluster", type=click.Path(path_type=Path), help="Latencies and bandwidths, as examples/cluster.yaml.")
+@click.option("--explain", is_flag=True, help="Time and memory in parts.")
+@click.option("--count", default=6, show_default=True, type=click.IntRange(1), help="Meshes in the table.")
+def plan_command(
+    config: Path,
+    overrides: tuple[str, ...],
+    ranks: int,
+    memory: float | None,
+    per_host: int | None,
+    cores: int | None,
+    gflops: float | None,
+    cluster: Path | None,
+    explain: bool,
+    count: int,
+) -> None:
+    """Print the plan."""
+    from dtrain.launch import configuration
+
+    loaded = configuration.load(config, overrides)
+    from dtrain.launch.plan import plan
+
+    speed = None if gflops is None else gflops * 1e9
+    failures.on_rank_0(lambda: plan(loaded, ranks, memory, per_host, cores, speed, cluster, explain, count))
+
+
 @cli.group()
 def show() -> None:
     """Show what a configuration means, without training."""

@@ -46,12 +46,14 @@ def run(config: Config, source: Path) -> None:
         from dtrain.launch.parameter_server import run_served
 
         return run_served(config, source, comm)
+    config, why = assembly.planned(config, comm)
     trainer = assembly.assemble(config, comm)
     folder = RunFolder(Path(config.output) / config.name, trainer)
     resumed = folder.open(source)
     comm.report_to(folder.path)
     with Progress(config, trainer.total_steps, trainer.step, on=comm.rank == 0) as progress:
-        for line in [*header(trainer), *memory.lines(folder.memory), *resumed]:
+        plan = [f"plan   {line}" for line in why]
+        for line in [*header(trainer), *plan, *memory.lines(folder.memory), *resumed]:
             progress.note(line)
         if folder.finished:
             return

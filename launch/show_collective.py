@@ -49,7 +49,7 @@ def show_collective(
     try:
         if cluster_path is not None:
             chosen = {name: rows[name] for name in names}
-            _simulate(collective, chosen, ranks, parameters, root, _read(cluster_path), parse_sizes(sizes), output)
+            _simulate(collective, chosen, ranks, parameters, root, read_cluster(cluster_path), parse_sizes(sizes), output)
         elif algorithm == "all" and len(rows) > 1:
             print("\n".join(_costs(collective, ranks)))
         elif len(names) > 1:
@@ -138,16 +138,17 @@ def _table(sizes: Sequence[int], times: dict[str, list[float]]) -> list[str]:
     return ["  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in rows]
 
 
-def _read(path: Path) -> Cluster:
+def read_cluster(path: Path, option: str = "--simulate") -> Cluster:
+    """The cluster of a YAML file."""
     try:
         description: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(description, dict):
             raise ValueError("must have the keys levels and maybe name, gamma")
         return cluster_from(description)
     except OSError as error:
-        raise UserError(f"--simulate: {path}: {error.strerror}") from None
+        raise UserError(f"{option}: {path}: {error.strerror}") from None
     except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"--simulate: {path}: {error}") from None
+        raise UserError(f"{option}: {path}: {error}") from None
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,0 +1,129 @@
+"""Auto-mesh: degrees, schedule, microbatches, recomputation for a number of ranks and a memory limit, and why.
+
+profile.py   what a sample costs in each part of the model       search.py   the cheapest legal layouts
+machine.py   what the machine does in a second                   report.py   the table and the reasons
+costs.py     time and memory of one layout
+
+`parallel: auto` in a configuration takes the first row of what `dtrain plan` prints.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dtrain.arrays import named_dtype
+from dtrain.config import Config, MLPConfig
+from dtrain.errors import UserError
+from dtrain.launch import environment
+from dtrain.launch.plan import report
+from dtrain.launch.plan.costs import Cost, Job
+from dtrain.launch.plan.machine import Machine, measure
+from dtrain.launch.plan.profile import profile
+from dtrain.launch.plan.search import applied, cheapest
+
+MODELS = ("gpt", "bert", "mlp")
+
+
+def plan(
+    config: Config,
+    ranks: int,
+    memory: float | None,
+    per_node: int | None,
+    cores: int | None,
+    speed: float | None,
+    cluster: Path | None,
+    explain: bool,
+    count: int,
+) -> None:
+    """Print the best layouts of `config`. memory: bytes per rank; speed: FLOP/s of a core, None: measured here."""
+    job = make_job(config, ranks, machine(config, ranks, memory, per_node, cores, speed, cluster))
+    best, smallest, costed = cheapest(job, config, count)
+    print(f"{config.name}: {config.model.kind}, {job.profile.parameters:,.0f} parameters, global batch "
+          f"{job.global_batch}, {ranks} ranks")  # fmt: skip
+    print(f"{report.assumed(job.machine)}\n")
+    if not best:
+        raise UserError(nothing_fits(job, smallest))
+    print("\n".join(report.table(best)))
+    if explain:
+        print("\n" + "\n".join(report.parts(best)))
+    print("\n" + "\n".join(report.reasons(job, best[0])))
+    print(f"\n{as_overrides(best[0])}\n{costed} layouts costed")
+
+
+def chosen(config: Config, ranks: int, per_node: int) -> tuple[Config, list[str]]:
+    """The configuration with the best layout written in, and what to tell about it. Deterministic but for the speed of
+    this machine: one rank decides for all."""
+    memory = None if config.parallel.memory_gb is None else config.parallel.memory_gb * 2**30
+    job = make_job(config, ranks, machine(config, ranks, memory, per_node, None, None, None))
+    best, smallest, _ = cheapest(job, config, 1)
+    if not best:
+        raise UserError(nothing_fits(job, smallest))
+    told = [*report.table(best), *report.reasons(job, best[0])]
+    return applied(config, best[0].layout), told
+
+
+def make_job(config: Config, ranks: int, where: Machine) -> Job:
+    """What is to be planned."""
+    from dtrain.data import open_data
+
+    if config.model.kind not in MODELS:
+        raise UserError(f"model.kind: {config.model.kind}; a plan can be made for {', '.join(MODELS)}")
+    if isinstance(config.model, MLPConfig):
+        data = open_data(config.data, seed=config.seed)
+    else:
+        is_bert = config.model.kind == "bert"
+        data = open_data(config.data, config.model.sequence, config.seed, config.model.vocabulary, is_bert)
+    return Job(profile(config, data), where, ranks, config.train.global_batch, config.optimizer.kind)
+
+
+def machine(
+    config: Config,
+    ranks: int,
+    memory: float | None,
+    per_node: int | None,
+    cores: int | None,
+    speed: float | None,
+    cluster: Path | None,
+) -> Machine:
+    """What is known of the machine; None: this machine, all ranks on it."""
+    products, moved = measure(named_dtype(config.train.dtype), environment.blas_threads())
+    described = None
+    if cluster is not None:
+        from dtrain.launch.show_collective import read_cluster
+
+        described = read_cluster(cluster, "--cluster")
+        per_node = per_node or described.levels[0].ranks or None
+    here = cores is None and speed is None and cluster is None
+    return Machine(
+        cluster=described,
+        flops=products if speed is None else speed,
+        bandwidth=moved if speed is None else moved * speed / products,  # a faster core is so in everything
+        cores=cores or (environment.cores() if here else per_node or ranks),
+        per_node=min(ranks, per_node or ranks),
+        memory=float("inf") if memory is None else memory,
+        measured=speed is None,
+    )
+
+
+def nothing_fits(job: Job, smallest: Cost | None) -> str:
+    """The message when there is no layout."""
+    if smallest is None:
+        return (
+            f"train.global_batch: {job.global_batch}; no layout of {job.ranks} ranks can share it out: "
+            f"allowed are multiples of {job.ranks}, or fewer ranks"
+        )
+    return (
+        f"memory: {report.size(job.machine.memory)} per rank; nothing fits. The least is "
+        f"{report.size(smallest.memory)}, with {report.mesh(smallest.layout)}: allow more, or start more ranks"
+    )
+
+
+def as_overrides(best: Cost) -> str:
+    """The choice as arguments of `dtrain run`."""
+    layout = best.layout
+    parts = [f"parallel.{axis}={getattr(layout, axis)}" for axis in ("dp", "tp", "pp")]
+    parts += [f"parallel.data_parallel={layout.data_parallel}"] * (layout.dp > 1)
+    parts += ["parallel.sequence=true"] * layout.sequence
+    parts += [f"pipeline.schedule={layout.schedule}"] * (layout.pp > 1)
+    parts += [f"train.micro_batch={layout.micro_batch}", f"train.recompute={str(layout.recompute).lower()}"]
+    return " ".join(parts)

@@ -1,0 +1,133 @@
+"""The cheapest legal layouts: best first, with a bound that lets most of them be skipped.
+
+    degrees dp x tp x pp ── microbatch, sequence, recomputation, way of cutting ──► a bound on the time: work alone
+                                     └── schedules x ways of data parallelism ──► the cost
+
+Groups are opened in the order of their bounds, until the next bound is above the cost of the k-th best mesh that was
+found: what is left cannot be among the k best. `everything` opens them all, and is what a test compares with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import msgspec
+
+from dtrain import config as schema
+from dtrain.config import Config
+from dtrain.launch.plan.costs import Cost, Job, Layout, Work, bound, cost, stages, work
+
+ZERO = ("ddp", "zero1", "zero2", "zero3")  # the simplest first: among equals it is taken
+ALIKE = 0.05  # times in one step of so much count as equal: the model does not know better, and simple is better
+WIDEST_V = 16  # ranks: zb_v is made by a rule that takes long for more, and waits more than others do
+GROUPS = (("1f1b", "gpipe", "zb_h1"), ("interleaved",), ("zb_v",))  # schedules that cut the model alike
+Mesh = tuple[int, int, int]
+Group = tuple[float, Layout, Work, tuple[str, ...]]
+
+
+def cheapest(job: Job, config: Config, count: int = 5) -> tuple[list[Cost], Cost | None, int]:
+    """(the cheapest of each mesh that fit the memory, of the `count` best meshes; what takes least memory; how many
+    were costed).
+
+    Among layouts of equal time the simplest, by `rank`.
+    """
+    best: dict[Mesh, Cost] = {}
+    smallest: Cost | None = None
+    costed = 0
+    for least, *group in sorted(groups(job, config), key=lambda group: group[0]):
+        ordered = sorted(best.values(), key=rank)
+        if len(ordered) >= count and _class(least) > _class(ordered[count - 1].seconds):
+            break
+        for each in _opened(job, *group):
+            costed += 1
+            mesh = (each.layout.dp, each.layout.tp, each.layout.pp)
+            if smallest is None or each.memory < smallest.memory:
+                smallest = each
+            if each.memory <= job.machine.memory and (mesh not in best or rank(each) < rank(best[mesh])):
+                best[mesh] = each
+    return sorted(best.values(), key=rank)[:count], smallest, costed
+
+
+def everything(job: Job, config: Config) -> list[Cost]:
+    """All legal layouts, cheapest first, whether they fit or not."""
+    return sorted((c for _, *group in groups(job, config) for c in _opened(job, *group)), key=rank)
+
+
+def rank(cost: Cost) -> tuple[int, int, int, float, float]:
+    """What is sorted by: time in steps of ALIKE, then simplicity, then time and memory."""
+    layout = cost.layout
+    extras = (layout.tp > 1) + (layout.pp > 1) + layout.sequence + layout.recompute
+    return _class(cost.seconds), extras, ZERO.index(layout.data_parallel), cost.seconds, cost.memory
+
+
+def _class(seconds: float) -> int:
+    return math.floor(math.log(seconds) / math.log1p(ALIKE))
+
+
+def groups(job: Job, config: Config) -> Iterator[Group]:
+    """(bound, layout without schedule and data parallelism, its work, its schedules) of all that is legal."""
+    profile, ranks = job.profile, job.ranks
+    tokens = (False, True) if profile.tokens else (False,)
+    for tp in _divisors(ranks):
+        if tp > max(profile.kv_heads, 1) and profile.tokens:
+            continue  # ranks without a head
+        for pp in _divisors(ranks // tp):
+            dp = ranks // tp // pp
+            if pp > len(profile.blocks) or job.global_batch % dp:
+                continue
+            for schedules in GROUPS if pp > 1 else ((GROUPS[0][0],),):
+                for sequence in tokens if tp > 1 else (False,):
+                    plain = Layout(dp, tp, pp, sequence=sequence, schedule=schedules[0])
+                    if pp * plain.chunks > len(profile.blocks):
+                        continue
+                    if plain.schedule == "zb_v" and pp > WIDEST_V:
+                        continue
+                    cut = stages(profile, plain)
+                    for micro_batch in _divisors(job.global_batch // dp):
+                        if not legal(config, replace(plain, micro_batch=micro_batch), ranks):
+                            continue
+                        for recompute in (False, True):
+                            layout = replace(plain, micro_batch=micro_batch, recompute=recompute)
+                            known = work(job, layout, cut)
+                            yield bound(job, layout, known), layout, known, schedules
+
+
+def legal(config: Config, layout: Layout, ranks: int) -> bool:
+    """Whether `dtrain.config.check` takes it."""
+    try:
+        schema.check(applied(config, layout), ranks)
+    except ValueError:
+        return False
+    return True
+
+
+def applied(config: Config, layout: Layout) -> Config:
+    """The configuration with this layout written in."""
+    parallel = msgspec.structs.replace(
+        config.parallel,
+        dp=layout.dp,
+        tp=layout.tp,
+        pp=layout.pp,
+        data_parallel=layout.data_parallel,
+        sequence=layout.sequence,
+        **({"auto": False} if hasattr(config.parallel, "auto") else {}),
+    )
+    pipeline = msgspec.structs.replace(
+        config.pipeline, schedule=layout.schedule, microbatches=None, chunks=None, cut=None
+    )
+    train = msgspec.structs.replace(config.train, micro_batch=layout.micro_batch, recompute=layout.recompute)
+    return msgspec.structs.replace(config, parallel=parallel, pipeline=pipeline, train=train)
+
+
+def _opened(job: Job, layout: Layout, known: Work, schedules: Sequence[str]) -> Iterator[Cost]:
+    for schedule in schedules:
+        for kind in ZERO if layout.dp > 1 else ZERO[:1]:
+            found = cost(job, replace(layout, schedule=schedule, data_parallel=kind), known)
+            if found is not None:
+                yield found
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
