@@ -362,7 +362,16 @@ def _own(collective: str, name: "str | Own") -> tuple[str, Algorithm]:
     return choice.name, Algorithm(choice.run, _several, _always, choice.volume, choice.start)
 
 
-def choose_start(table: dict[str, Algorithm], call: Call) -> tuple[str, Algorithm] | None:
-    """The first row that is possible and can be started without waiting; None: there is none."""
-    rows = ((name, row) for name, row in table.items() if row.start is not None and row.possible(call))
+def choose_start(table: dict[str, Algorithm], call: Call, measured: Sequence[str] = ()) -> tuple[str, Algorithm] | None:
+    """The row that starts a call without waiting; None: there is none.
+
+    In the window it is the window's: to publish and go costs the least, and nothing must be moved on meanwhile. Else
+    the first of those `measured` that is possible and can be started, and the first such row where nothing was.
+    """
+    rows = [(name, row) for name, row in table.items() if row.start is not None and row.possible(call)]
+    if rows and rows[0][0] == "window":
+        return rows[0]
+    for best in measured:
+        if (known := _known(table, best, call)) is not None and known[1].start is not None:
+            return known
     return next(((name, row) for name, row in rows if name != "hierarchical" or row.preferred(call)), None)

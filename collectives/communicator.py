@@ -254,7 +254,8 @@ class Communicator(Plans):
             if found[1].start is None:
                 raise ValueError(f"algorithm={algorithm!r}: cannot be started without waiting; call {name} itself")
         elif something:
-            found = algorithms.choose_start(table, call)
+            measured = () if self.tuning is None else self.tuning.order(name, call)
+            found = algorithms.choose_start(table, call, measured)
         if found is None:
             return self._defer(blocking, result)
         chosen, row = found

@@ -163,6 +163,27 @@ def test_auto_takes_the_best_that_is_possible():
     assert run_threads(4, rank) == [names] * 4
 
 
+def test_what_is_started_goes_by_the_table_too():
+    def rank(comm: Communicator) -> list[str]:
+        rows = [
+            measured("all_reduce", 1 << 16, exchange=1.0, **{"ring:segment_bytes=4096": 2.0, "native": 3.0}),
+            measured("all_gather", 1 << 16, staged=1.0, native=2.0, ring=3.0),
+        ]
+        ran = []
+        for known in (table(*rows), None):
+            comm.tune(known)
+            work = comm.all_reduce_async(np.full(1 << 14, comm.rank, np.float32))
+            ran.append(comm.last.algorithm)
+            assert (work.wait() == 6).all()
+            work = comm.all_gather_async(np.full(1 << 12, comm.rank, np.float32))
+            ran.append(comm.last.algorithm)
+            assert np.array_equal(work.wait(), np.repeat(np.arange(4, dtype=np.float32), 1 << 12))
+        return ran
+
+    # `exchange` and the staging cannot be started without waiting
+    assert run_threads(4, rank) == [["ring", "native", "native", "native"]] * 4
+
+
 def test_the_nearest_length_counts_and_the_costs_beyond():
     rows = [measured(nbytes=1 << bits, a=best, b=3.0) for bits, best in ((10, 1.0), (14, 5.0), (18, 1.0))]
 
