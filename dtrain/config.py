@@ -547,6 +547,10 @@ class ParallelConfig(_Section, frozen=True, kw_only=True):
     zero2, zero3: each rank keeps its share of the optimizer's state, of the gradients too, of the parameters too."""
     replicate: bool = False
     """zero: each rank has its own copy of the parameters that it needs, also where the ranks of a node could share."""
+    shard_over: int = 0
+    """zero: data ranks over which a copy of the model is cut, such as those of a node; 0: all of them."""
+    reshard: bool = True
+    """zero3: give gathered parameters back after the forward; false: keep them until the backward."""
     context: Literal["ring", "ulysses"] = "ring"
     """cp: keys and values go round the ranks, or each rank has all tokens of some heads for the attention."""
     sequence: bool = False
@@ -573,6 +577,7 @@ class ParallelConfig(_Section, frozen=True, kw_only=True):
             sorted(self.order.split("-")) == sorted(ORDER.split("-")),
             f"parallel.order: {self.order}; must name each axis once, fastest first, such as {ORDER}",
         )
+        _at_least(0, "parallel", shard_over=self.shard_over)
         _require(self.bucket_mb > 0, f"parallel.bucket_mb: {self.bucket_mb}; must be above 0")
         _require(
             self.memory_gb is None or self.memory_gb > 0, f"parallel.memory_gb: {self.memory_gb}; must be above 0, or null"
@@ -651,6 +656,26 @@ class ParameterServerConfig(_Section, frozen=True, kw_only=True):
         )
 
 
+class LoRAConfig(_Section, frozen=True, kw_only=True):
+    """Fine-tuning: small matrices beside the layers of a trained model, which stays as it is (Hu et al. 2021)."""
+
+    base: str = field(name="from")
+    """The trained model: a run such as runs/gpt-ddp (its newest checkpoint), or the folder of a checkpoint."""
+    rank: int = 8
+    """Rows of A, columns of B."""
+    alpha: float = 16.0
+    """The product B A is scaled by alpha / rank."""
+    targets: tuple[str, ...] = ("attention.qkv", "attention.out")
+    """Linear layers, by the end of their names; those of all blocks."""
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        _at_least(1, "lora", rank=self.rank)
+        _require(self.alpha > 0, f"lora.alpha: {self.alpha}; must be above 0")
+        _require(self.base != "", f"lora.from: {self.base}; must be a run, or the folder of a checkpoint")
+        _require(len(self.targets) > 0, "lora.targets: []; must name a layer or more, such as attention.qkv")
+
+
 class CheckpointConfig(_Section, frozen=True, kw_only=True):
     """When the state is written, and from where it goes on."""
 
@@ -710,6 +735,7 @@ class Config(_Section, frozen=True, kw_only=True):
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     parameter_server: ParameterServerConfig = field(default_factory=ParameterServerConfig)
+    lora: LoRAConfig | None = None
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)

@@ -23,7 +23,7 @@ def _zero(stage: int) -> Callable[[ParallelConfig], Strategy]:
     def make(parallel: ParallelConfig) -> Strategy:
         from dtrain.strategies.zero import ZeRO
 
-        return ZeRO(stage, parallel.replicate, accumulate=parallel.pp > 1)
+        return ZeRO(stage, parallel.replicate, parallel.pp > 1, parallel.shard_over, parallel.reshard)
 
     return make
 
@@ -65,7 +65,15 @@ def _pipeline(config: Config) -> Strategy:
     return PipelineParallel(pipeline.schedule, microbatches, pipeline.chunks, pipeline.cut)
 
 
-def embedding(config: Config) -> Strategy:
+def make_lora(config: Config) -> Strategy:
+    """Adapters beside frozen layers; applied after what cuts layers, before a pipeline."""
+    from dtrain.strategies.lora import LoRA
+
+    assert config.lora is not None
+    return LoRA(config.lora)
+
+
+def make_embedding(config: Config) -> Strategy:
     """The tables of a recommender, cut over the data axis; its strategy goes before that of the data axis."""
     from dtrain.strategies.embedding import EmbeddingParallel
 
@@ -80,4 +88,12 @@ AXES: dict[str, Callable[[Config], Strategy]] = {
     "pp": _pipeline,
 }
 
-__all__ = ["AXES", "DATA_PARALLEL", "DistributedDataParallel", "NaiveDataParallel", "Strategy", "embedding"]
+__all__ = [
+    "AXES",
+    "DATA_PARALLEL",
+    "DistributedDataParallel",
+    "NaiveDataParallel",
+    "Strategy",
+    "make_embedding",
+    "make_lora",
+]

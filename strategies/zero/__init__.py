@@ -8,6 +8,10 @@ rank sends per step: 2 (n-1)/n Ψ in stages 1 and 2, 3 (n-1)/n Ψ in stage 3, wh
 and again for the backward. Where all ranks are on one node the parameters are one array in shared memory: a rank
 updates its part in place and a barrier replaces every all_gather. `replicate` gives every rank its own copy.
 
+`shard_over` n cuts over groups of n data ranks only and keeps a copy in each group (hybrid sharding; n: the data ranks
+of a node): parameters then never leave the group, and the shards of the gradients are summed over the copies.
+`reshard: false` keeps what a forward gathered until its backward: 2 (n-1)/n Ψ instead of 3, for the memory of stage 2.
+
 Gradients are summed with every microbatch from stage 2 (there is no room for whole ones), with the last one in stage 1.
 Where several microbatches are under way at once, as in a pipeline, `accumulate` keeps whole gradients within the step.
 
@@ -43,8 +47,12 @@ class ZeRO(Strategy):
 
     axis = "dp"
 
-    def __init__(self, stage: int, replicate: bool = False, accumulate: bool = False) -> None:
+    def __init__(
+        self, stage: int, replicate: bool = False, accumulate: bool = False, shard_over: int = 0, reshard: bool = True
+    ) -> None:
+        """shard_over: data ranks that share one copy (0: all); reshard: give back after the forward what was gathered."""
         self.stage, self.replicate, self.accumulate = stage, replicate, accumulate or stage == 1
+        self.shard_over, self.reshard = shard_over, reshard
         self.synchronise = True
         self.latest = ENDS
         self.works: list[Work] = []
@@ -56,7 +64,9 @@ class ZeRO(Strategy):
         self.comm = mesh[BATCH_AXES]
         unit_of = {p.name: i + 1 for i, block in enumerate(model.blocks) for p in block.named_parameters().values()}
         parameters = {p.name: p for p in model.named_parameters().values()}
-        self.buffers = ZeroBuffers(self.stage, self.replicate, parameters, mesh, lambda name: unit_of.get(name, ENDS))
+        self.buffers = ZeroBuffers(
+            self.stage, self.replicate, parameters, mesh, lambda name: unit_of.get(name, ENDS), self.shard_over
+        )
         self.flat = self.buffers
         self.alone = not any(group.pages for group in self.buffers.groups)  # else a forward gathers
         members: dict[int, list[ZeroGroup]] = {}
@@ -104,6 +114,9 @@ class ZeRO(Strategy):
         if self.stage > 1:
             self.rooms.settle()
             self.end_rooms.settle()
+        for group in self.buffers.groups:
+            if group.copies.size > 1:
+                group.copies.all_reduce(group.owned_grad, out=group.owned_grad)
         for unit in self.units.values():
             unit.sums = 0
             unit.let_go()
@@ -140,7 +153,7 @@ class ZeRO(Strategy):
         if following not in (None, unit, self.units.get(ENDS)):
             following.fetch()
         self.latest = number
-        for other, each in self.units.items():
+        for other, each in self.units.items() if self.reshard else ():
             if other != ENDS and each not in (unit, following):
                 each.let_go()
 

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from dtrain.arrays import Array
-from dtrain.collectives import Communicator
+from dtrain.collectives import Communicator, single
+from dtrain.errors import UserError
 from dtrain.flat import FlatBuffers, FlatGroup, kind, summed_axes
 from dtrain.mesh import BATCH_AXES, Mesh
 from dtrain.parameter import Parameter
@@ -50,22 +51,28 @@ class ZeroGroup(FlatGroup):
         self,
         stage: int,
         replicate: bool,
+        levels: Callable[[Communicator], tuple[Communicator, Communicator]],
         parameters: Mapping[str, Parameter],
         comm: Communicator,
         pad_to: int,
         mesh: Mesh | None,
     ) -> None:
-        """replicate: every rank has its own copy of what it needs, also where ranks could share one."""
-        self.stage, self.replicate, self.comm = stage, replicate, comm
+        """replicate: every rank has its own copy of what it needs, also where ranks could share one.
+
+        levels: of those who replicate the group, (the ranks over which it is cut, the ranks that own the same part).
+        """
+        self.stage, self.replicate = stage, replicate
+        self.comm, self.copies = levels(comm)
         axes = ("dp",) if mesh is None else summed_axes(kind(next(iter(parameters.values())))[1], mesh)
         self.owned_over = axes if comm.size > 1 else ()  # what is cut over dp already has one owner
+        self._complement: Communicator | None = None
         self.pages: Pages | None = None
         """Room for the gathered parameters where this rank keeps only its own."""
         self.mine: Array | None = None
         """The own shard of the parameters, then."""
         self.shard: Array | None = None
         """The own shard of the gradients, from stage 2."""
-        super().__init__(parameters, comm, pad_to, mesh)
+        super().__init__(parameters, self.comm, pad_to, mesh)
 
     def allocate(self, comm: Communicator) -> None:
         """Make what stays: see the table above. Collective."""
@@ -99,6 +106,21 @@ class ZeroGroup(FlatGroup):
             parameter.buffer = self.grad[self.slices[name]].reshape(parameter.shape) if self.stage == 1 else None
             parameter.grad = None
 
+    def replicas(self) -> tuple[int, int]:
+        """As of all groups; and those that own the same part in other copies."""
+        index, count = super().replicas()
+        return index * self.copies.size + self.copies.rank, count * self.copies.size
+
+    @property
+    def complement(self) -> Communicator:
+        """The ranks that together own each parameter once, within my copy. The first access is collective."""
+        if self._complement is None:
+            every = super().complement
+            part = every if self.copies.size == 1 else every.split(self.copies.rank)
+            assert part is not None
+            self._complement = part
+        return self._complement
+
     @property
     def owned_data(self) -> Array:
         """The parameters that this rank updates."""
@@ -126,12 +148,32 @@ class ZeroBuffers(FlatBuffers):
         parameters: Mapping[str, Parameter],
         mesh: Mesh,
         unit_of: Callable[[str], int],
+        shard_over: int = 0,
     ) -> None:
-        """unit_of: the number of the unit of a parameter by its name. Collective over the mesh."""
-        self.group_type = partial(ZeroGroup, stage, replicate)  # type: ignore[assignment]
+        """unit_of: the number of the unit of a parameter by its name. Collective over the mesh.
+
+        shard_over: consecutive ranks over which a group is cut (0: all that replicate it); the others are copies.
+        """
+        self._shard_over = shard_over
+        self._levels: dict[Communicator, tuple[Communicator, Communicator]] = {}
+        self.group_type = partial(ZeroGroup, stage, replicate, self._cut)  # type: ignore[assignment]
         comm = mesh[BATCH_AXES]
         super().__init__(parameters, comm, pad_to=comm.size, mesh=mesh, section=unit_of)
         self.groups: list[ZeroGroup]  # type: ignore[assignment]
+
+    def _cut(self, comm: Communicator) -> tuple[Communicator, Communicator]:
+        """The ranks of one copy, and those with the same part of the copies."""
+        over = self._shard_over
+        if not over or comm.size <= over:
+            return comm, single()
+        if comm.size % over:
+            fits = [size for size in range(1, comm.size + 1) if comm.size % size == 0]
+            raise UserError(f"parallel.shard_over: {over}; must divide the {comm.size} data ranks: {fits}")
+        if comm not in self._levels:
+            inner, outer = comm.split(comm.rank // over), comm.split(comm.rank % over)
+            assert inner is not None and outer is not None
+            self._levels[comm] = inner, outer
+        return self._levels[comm]
 
     def initialise(self, seed: int, comm: Communicator | None = None) -> None:
         """As of all flat buffers; what ranks share is written by one of them. Collective."""

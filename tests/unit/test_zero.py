@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from dtrain.collectives import run_threads, single
+from dtrain.errors import UserError
 from dtrain.strategies.zero.buffers import Pages
 from tests import training
 
@@ -77,6 +78,43 @@ def test_within_a_pipeline(stage, schedule):
     parallel = {"pp": 2, "dp": 2, "data_parallel": f"zero{stage}", "replicate": True}
     for losses, _ in run_threads(4, train, {"train": TRAIN, **sections, "parallel": parallel}):
         np.testing.assert_allclose(losses, expected, rtol=1e-11)
+
+
+@pytest.mark.parametrize(("stage", "replicate"), STAGES)
+def test_a_copy_in_every_group_of_ranks(stage, replicate):
+    """Hybrid sharding: cut over 2 ranks, two copies of it; every element is counted once in norm and checkpoint."""
+    sections = {"model": GPT, "train": TRAIN}
+    expected, values = reference(json.dumps(sections))
+    parallel = {"data_parallel": f"zero{stage}", "replicate": replicate, "shard_over": 2}
+    results = run_threads(4, train, {**sections, "parallel": parallel})
+    for losses, held in results:
+        np.testing.assert_allclose(losses, expected, rtol=1e-11)
+        for name, value, start in held:
+            part = tuple(slice(first, first + length) for first, length in zip(start, value.shape, strict=True))
+            np.testing.assert_allclose(value, values[name][part], rtol=1e-9, atol=1e-10, err_msg=name)
+    for (_, mine), (_, other) in ((results[0], results[2]), (results[1], results[3])):
+        for (name, value, start), (same, copy, where) in zip(mine, other, strict=True):
+            assert (name, start) == (same, where)
+            np.testing.assert_array_equal(value, copy, err_msg=name)
+    with pytest.raises(UserError, match=r"parallel.shard_over: 3; must divide the 4 data ranks: \[1, 2, 4\]"):
+        run_threads(4, train, {**sections, "parallel": {**parallel, "shard_over": 3}})
+
+
+@pytest.mark.parametrize("optimizer", ["lamb", "adafactor"])
+def test_copies_and_optimizers_that_look_at_whole_parameters(optimizer):
+    parallel = {"data_parallel": "zero1", "tp": 2, "shard_over": 2}
+    sections = {"model": GPT, "train": TRAIN, "optimizer": {"kind": optimizer, "learning_rate": 3e-3, "clip_norm": 1.0}}
+    if optimizer == "adafactor":  # refuses ranges that cut a matrix
+        with pytest.raises(ValueError, match="adafactor needs whole parameters"):
+            run_threads(8, train, {**sections, "parallel": parallel})
+        return
+    expected, _ = reference(json.dumps(sections))
+    for losses, _ in run_threads(8, train, {**sections, "train": {**TRAIN, "micro_batch": 3}, "parallel": parallel}):
+        np.testing.assert_allclose(losses, expected, rtol=1e-11)
+
+
+def test_parameters_may_stay_until_the_backward():
+    compare(3, {"data_parallel": "zero3", "replicate": True, "reshard": False})
 
 
 def test_all_stages_have_the_bits_of_ddp():
