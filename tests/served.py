@@ -40,20 +40,29 @@ def serve(
     prepare: Callable[[Worker], None] = lambda worker: None,
     folder: Path | None = None,
     resume: Path | None = None,
+    records: list[StepRecord] | None = None,
+    watch: Callable[[Lead], None] = lambda lead: None,
+    tells: bool = False,
     **sections: Any,
 ) -> Served:
-    """Run to the end; `prepare` may change a worker before it begins. `folder`: for checkpoints."""
+    """Run to the end. `prepare` may change a worker before it begins, `watch` the lead; `folder`: for checkpoints;
+    `records`: the list to fill; `tells`: a worker that fails tells the lead, as in a run of the command line."""
     config = for_ranks(training.config(**sections), comm.size)
     servers = config.parameter_server.servers
     data, model = assembly.parts(config, comm)
     mine = comm.split(int(comm.rank >= comm.size - servers))
     assert mine is not None
-    done = Served()
+    done = Served(records=[] if records is None else records)
     if comm.rank < comm.size - servers:
         done.worker = worker = Worker(comm, config, data, model)
         prepare(worker)
         comm.counters.reset()
-        worker.work()
+        try:
+            worker.work()
+        except MemoryError as error:
+            if not tells:
+                raise
+            worker.fail(error)
     else:
         trainer = Trainer(config, Mesh(mine, dp=-1), data, model, [Serve(needs_whole(config.optimizer.kind))])
         if resume is not None:
@@ -61,6 +70,7 @@ def serve(
         save = (lambda: None) if folder is None else (lambda: (trainer.save(folder), None)[1])
         if mine.rank == 0:
             done.server = Lead(comm, trainer, save, done.records.append, done.notes.append)
+            watch(done.server)
         else:
             done.server = Server(comm, trainer, save)
         comm.counters.reset()

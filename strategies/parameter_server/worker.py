@@ -69,7 +69,7 @@ class Rows:
 
     def forward(self, ids: Array) -> Tensor:
         """As Embedding.forward."""
-        distinct = np.unique(ids)
+        distinct = np.unique(ids).astype(np.int64)
         fresh = np.setdiff1d(distinct, self.ids, assume_unique=True)
         if fresh.size:
             self.worker.pull_rows(self.weight.name, fresh)

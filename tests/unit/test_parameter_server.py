@@ -1,0 +1,507 @@
+"""Parameter servers on in-process ranks: synchronous = one process, and what the other modes promise.
+
+Checks of the course: 21 (sync = one process), 22 (asynchronous: a slow worker does not slow the others, gradients are
+stale), 23 (a quorum of 0.9 of 10 workers goes on with 9). Counted in updates, never in seconds.
+"""
+
+import functools
+import itertools
+import json
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dtrain.collectives import run_threads, single
+from dtrain.config import ParameterServerConfig
+from dtrain.errors import UserError
+from dtrain.flat import FlatBuffers
+from dtrain.strategies.parameter_server import Ledger, WorkersLost
+from dtrain.strategies.parameter_server.shards import borders, shards
+from tests import served, training
+
+BASE: dict[str, Any] = {
+    "model": {"kind": "gpt", "layers": 1, "dim": 16, "heads": 2, "sequence": 8},
+    "train": {"steps": 3, "global_batch": 12, "micro_batch": 2, "validate": {"every": 2, "batches": 2}},
+}
+
+
+@functools.cache
+def reference(sections: str) -> tuple[Any, list[float | None], dict[str, Any]]:
+    """Losses and norms, validation losses, parameters of one process."""
+    trainer = training.trainer(single(), **json.loads(sections))
+    records = list(trainer.run())
+    return training.losses(records), [record.validation_loss for record in records], training.parameters(trainer)
+
+
+def run(workers: int, servers: int, mode: str = "sync", options: Any = (), **sections: Any) -> list[served.Served]:
+    """The results of all ranks, workers first."""
+    sections = {**BASE, **sections, "parameter_server": {"servers": servers, "mode": mode, **dict(options)}}
+    return run_threads(workers + servers, lambda comm: served.serve(comm, **sections))
+
+
+def compare(results: list[served.Served], workers: int, tolerance: float = 1e-10, **sections: Any) -> None:
+    """All of it equals one process."""
+    losses, validation, parameters = reference(json.dumps({**BASE, **sections}))
+    records = results[workers].records
+    np.testing.assert_allclose(training.losses(records), losses, rtol=tolerance)
+    assert [record.validation_loss for record in records] == [
+        None if loss is None else pytest.approx(loss, rel=tolerance) for loss in validation
+    ]
+    for name, values in served.whole(results, parameters).items():
+        np.testing.assert_allclose(values, parameters[name], rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+# --- synchronous = one process ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("workers", "servers"), [(1, 1), (1, 3), (3, 1), (3, 2), (5, 3)])
+def test_synchronous_equals_one_process(workers, servers):
+    """Also where the shares of a batch are uneven: 12 samples on 5 workers."""
+    results = run(workers, servers)
+    compare(results, workers)
+    assert results[workers].lead.ledger.staleness == {0: 3 * workers}
+    assert results[workers].notes == []
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam", "adamw", "lamb", "adafactor"])
+def test_every_optimizer_runs_on_the_servers(kind):
+    optimizer = {"kind": kind, "learning_rate": 3e-3, "weight_decay": 0.1, "clip_norm": 0.5}
+    compare(run(2, 2, optimizer=optimizer), 2, optimizer=optimizer)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"model": {**BASE["model"], "dropout": 0.2}},
+        {"model": {**BASE["model"], "kind": "bert"}},
+        {
+            "model": {"kind": "mlp", "hidden": [24]},
+            "data": {"kind": "images", "path": "digits"},
+            "train": {"steps": 3, "global_batch": 20, "micro_batch": 4},
+        },
+    ],
+    ids=["dropout", "bert", "mlp"],
+)
+def test_every_model(sections):
+    compare(run(2, 2, **sections), 2, **sections)
+
+
+def test_half_precision_has_its_master_copies_on_the_servers():
+    sections = {"train": {**BASE["train"], "dtype": "bfloat16"}}
+    results = run(2, 2, **sections)
+    losses, _, parameters = reference(json.dumps({**BASE, **sections}))
+    np.testing.assert_allclose(training.losses(results[2].records), losses, rtol=2e-2)
+    assert set(served.whole(results, parameters)) == set(parameters)
+
+
+@pytest.mark.parametrize("mode", ["async", "ssp", "local_sgd"])
+def test_one_worker_is_one_process_in_every_mode(mode):
+    compare(run(1, 2, mode), 1)
+
+
+def test_a_run_is_the_same_again_bit_for_bit():
+    first, second = (run(3, 2) for _ in range(2))
+    assert [record.loss for record in first[3].records] == [record.loss for record in second[3].records]
+    for one, other in zip(first, second, strict=True):
+        for name, (start, values) in one.parameters.items():
+            assert start == other.parameters[name][0]
+            np.testing.assert_array_equal(values, other.parameters[name][1])
+
+
+# --- key ranges -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("servers", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("whole", [False, True])
+def test_ranges_cover_everything_once_and_are_even(servers, whole):
+    model = training.trainer(single(), **BASE).model
+    (group,) = FlatBuffers(model.named_parameters(), single()).groups
+    places = borders(group, servers, whole)
+    assert places[0] == 0 and places[-1] == group.size and places == sorted(places)
+    widest = max((where.stop - where.start) for where in group.slices.values())
+    unit = widest if whole else max(max(np.prod(shape[1:], dtype=int) for shape in group.shapes.values()), 8)
+    for a, b in itertools.pairwise(places):
+        assert abs((b - a) - group.size / servers) <= 2 * unit
+    for place in places[1:-1]:
+        inside = [(name, where) for name, where in group.slices.items() if where.start < place < where.stop]
+        assert not (whole and inside)
+        for name, where in inside:
+            assert (place - where.start) % np.prod(group.shapes[name][1:], dtype=int) == 0
+
+
+def test_runs_and_tables_tile_each_range():
+    model = training.trainer(single(), **{**BASE, "model": {**BASE["model"], "tied": False}}).model
+    groups = FlatBuffers(model.named_parameters(), single()).groups
+    found = shards(groups, 3, False, ["embedding.weight"])
+    rows = sorted((table.first, table.last) for shard in found for table in shard.tables)
+    assert rows[0][0] == 0 and rows[-1][1] == 256 and all(a[1] == b[0] for a, b in itertools.pairwise(rows))
+    for shard in found:
+        spans = sorted((span.start, span.stop) for _, span in shard.runs)
+        spans = sorted(spans + [(table.where.start, table.where.stop) for table in shard.tables])
+        assert spans[0][0] == shard.ranges[0].start and spans[-1][1] == shard.ranges[0].stop
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(spans))
+
+
+# --- asynchronous, bounded staleness, quorum --------------------------------------------------------------------------
+
+
+class Gate:
+    """Holds a worker in its first step until it is opened."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+
+    def hold(self, worker: Any) -> None:
+        """Before the run, on the worker that is to be held."""
+        compute = worker.execute
+
+        def held(microbatches: Any) -> Any:
+            assert self.open.wait(50)
+            return compute(microbatches)
+
+        worker.execute = held
+
+
+def test_asynchronous_goes_on_while_one_worker_stands_still():
+    """Worker 0 computes its first gradient until the others have made all other updates: 8 of 9."""
+    gate, others = Gate(), [0, 0]
+
+    def prepare(worker):
+        if worker.comm.rank == 0:
+            return gate.hold(worker)
+        push, index = worker.push, worker.comm.rank - 1
+
+        def counted(*arguments: Any) -> None:
+            push(*arguments)
+            others[index] += 1
+            if sum(others) == 8:
+                gate.open.set()
+
+        worker.push = counted
+
+    sections = {**BASE, "train": {**BASE["train"], "validate": {"every": 0}}}
+    sections["parameter_server"] = {"servers": 2, "mode": "async"}
+    results = run_threads(5, lambda comm: served.serve(comm, prepare, **sections))
+    book = results[3].lead.ledger
+    assert [worker.applied for worker in book.workers] == [1, *others] and sum(others) == 8
+    assert book.staleness[8] == 1 and book.version == 9
+    assert [record.step for record in results[3].records] == [1, 2, 3]
+    assert [results[rank].server.trainer.optimizer.steps for rank in (3, 4)] == [9, 9]
+
+
+def test_a_quorum_of_nine_of_ten_goes_on_with_nine():
+    """Worker 4 stands still until all updates are made; its one gradient is dropped and reported."""
+    gate = Gate()
+
+    def prepare(worker):
+        if worker.comm.rank == 4:
+            gate.hold(worker)
+
+    class Opener(list):
+        def append(self, record):
+            super().append(record)
+            if record.step == 3:
+                gate.open.set()
+
+    sections = {**BASE, "train": {**BASE["train"], "validate": {"every": 0}}}
+    sections["parameter_server"] = {"servers": 2, "mode": "sync", "quorum": 0.9}
+
+    def start(comm):
+        return served.serve(comm, prepare, records=Opener(), **sections)
+
+    results = run_threads(12, start)
+    book = results[10].lead.ledger
+    assert book.quorum == 9 and book.version == 3
+    assert [worker.applied for worker in book.workers] == [3, 3, 3, 3, 0, 3, 3, 3, 3, 3]
+    assert book.workers[4].dropped <= 1  # none, when the run was over before it came
+    tokens = 12 * 8  # twelve samples on ten workers: the first two have two of them
+    assert [record.tokens for record in results[10].records] == [tokens - 8] * 3
+
+
+def test_bounded_staleness_stops_the_fast_and_asynchronous_does_not():
+    """Worker 0 stands still. The others may be 2 gradients ahead: they make 3 each, then wait for it."""
+    gate, waits = Gate(), []
+
+    def prepare(worker):
+        if worker.comm.rank == 0:
+            gate.hold(worker)
+
+    sections = {**BASE, "train": {**BASE["train"], "steps": 6, "validate": {"every": 0}}}
+    sections["parameter_server"] = {"servers": 1, "mode": "ssp", "staleness": 2}
+
+    def watch(lead):
+        tick = lead.tick
+
+        def watched() -> None:
+            clocks = [worker.clock for worker in lead.ledger.workers]
+            if clocks[1:] == [3, 3] and all(worker.holds is None for worker in lead.ledger.workers[1:]):
+                waits.append(clocks)
+                gate.open.set()
+            assert max(clocks) - min(clocks) <= 3
+            tick()
+
+        lead.tick = watched
+
+    results = run_threads(4, lambda comm: served.serve(comm, prepare, watch=watch, **sections))
+    assert waits[0] == [0, 3, 3]
+    assert results[3].lead.ledger.version == 18
+
+
+# --- local SGD --------------------------------------------------------------------------------------------------------
+
+
+def test_local_sgd_with_averages_every_step_is_synchronous():
+    """Averages of what momentum makes of gradients are what it makes of their average."""
+    optimizer = {"kind": "sgd", "learning_rate": 0.1, "momentum": 0.9, "weight_decay": 0.1}
+    results = run(3, 2, "local_sgd", {"period": 1}, optimizer=optimizer)
+    losses, validation, parameters = reference(json.dumps({**BASE, "optimizer": optimizer}))
+    np.testing.assert_allclose(training.losses(results[3].records)[:, 0], losses[:, 0], rtol=1e-10)
+    assert results[3].records[-1].validation_loss == pytest.approx(validation[-1], rel=1e-10)
+    for name, values in served.whole(results, parameters).items():
+        np.testing.assert_allclose(values, parameters[name], atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adafactor"])
+def test_local_sgd_is_the_mean_of_separate_runs(kind):
+    """The oracle: trainers of one process on the shares of the workers, averaged by hand every 2 steps."""
+    sections = {**BASE, "train": {**BASE["train"], "steps": 4, "validate": {"every": 0}}}
+    sections["optimizer"] = {"kind": kind, "learning_rate": 3e-3, "clip_norm": 1.0}
+    results = run(2, 2, "local_sgd", {"period": 2}, **sections)
+    trainers = [training.trainer(single(), **sections) for _ in range(2)]
+    for part, trainer in enumerate(trainers):
+        trainer._data_rank = lambda part=part: (part, 2)
+    for _ in range(2):
+        for trainer in trainers:
+            trainer.train_step()
+            trainer.train_step()
+        states = [
+            {**{n: p.data for n, p in each.model.named_parameters().items()}, **each.optimizer.per_parameter_state()}
+            for each in trainers
+        ]
+        for name in states[0]:
+            mean = (states[0][name] + states[1][name]) / 2
+            for state in states:
+                state[name][...] = mean
+    expected = training.parameters(trainers[0])
+    for name, values in served.whole(results, expected).items():
+        np.testing.assert_allclose(values, expected[name], rtol=1e-10, atol=1e-12, err_msg=name)
+    assert len(results[2].records) == 4 and results[2].lead.version == 2
+
+
+# --- rows of embeddings -----------------------------------------------------------------------------------------------
+
+
+def test_rows_of_embeddings_equal_the_dense_pull_and_cost_the_distinct_keys():
+    def sections(vocabulary, **options):
+        model = {**BASE["model"], "tied": False, "vocabulary": vocabulary}
+        train = {**BASE["train"], "validate": {"every": 0}}
+        return {**BASE, "model": model, "train": train, "parameter_server": {"servers": 2, **options}}
+
+    def distinct(worker):
+        seen = worker.distinct = []
+        push = worker.push
+
+        def counted(*arguments: Any) -> None:
+            seen.append(worker.rows["embedding.weight"].ids.size)
+            push(*arguments)
+
+        worker.push = counted
+
+    def go(values, prepare=lambda worker: None):
+        return run_threads(4, lambda comm: served.serve(comm, prepare, **values))
+
+    dense, sparse = go(sections(512)), go(sections(512, sparse=["embedding"]), distinct)
+    for one, other in zip(dense[2].records, sparse[2].records, strict=True):
+        assert other.loss == pytest.approx(one.loss, rel=1e-12)
+        assert other.grad_norm == pytest.approx(one.grad_norm, rel=1e-12)
+    for rank in (2, 3):
+        for name, (_, values) in dense[rank].parameters.items():
+            np.testing.assert_allclose(sparse[rank].parameters[name][1], values, rtol=1e-11, atol=1e-13)
+
+    row, large = 16 * 8, go(sections(4096, sparse=["embedding"]), distinct)
+    for rank in (0, 1):
+        keys = sum(sparse[rank].worker.distinct)
+        assert 0 < keys < 3 * 200 and sum(large[rank].worker.distinct) == keys
+        saved = dense[rank].received - sparse[rank].received
+        assert saved == 3 * 512 * row - keys * row  # the table in each of three steps, against the rows of its ids
+        # The head has 3584 rows more, of 16 numbers; the table adds nothing, though it is eight times as long.
+        assert large[rank].received - sparse[rank].received == 3 * 3584 * row
+
+
+@pytest.mark.parametrize(
+    ("name", "tied", "message"),
+    [
+        ("embedding", True, "weight nothing else uses; allowed: positions"),
+        ("embeding", False, "allowed: embedding, positions"),
+    ],
+)
+def test_only_embeddings_of_their_own_are_sparse(name, tied, message):
+    with pytest.raises(UserError, match=message):
+        run(1, 1, options={"sparse": [name]}, model={**BASE["model"], "tied": tied})
+
+
+def test_a_table_that_is_no_embedding_is_told():
+    with pytest.raises(UserError, match="positions; no row of it was looked up"):
+        run(1, 1, options={"sparse": ["positions"]})
+
+
+# --- deaths -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["async", "ssp"])
+def test_the_rest_go_on_when_a_worker_dies(mode):
+    """Worker 1 fails in its second step; its samples are computed by others, and it waits for the end."""
+    calls = []
+
+    def prepare(worker):
+        if worker.comm.rank == 1:
+            execute = worker.execute
+
+            def fail(microbatches: Any) -> Any:
+                calls.append(worker.step)
+                if len(calls) > 1:
+                    raise MemoryError("no more")
+                return execute(microbatches)
+
+            worker.execute = fail
+
+    sections = {**BASE, "parameter_server": {"servers": 2, "mode": mode, "staleness": 1}}
+    results = run_threads(5, lambda comm: served.serve(comm, prepare, tells=True, **sections))
+    book = results[3].lead.ledger
+    assert book.version == 9 and book.workers[1].applied <= 1
+    assert "MemoryError: no more" in book.workers[1].dead
+    assert any("worker 1" in note and "lost" in note for note in results[3].notes)
+    assert results[3].records[-1].validation_loss is not None
+
+
+def test_the_rest_go_on_when_a_worker_falls_silent():
+    """It hangs for longer than the time limit; when it comes back, it works on."""
+    gate = Gate()
+
+    def prepare(worker):
+        if worker.comm.rank == 1:
+            gate.hold(worker)
+
+    def watch(lead):
+        note = lead.note
+
+        def heard(text: str) -> None:
+            note(text)
+            if "lost" in text:
+                gate.open.set()
+
+        lead.note = heard
+
+    sections = {**BASE, "parameter_server": {"servers": 1, "mode": "async", "timeout": 0.3}}
+    results = run_threads(3, lambda comm: served.serve(comm, prepare, watch=watch, **sections))
+    assert any("no sign of life for 0.3 s" in note for note in results[2].notes)
+    assert results[2].lead.ledger.version >= 6 and len(results[2].records) == 3
+
+
+def test_synchronous_ends_with_a_report_when_a_worker_falls_silent():
+    gate = Gate()
+
+    def prepare(worker):
+        if worker.comm.rank == 1:
+            gate.hold(worker)
+
+    sections = {**BASE, "parameter_server": {"servers": 1, "mode": "sync", "timeout": 0.3}}
+    try:
+        with pytest.raises(WorkersLost, match=r"worker 1 of 2: no sign of life.*sync needs 2 of 2 workers, 1 are left"):
+            run_threads(3, lambda comm: served.serve(comm, prepare, **sections))
+    finally:
+        gate.open.set()
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_servers_is_one_of_any_layout(tmp_path):
+    """Three servers write step 2; two servers, and one process, go on from it as if nothing had happened."""
+    sections = {**BASE, "checkpoint": {"every": 2}}
+    first = {**sections, "train": {**BASE["train"], "steps": 2}}
+    # The learning rate must be that of the whole run.
+    first["schedule"] = sections["schedule"] = {"kind": "constant"}
+    run_threads(5, lambda comm: served.serve(comm, folder=tmp_path, **first, parameter_server={"servers": 3}))
+    step = tmp_path / "step_00000002"
+    losses, _, parameters = reference(json.dumps(sections))
+    results = run_threads(4, lambda comm: served.serve(comm, resume=step, **sections, parameter_server={"servers": 2}))
+    assert results[2].records[0].step == 3
+    assert results[2].records[0].loss == pytest.approx(losses[2, 0], rel=1e-10)
+    for name, values in served.whole(results, parameters).items():
+        np.testing.assert_allclose(values, parameters[name], rtol=1e-10, atol=1e-12)
+    alone = training.trainer(single(), **sections)
+    alone.load(step)
+    assert alone.train_step().loss == pytest.approx(losses[2, 0], rel=1e-10)
+
+
+@pytest.mark.parametrize("mode", ["async", "local_sgd"])
+def test_other_modes_go_on_from_their_checkpoints(mode, tmp_path):
+    """With one worker there is one order of events: interrupted and not are equal."""
+    sections = {**BASE, "checkpoint": {"every": 2}, "schedule": {"kind": "constant"}}
+    first = {**sections, "train": {**BASE["train"], "steps": 2}}
+    options = {"servers": 2, "mode": mode}
+    run_threads(3, lambda comm: served.serve(comm, folder=tmp_path, **first, parameter_server=options))
+    step = tmp_path / "step_00000002"
+    results = run_threads(3, lambda comm: served.serve(comm, resume=step, **sections, parameter_server=options))
+    losses, _, parameters = reference(json.dumps(sections))
+    assert results[1].records[0].loss == pytest.approx(losses[2, 0], rel=1e-10)
+    for name, values in served.whole(results, parameters).items():
+        np.testing.assert_allclose(values, parameters[name], rtol=1e-10, atol=1e-12)
+
+
+# --- the book ---------------------------------------------------------------------------------------------------------
+
+
+def book(mode: str, workers: int = 2, steps: int = 4, fence: int = 4, **options: Any) -> Ledger:
+    config = ParameterServerConfig(servers=1, mode=mode, **options)  # type: ignore[arg-type]
+    return Ledger(config, workers, steps, lambda step: min(steps, (step // fence + 1) * fence))
+
+
+def test_nothing_beyond_a_fence_is_handed_out_before_all_before_it_is_applied():
+    ledger = book("async", fence=1)
+    assert ledger.assign(0) == ledger.workers[0].holds and ledger.workers[0].holds.part == 0
+    ledger.pushed(0, 0)
+    assert ledger.assign(0).part == 1 and ledger.assign(1) is None  # type: ignore[union-attr]
+    ledger.pushed(0, 1)
+    assert ledger.at_fence and ledger.assign(1) is None
+    ledger.go_on()
+    assert ledger.assign(1).step == 1  # type: ignore[union-attr]
+
+
+def test_the_work_of_the_dead_is_done_by_others():
+    ledger = book("async")
+    ledger.assign(0), ledger.assign(1)
+    ledger.lose(0, "gone")
+    ledger.pushed(1, 0)
+    assert ledger.assign(1).part == 0 and ledger.assign(1).part == 0  # type: ignore[union-attr]
+    with pytest.raises(WorkersLost, match="0 are left"):
+        ledger.lose(1, "gone too")
+
+
+def test_parts_of_a_validation_are_not_lost_with_a_worker():
+    ledger = book("sync", quorum=0.5)
+    ledger.validate()
+    assert ledger.assign(0).part == 0 and ledger.assign(1).part == 1  # type: ignore[union-attr]
+    ledger.lose(1, "gone")
+    assert ledger.evaluated(0) and not ledger.validated
+    assert ledger.assign(0).part == 1 and ledger.evaluated(0) and ledger.validated  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "async"}, "parameter_server.servers: 0; the other keys"),
+        ({"servers": 2, "mode": "async", "quorum": 0.5}, "quorum: 0.5; mode async waits for nobody"),
+        ({"servers": 2, "quorum": 0.0}, "quorum: 0.0; must be above 0"),
+        ({"servers": 2, "slow": [0.5]}, "slow: .*every factor must be 1 or more"),
+        ({"servers": 2, "mode": "local_sgd", "sparse": ["embedding"]}, "sparse: .*whole copies"),
+        ({"servers": 4}, "leaves no worker of 4 ranks: must be 3 or less, or start 5 ranks or more"),
+        ({"servers": 3, "slow": [1.0, 2.0]}, "there are 1 workers only"),
+    ],
+)
+def test_what_does_not_fit_is_refused(options, message):
+    with pytest.raises((ValueError, UserError), match=message):
+        run_threads(4, lambda comm: served.serve(comm, **BASE, parameter_server=options))
