@@ -50,7 +50,7 @@ class ZeRO(Strategy):
     def __init__(
         self, stage: int, replicate: bool = False, accumulate: bool = False, shard_over: int = 0, reshard: bool = True
     ) -> None:
-        """shard_over: data ranks that share one copy (0: all); reshard: give back after the forward what was gathered."""
+        """shard_over: data ranks that share one copy (0: all); reshard: what was gathered goes after the forward."""
         self.stage, self.replicate, self.accumulate = stage, replicate, accumulate or stage == 1
         self.shard_over, self.reshard = shard_over, reshard
         self.synchronise = True
