@@ -15,7 +15,7 @@ blocks of all ranks must cover the tensor.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -24,16 +24,17 @@ from msgspec.structs import replace
 
 from dtrain.arrays import Array, named_dtype
 from dtrain.collectives import Communicator
-from dtrain.config import Config, MLPConfig, ValidateConfig
+from dtrain.config import Config, ValidateConfig
 from dtrain.errors import UserError
 from dtrain.flat import Block
 from dtrain.launch import assembly, configuration
 from dtrain.launch.verify_reference import Reference, Tensors, gradients, parameters, probed, unprobed
-from dtrain.manifest import check_tiling
+from dtrain.manifest import Box, check_tiling
 from dtrain.trainer import Trainer
 
 OPERATIONS = 10  # of a block, one after the other, in its forward and its backward
 SAFETY = 4.0
+PACK = 1 << 20
 LEAST_SCALE = 1e-3  # of the largest of all gradients: below, a tensor is compared with that instead of its own largest
 
 
@@ -53,7 +54,8 @@ class Tolerance:
         unit = float(ml_dtypes.finfo(named_dtype(dtype)).eps) / 2  # type: ignore[no-untyped-call]
         wide = min(unit, float(np.finfo(np.float32).eps) / 2)
         terms = config.train.global_batch * getattr(config.model, "sequence", 1)
-        layers = len(config.model.hidden) if isinstance(config.model, MLPConfig) else config.model.layers
+        hidden = getattr(config.model, "hidden", None)
+        layers = getattr(config.model, "layers", len(hidden) if isinstance(hidden, tuple) else 4)
         row = OPERATIONS * (layers + 1) + config.train.global_batch // config.train.micro_batch
         relative = SAFETY * steps * (wide * math.sqrt(terms * row) if unit == wide else unit * math.sqrt(row))
         counted = f"{terms} terms x {row} operations in a row" if unit == wide else f"{row} roundings in a row"
@@ -114,7 +116,9 @@ def verify(
         else:
             for _ in range(steps):  # nobody waits longer than for a step: that would be a hang
                 comm.barrier()
-    return _compare(trainer, reference if comm.rank == 0 else None, steps, tolerance)
+    report = _compare(trainer, reference if comm.rank == 0 else None, steps, tolerance)
+    trainer.mesh.close()
+    return report
 
 
 def comparable(config: Config, steps: int) -> Config:
@@ -166,29 +170,16 @@ def _tensors(
     names: list[tuple[str, list[int]]] = comm.broadcast_object([(name, [*v.shape]) for name, v in expected.items()])
     largest = max((float(np.abs(v).max(initial=0)) for v in expected.values()), default=0.0)
     largest = comm.broadcast_object(largest)
-    found: dict[str, tuple[float, float, list[tuple[list[int], list[int]]]]] = {}
-    scales = {}
-    for name, shape in names:
-        value = comm.broadcast(expected[name] if expected else np.empty(shape))
-        scale = max(float(np.abs(value).max(initial=0)), LEAST_SCALE * largest)
-        allowed = np.asarray(relative * scale)
-        if kind == "parameter":
-            extra = comm.broadcast(_adapted(name, reference, relative) if reference else np.empty(shape))
-            allowed = allowed + extra
-        scales[name] = scale
-        difference = excess = 0.0
-        boxes = []
-        for block in held.pop(name, []):
-            box = tuple(slice(first, first + n) for first, n in zip(block.start, block.array.shape, strict=True))
-            apart = np.abs(block.array.astype(np.float64) - value[box])
-            apart[np.isnan(apart)] = np.inf
-            difference = max(difference, float(apart.max(initial=0)))
-            limit = np.broadcast_to(allowed, value.shape)[box]
-            with np.errstate(divide="ignore", invalid="ignore"):
-                over = np.where(apart > 0, apart / limit, 0.0)
-            excess = max(excess, float(over.max(initial=0)))
-            boxes.append(([each.start for each in box], [each.stop for each in box]))
-        found[name] = difference, excess, boxes
+    found: dict[str, tuple[float, float, list[Box]]] = {}
+    scales: dict[str, float] = {}
+    for pack in _packs(names):
+        values = _sent(comm, pack, lambda name: expected[name])
+        extras = _sent(comm, pack, lambda name: _adapted(name, reference, relative)) if kind == "parameter" else {}
+        for name, value in values.items():
+            scales[name] = max(float(np.abs(value).max(initial=0)), LEAST_SCALE * largest)
+            limits = relative * scales[name] + extras.get(name, np.zeros_like(value))
+            found[name] = _largest(held.pop(name, []), value, limits)
+    assert not held, f"{', '.join(held)}: one process has no such parameters"
     everyone = comm.all_gather_object(found)
     for name, shape in names:
         parts = [each[name] for each in everyone]
@@ -201,6 +192,45 @@ def _tensors(
         yield Row(kind, name, max(part[0] for part in parts), scales[name], excess)
 
 
+def _packs(names: list[tuple[str, list[int]]]) -> Iterator[list[tuple[str, list[int]]]]:
+    """The names in portions of about PACK elements: many small tensors travel together."""
+    pack: list[tuple[str, list[int]]] = []
+    for each in names:
+        pack.append(each)
+        if sum(math.prod(shape) for _, shape in pack) >= PACK:
+            yield pack
+            pack = []
+    if pack:
+        yield pack
+
+
+def _sent(comm: Communicator, pack: list[tuple[str, list[int]]], of: Callable[[str], Array]) -> Tensors:
+    """The arrays `of` rank 0 by name, on all ranks; float64."""
+    flat = np.empty(sum(math.prod(shape) for _, shape in pack))
+    if comm.rank == 0:
+        np.concatenate([of(name).reshape(-1) for name, _ in pack], out=flat)
+    flat, end, arrays = comm.broadcast(flat), 0, {}
+    for name, shape in pack:
+        start, end = end, end + math.prod(shape)
+        arrays[name] = flat[start:end].reshape(shape)
+    return arrays
+
+
+def _largest(blocks: list[Block], value: Array, limits: Array) -> tuple[float, float, list[Box]]:
+    """(largest difference, largest difference / limit, boxes) of the blocks of a tensor that a rank holds."""
+    difference = excess = 0.0
+    boxes = []
+    for block in blocks:
+        box = tuple(slice(first, first + n) for first, n in zip(block.start, block.array.shape, strict=True))
+        apart = np.abs(block.array.astype(np.float64) - value[box])
+        apart[np.isnan(apart)] = np.inf
+        difference = max(difference, float(apart.max(initial=0)))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            excess = max(excess, float(np.where(apart > 0, apart / limits[box], 0.0).max(initial=0)))
+        boxes.append((tuple(each.start for each in box), tuple(each.stop for each in box)))
+    return difference, excess, boxes
+
+
 def _expected(kind: str, reference: Reference) -> Tensors:
     if kind == "parameter":
         return reference.values
@@ -208,9 +238,10 @@ def _expected(kind: str, reference: Reference) -> Tensors:
     return {name: found[name] for name in reference.values}
 
 
-def _adapted(name: str, reference: Reference, relative: float) -> Array:
+def _adapted(name: str, reference: Reference | None, relative: float) -> Array:
     """What is allowed to the elements of a parameter beside rounding: Adam and its kin divide a gradient by its own
     size, so an element whose gradient is rounding error itself goes anywhere, as far as others go."""
+    assert reference is not None
     smallest = reference.smallest[name]
     noise = relative * max(
         float(np.abs(reference.first[name]).max(initial=0)),
