@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import msgspec
+
 from dtrain import models
 from dtrain.collectives import Communicator
 from dtrain.config import Config, DLRMConfig, MLPConfig
@@ -30,18 +34,19 @@ def planned(config: Config, comm: Communicator) -> tuple[Config, list[str]]:
     """The configuration with what `parallel: auto` leaves open, chosen by rank 0, and why. Collective."""
     if not config.parallel.auto:
         return config, []
-    answer: tuple[Config | None, list[str]] = None, []
+    answer: list[Any] = [None, []]
     if comm.rank == 0:
         from dtrain.launch import plan  # many files that few runs need
 
         try:
-            answer = plan.chosen(config, comm.size, comm.hosts.count(comm.hosts[0]))
+            found, told = plan.chosen(config, comm.size, comm.hosts.count(comm.hosts[0]))
+            answer = [msgspec.to_builtins(found), told]
         except UserError as error:
-            answer = None, [str(error)]
-    found, told = comm.broadcast_object(answer)
-    if found is None:
+            answer = [None, [str(error)]]
+    values, told = comm.broadcast_object(answer)
+    if values is None:
         raise UserError(told[0])
-    return found, told
+    return msgspec.convert(values, Config), told
 
 
 def parts(config: Config, comm: Communicator) -> tuple[Data, models.Model]:

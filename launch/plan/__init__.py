@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dtrain.arrays import named_dtype
-from dtrain.config import Config, MLPConfig
+from dtrain.config import BERTConfig, Config, GPTConfig, MLPConfig
 from dtrain.errors import UserError
 from dtrain.launch import environment
 from dtrain.launch.plan import report
@@ -71,6 +71,7 @@ def make_job(config: Config, ranks: int, where: Machine) -> Job:
     if isinstance(config.model, MLPConfig):
         data = open_data(config.data, seed=config.seed)
     else:
+        assert isinstance(config.model, GPTConfig | BERTConfig)
         is_bert = config.model.kind == "bert"
         data = open_data(config.data, config.model.sequence, config.seed, config.model.vocabulary, is_bert)
     return Job(profile(config, data), where, ranks, config.train.global_batch, config.optimizer.kind)

@@ -25,7 +25,7 @@ import numpy as np
 
 from dtrain import autograd, models
 from dtrain.arrays import Array, named_dtype
-from dtrain.config import Config, MLPConfig
+from dtrain.config import BERTConfig, Config, GPTConfig, MLPConfig
 from dtrain.models import Model, Sizes
 from dtrain.models.base import IGNORED
 
@@ -104,6 +104,7 @@ def profile(config: Config, sizes: Sizes) -> Profile:
         number, kv_heads, tokens = 1, 1, False
         boundary = itemsize * float(max(config.model.hidden))
     else:
+        assert isinstance(config.model, GPTConfig | BERTConfig)
         length = config.model.sequence
         lengths = [length] if length <= LENGTHS[-1] else LENGTHS
         short = msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, layers=1))

@@ -136,8 +136,8 @@ def assumed(machine: Machine) -> str:
     )
     limit = "" if machine.memory == float("inf") else f", {size(machine.memory)} per rank"
     return (
-        f"{machine.cores} cores and {machine.per_node} ranks per node{limit}; a core: {machine.flops / 1e9:.3g} GFLOP/s "
-        f"({how}); {levels}"
+        f"{machine.cores} cores and {machine.per_node} ranks per node{limit}; a core: "
+        f"{machine.flops / 1e9:.3g} GFLOP/s ({how}); {levels}"
     )
 
 

@@ -36,11 +36,11 @@ def cheapest(job: Job, config: Config, count: int = 5) -> tuple[list[Cost], Cost
     best: dict[Mesh, Cost] = {}
     smallest: Cost | None = None
     costed = 0
-    for least, *group in sorted(groups(job, config), key=lambda group: group[0]):
+    for group in sorted(groups(job, config), key=lambda group: group[0]):
         ordered = sorted(best.values(), key=rank)
-        if len(ordered) >= count and _class(least) > _class(ordered[count - 1].seconds):
+        if len(ordered) >= count and _class(group[0]) > _class(ordered[count - 1].seconds):
             break
-        for each in _opened(job, *group):
+        for each in _opened(job, *group[1:]):
             costed += 1
             mesh = (each.layout.dp, each.layout.tp, each.layout.pp)
             if smallest is None or each.memory < smallest.memory:
@@ -52,7 +52,7 @@ def cheapest(job: Job, config: Config, count: int = 5) -> tuple[list[Cost], Cost
 
 def everything(job: Job, config: Config) -> list[Cost]:
     """All legal layouts, cheapest first, whether they fit or not."""
-    return sorted((c for _, *group in groups(job, config) for c in _opened(job, *group)), key=rank)
+    return sorted((c for group in groups(job, config) for c in _opened(job, *group[1:])), key=rank)
 
 
 def rank(cost: Cost) -> tuple[int, int, int, float, float]:
