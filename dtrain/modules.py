@@ -137,11 +137,15 @@ class Linear(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """From (..., inputs) to (..., outputs)."""
-        return F.linear(x, self.weight, self.bias)
+        return self.multiply(x, self.bias)
 
     def product(self, x: Tensor) -> Tensor:
         """Without the bias, for those who add it in one pass with what follows (`F.gelu`, `F.bias_residual`)."""
-        return F.linear(x, self.weight, None)
+        return self.multiply(x, None)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The one place where the weight is used: what stands beside it (an adapter) replaces this."""
+        return F.linear(x, self.weight, bias)
 
 
 class Embedding(Module):

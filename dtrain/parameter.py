@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -19,6 +19,13 @@ from dtrain import random
 from dtrain.arrays import Array
 from dtrain.layout import REPLICATED, Box, Layout, Partial, Place, Shard
 from dtrain.tensor import Tensor
+
+
+class Initial(Protocol):
+    """A rule for initial values."""
+
+    def values(self, seed: int, name: str, shape: tuple[int, ...], dtype: Any, part: Sequence[slice]) -> Array:
+        """The `part` (slices of the leading dims) of the initial tensor of global `shape`."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +59,13 @@ class Parameter(Tensor):
     __slots__ = ("boxes", "gradient_layout", "initial", "layout", "name", "whole")
     trained = True
 
-    def __init__(self, shape: tuple[int, ...], initial: Normal | Constant, dtype: Any = np.float32) -> None:
+    def __init__(self, shape: tuple[int, ...], initial: Initial, dtype: Any = np.float32) -> None:
         super().__init__(np.broadcast_to(np.zeros((), dtype), shape), requires_grad=True)
         self.name = ""  # dotted path in the whole model, given by its root before anything is cut
         self.layout: Layout = REPLICATED
         self.gradient_layout: Layout = REPLICATED
         """Partial on the axes over which the gradient must be summed after the backward, the data axis aside."""
-        self.initial = initial
+        self.initial: Initial = initial
         self.whole = shape  # of the whole tensor, also where `data` is a slice of it
         self.boxes = whole_boxes(shape)
         """Which blocks of the whole tensor `data` holds."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dtrain.arrays import Array
 from dtrain.checkpoint import Piece, Reader
@@ -69,6 +69,10 @@ class Strategy:
     def state(self) -> list[Piece]:
         """What a checkpoint must hold, beside parameters and optimizer, for the next steps to be the same."""
         return []
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint tells about it beside tensors (JSON), at the top of its state."""
+        return {}
 
     def load_state(self, reader: Reader) -> None:
         """Take it back from a checkpoint, as far as it is there: another layout may have written it."""

@@ -268,6 +268,7 @@ class Trainer:
             "data": self.data.fingerprint,
             "optimizer": {"kind": self.config.optimizer.kind, "steps": self.optimizer.steps},
             "loss_scale": self.scaler.state(),
+            **{key: value for strategy in self.strategies for key, value in strategy.facts().items()},
             **(extra or {}),
         }
         return checkpoint.save(root, self.step, self.mesh.comm, pieces, state, keep)

@@ -13,7 +13,7 @@ from dtrain.data import Data, open_data
 from dtrain.errors import UserError
 from dtrain.launch.configuration import for_ranks
 from dtrain.mesh import Mesh
-from dtrain.strategies import AXES, DATA_PARALLEL, embedding
+from dtrain.strategies import AXES, DATA_PARALLEL, make_embedding, make_lora
 from dtrain.strategy import Strategy
 from dtrain.trainer import Trainer
 
@@ -76,9 +76,14 @@ def make_mesh(config: Config, comm: Communicator) -> Mesh:
 def strategies(config: Config) -> list[Strategy]:
     """The strategies of a mesh, in the order in which they are applied; one process has none: it is the reference."""
     parallel = config.parallel
+    chosen: list[Strategy] = []
     if parallel.dp > 1 and parallel.embedding != "replicate" and config.model.kind == "dlrm":
-        return [embedding(config), DATA_PARALLEL[parallel.data_parallel](parallel)]
-    chosen = [make(config) for axis, make in AXES.items() if getattr(parallel, axis) > 1]
+        chosen.append(make_embedding(config))
+    for axis, make in AXES.items():
+        if axis == "pp" and config.lora is not None:
+            chosen.append(make_lora(config))
+        if getattr(parallel, axis) > 1:
+            chosen.append(make(config))
     overlapped = parallel.cp if parallel.data_parallel == "ddp" else 1  # ddp sums over both at once
     if parallel.dp * parallel.ep * overlapped > 1:  # dp and ep have samples of their own, to be summed over
         chosen.append(DATA_PARALLEL[parallel.data_parallel](parallel))

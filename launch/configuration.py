@@ -134,6 +134,8 @@ def _override(values: dict[str, Any], override: str) -> str:
 def _problems(value: Any, wanted: Any, key: str) -> Iterator[tuple[str, str]]:
     """Yield (key, problem) for everything in a plain value that is not of the wanted type."""
     structs = _structs(wanted)
+    if value is None and NoneType in _options(wanted):
+        return
     if not structs:
         if not any(_is(value, option) for option in _options(wanted)):
             hint = _nearest(value, [name for option in _options(wanted) for name in _names(option)])
@@ -163,7 +165,7 @@ def _problems(value: Any, wanted: Any, key: str) -> Iterator[tuple[str, str]]:
 
 def _struct_problems(value: dict[Any, Any], struct: type[msgspec.Struct], inside: str) -> Iterator[tuple[str, str]]:
     hints = get_type_hints(struct)
-    fields = {field.name: hints[field.name] for field in msgspec.structs.fields(struct)}
+    fields = {field.encode_name: hints[field.name] for field in msgspec.structs.fields(struct)}
     known = [*(["kind"] if _tag(struct) else []), *fields]
     of = f" of {inside}kind: {_tag(struct)}" if _tag(struct) else ""
     for name, part in value.items():
@@ -172,8 +174,8 @@ def _struct_problems(value: dict[Any, Any], struct: type[msgspec.Struct], inside
         elif name in fields:
             yield from _problems(part, fields[name], f"{inside}{name}")
     for field in msgspec.structs.fields(struct):
-        if field.required and field.name not in value:
-            yield f"{inside}{field.name}", f"missing; must be {_described(fields[field.name])}"
+        if field.required and field.encode_name not in value:
+            yield f"{inside}{field.encode_name}", f"missing; must be {_described(fields[field.encode_name])}"
 
 
 def _tag(struct: type[msgspec.Struct]) -> str | int | None:

@@ -51,7 +51,8 @@ def _vjp(node: Any, g: Array) -> tuple[Array]:
 
 
 def _flops(inputs: tuple[Shape, ...], output: Shape, attributes: dict[str, Any]) -> int:
-    return math.prod(output) * (attributes["ids"].shape[1] - 1)
+    longest: int = attributes["ids"].shape[1]
+    return math.prod(output) * (longest - 1)
 
 
 EMBEDDING_BAG = Op("embedding_bag", _forward, _vjp, ITSELF, _flops)

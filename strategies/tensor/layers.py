@@ -43,7 +43,7 @@ class RowLinear(Linear):
 
     def product(self, x: Tensor) -> Tensor:
         """Without the bias: from my part of (..., inputs) to (..., outputs)."""
-        return self._leave(F.linear(x, self.weight, None))
+        return self._leave(self.multiply(x, None))
 
     def forward(self, x: Tensor) -> Tensor:
         """From my part of (..., inputs) to (..., outputs)."""
@@ -60,11 +60,11 @@ class ColumnLinear(Linear):
 
     def product(self, x: Tensor) -> Tensor:
         """Without the bias: from (..., inputs) to my part of (..., outputs)."""
-        return F.linear(self._enter(x), self.weight, None)
+        return self.multiply(self._enter(x), None)
 
     def forward(self, x: Tensor) -> Tensor:
         """From (..., inputs) to (..., outputs), or my part of them."""
-        return self._leave(F.linear(self._enter(x), self.weight, self.bias))
+        return self._leave(self.multiply(self._enter(x), self.bias))
 
 
 class VocabularyEmbedding(Embedding):
