@@ -1,6 +1,7 @@
 # make run      a trained GPT in two minutes: environment, installation, mpirun -n 8
 # make test     unit tests in one process, the MPI tests on 2, 3, 4 and 8 ranks, examples, the program as a whole, two hosts
 # make check    ruff, mypy, import-linter
+# make battery  every combination of strategies on up to 8 ranks = one process, an hour; PARTS=1/60 for a part
 # make bench    the training step, beside PyTorch's where that is installed
 # make bench-hosts    collectives over two hosts, made of network namespaces (root): how near to the wire they come
 # make clean    remove the environment; runs/ stays
@@ -25,7 +26,7 @@ endif
 LIMIT := $(shell command -v timeout >/dev/null 2>&1 && echo timeout -k 10)
 limit = $(if $(LIMIT),$(LIMIT) $(1))
 
-.PHONY: bench-hosts run test test-unit test-mpi test-system check format bench clean
+.PHONY: battery bench-hosts run test test-unit test-mpi test-system check format bench clean
 
 run: .venv/run-$(MPI)
 	mpirun -n 8 dtrain run $(CONFIG)
@@ -33,7 +34,7 @@ run: .venv/run-$(MPI)
 test: test-unit test-mpi test-system
 
 test-unit: .venv/dev-$(MPI)
-	$(call limit,900) python -m pytest tests/unit -q
+	$(call limit,900) python -m pytest tests/unit -q -n auto --dist loadfile
 
 test-mpi: .venv/dev-$(MPI)
 	@set -e; for ranks in $(MPI_SIZES); do \
@@ -64,6 +65,15 @@ bench: .venv/run-$(MPI)
 
 bench-hosts: .venv/dev-$(MPI)
 	python -m tests.hosts.bench $(HOSTS_OPTIONS)
+
+# In parts, so that a failure is told soon and no process grows old.
+PARTS ?= $(shell seq -f '%g/24' 24)
+battery: .venv/dev-$(MPI)
+	@set -e; for part in $(PARTS); do \
+	    echo "DTRAIN_BATTERY=$$part python -m pytest tests/unit/test_battery.py -q"; \
+	    DTRAIN_BATTERY=$$part python -m pytest tests/unit/test_battery.py -q -p no:cacheprovider; \
+	done
+	DTRAIN_BATTERY=all python -m pytest tests/system/test_verify.py -q -p no:cacheprovider
 
 clean:
 	rm -rf .venv build dist *.egg-info
