@@ -547,6 +547,9 @@ class ParallelConfig(_Section, frozen=True, kw_only=True):
     zero2, zero3: each rank keeps its share of the optimizer's state, of the gradients too, of the parameters too."""
     replicate: bool = False
     """zero: each rank has its own copy of the parameters that it needs, also where the ranks of a node could share."""
+    reproducible: bool = False
+    """The same bits of the parameters for every number of data ranks that is a power of two, and every data_parallel;
+    slower: see dtrain/reproducible.py."""
     shard_over: int = 0
     """zero: data ranks over which a copy of the model is cut, such as those of a node; 0: all of them."""
     reshard: bool = True
@@ -580,7 +583,8 @@ class ParallelConfig(_Section, frozen=True, kw_only=True):
         _at_least(0, "parallel", shard_over=self.shard_over)
         _require(self.bucket_mb > 0, f"parallel.bucket_mb: {self.bucket_mb}; must be above 0")
         _require(
-            self.memory_gb is None or self.memory_gb > 0, f"parallel.memory_gb: {self.memory_gb}; must be above 0, or null"
+            self.memory_gb is None or self.memory_gb > 0,
+            f"parallel.memory_gb: {self.memory_gb}; must be above 0, or null",
         )
         _require(
             self.data_parallel == "ddp" or self.compression.kind == "none",
@@ -794,6 +798,8 @@ class Config(_Section, frozen=True, kw_only=True):
             if categories
             else "data.categories: []; model.kind: dlrm needs one or more columns",
         )
+        if self.parallel.reproducible:
+            self._check_reproducible()
         if isinstance(self.model, DLRMConfig):
             for axis in ("tp", "pp", "cp", "ep"):
                 size = getattr(self.parallel, axis)
@@ -803,6 +809,31 @@ class Config(_Section, frozen=True, kw_only=True):
                 f"parallel.embedding: {self.parallel.embedding}; with data_parallel: naive, ddp or zero1, not "
                 f"{self.parallel.data_parallel}; or embedding: replicate",
             )
+
+    def _check_reproducible(self) -> None:
+        """What has sums in another order in another layout."""
+        parallel, value = self.parallel, "parallel.reproducible: true; with"
+        for axis in ("tp", "pp", "cp", "ep"):
+            size = getattr(parallel, axis)
+            _require(size == 1, f"{value} parallel.{axis}: {size}; allowed: 1, only the data axis is reproducible")
+        kind = self.optimizer.kind
+        _require(
+            kind in ("sgd", "adam", "adamw") or not parallel.data_parallel.startswith("zero"),
+            f"{value} {parallel.data_parallel} and optimizer.kind: {kind}; allowed: sgd, adam or adamw, which go by "
+            "element, or data_parallel: naive or ddp",
+        )
+        _require(
+            self.model.kind in ("gpt", "bert", "mlp"),
+            f"{value} model.kind: {self.model.kind}; allowed: gpt, bert or mlp",
+        )
+        others = {
+            "parallel.shard_over": parallel.shard_over,
+            "parameter_server.servers": self.parameter_server.servers,
+        }
+        for key, number in others.items():
+            _require(number == 0, f"{value} {key}: {number}; allowed: 0")
+        kind = parallel.compression.kind
+        _require(kind == "none", f"{value} parallel.compression.kind: {kind}; allowed: none")
 
 
 # --- with the number of ranks -----------------------------------------------------------------------------------------
@@ -815,6 +846,8 @@ def check(config: Config, num_ranks: int) -> Config:
     parallel = config.parallel
     dp = filled({axis: getattr(parallel, axis) for axis in ("pp", "dp", "cp", "ep", "tp")}, num_ranks)["dp"]
     train = config.train
+    if parallel.reproducible and dp & (dp - 1):
+        raise ValueError(f"parallel.dp: {dp}; with parallel.reproducible: true, allowed: a power of two")
     data_ranks = dp * parallel.ep  # that have samples of their own
     names = "parallel.dp x parallel.ep" if parallel.ep > 1 else "parallel.dp"
     numbers = f"{dp} x {parallel.ep}" if parallel.ep > 1 else f"{dp}"

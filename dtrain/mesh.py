@@ -28,6 +28,7 @@ from dtrain import config
 from dtrain.collectives import Communicator, single
 from dtrain.config import ORDER
 from dtrain.errors import UserError
+from dtrain.fixed_tree import FixedTree
 
 SHOWN_RANKS = 64  # rows of the table in the log
 BATCH_AXES = ("dp", "ep")  # ranks that differ along these axes have other samples
@@ -96,11 +97,22 @@ class Mesh(Grid):
     """The grid of all ranks of `comm`, with the `coordinates` of this rank and its communicators."""
 
     def __init__(
-        self, comm: Communicator, pp: int = 1, dp: int = 1, cp: int = 1, ep: int = 1, tp: int = 1, order: str = ORDER
+        self,
+        comm: Communicator,
+        pp: int = 1,
+        dp: int = 1,
+        cp: int = 1,
+        ep: int = 1,
+        tp: int = 1,
+        order: str = ORDER,
+        reproducible: bool = False,
     ) -> None:
-        """dp=-1: what the other axes leave. A UserError names the axis that does not fit, and what would."""
+        """dp=-1: what the other axes leave. A UserError names the axis that does not fit, and what would.
+
+        reproducible: sums go over the data ranks, a power of two, by one tree (`fixed_tree.py`).
+        """
         super().__init__(comm.size, {"pp": pp, "dp": dp, "cp": cp, "ep": ep, "tp": tp}, order)
-        self.comm = comm
+        self.comm, self.reproducible = comm, reproducible
         self.coordinates = self.coordinates_of(comm.rank)
         self._communicators: dict[tuple[Any, ...], Communicator | None] = {}
         longer = [axis for axis in self.axes if self.sizes[axis] > 1]
@@ -114,7 +126,7 @@ class Mesh(Grid):
             self._communicators[names] = self._make(names)
         found = self._communicators[names]
         assert found is not None
-        return found
+        return FixedTree.over(found) if self.reproducible and found.size > 1 else found
 
     def communicators(self) -> list[Communicator]:
         """`comm` and those that were made for axes until now, each once; those of one rank are left out."""

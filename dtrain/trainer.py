@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from dtrain import checkpoint, optimizers, schedules
+from dtrain import checkpoint, optimizers, reproducible, schedules
 from dtrain.arrays import Array
 from dtrain.autograd import no_grad
 from dtrain.collectives import single
@@ -37,7 +37,6 @@ from dtrain.models import Model
 from dtrain.models.base import IGNORED
 from dtrain.modules import Context
 from dtrain.strategy import Microbatch, Strategy
-
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +78,7 @@ class Trainer:
         whole = model.named_parameters()
         self.num_parameters = model.num_parameters()
         """Of the whole model; `model` may have this rank's part only."""
+        self.tree = reproducible.MicrobatchTree(whole.values()) if config.parallel.reproducible else None
         for strategy in strategies:
             model = strategy.apply(model, mesh)  # type: ignore[assignment]
         held = {id(parameter) for parameter in model.named_parameters().values()}
@@ -105,11 +105,16 @@ class Trainer:
         """One step on the next global batch. Collective over the mesh."""
         start = time.perf_counter()
         with np.errstate(over="ignore", invalid="ignore") if self.scaler.dynamic else nullcontext():
-            loss, count = self._executor("execute", self.execute)(microbatches := list(self.microbatches()))
+            microbatches = list(self.microbatches())
+            if self.tree is not None:
+                self.tree.begin(len(microbatches))
+            loss, count = self._executor("execute", self.execute)(microbatches)
             for strategy in self.strategies:
                 strategy.reduce_gradients(self.model)
             reduce_partial(self.flat)
             loss, count, squares = self.total(loss, count, optimizers.sum_squares(self.flat))
+            if self.tree is not None:
+                squares = reproducible.sum_squares(self.flat)
         self._refuse_divergence(loss)
 
         used = self.loss_scale

@@ -23,7 +23,8 @@ def _zero(stage: int) -> Callable[[ParallelConfig], Strategy]:
     def make(parallel: ParallelConfig) -> Strategy:
         from dtrain.strategies.zero import ZeRO
 
-        return ZeRO(stage, parallel.replicate, parallel.pp > 1, parallel.shard_over, parallel.reshard)
+        accumulate = parallel.pp > 1 or parallel.reproducible
+        return ZeRO(stage, parallel.replicate, accumulate, parallel.shard_over, parallel.reshard)
 
     return make
 
