@@ -38,10 +38,11 @@ from dtrain.models import Model
 from dtrain.trainer import StepRecord, Trainer
 
 
-def run(config: Config, source: Path) -> None:
-    """Train `config` (read from `source`) to its last step on all ranks of the job. Collective."""
-    comm = world()
-    environment.check_world(comm.size)
+def run(config: Config, source: Path, comm: Communicator | None = None) -> None:
+    """Train `config` (read from `source`) to its last step on all ranks of the job, or of `comm`. Collective."""
+    if comm is None:
+        comm = world()
+        environment.check_world(comm.size)
     if config.parameter_server.servers:
         from dtrain.launch.parameter_server import run_served
 
@@ -292,7 +293,9 @@ class RunFolder:
             yield f"loss curve: {picture}"
         if validation:
             verdict = "below" if validation[-1] < trainer.data.entropy else "NOT below"
-            measure = "entropy of the classes" if config.model.kind in ("mlp", "dlrm") else "unigram entropy of the text"
+            measure = (
+                "entropy of the classes" if config.model.kind in ("mlp", "dlrm") else "unigram entropy of the text"
+            )
             yield (f"validation loss {validation[-1]:.4f}, {verdict} the {measure}, {trainer.data.entropy:.4f}")
         yield from self._sample(speaker)
         yield f"trained {trainer.step} steps in {seconds:.1f} s; everything is in {self.path}/"

@@ -1,4 +1,4 @@
-"""What stands in configs/, examples/ and the README works as it stands there, with less of everything."""
+"""What stands in examples/ and the README works as it stands there, with less of everything."""
 
 import shlex
 import sys
@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.program import MPIRUN, ROOT, Process, dtrain, metrics, on, well
+from tests.system.program import MPIRUN, ROOT, Process, dtrain, on
 
 pytestmark = [pytest.mark.timeout(300)]
 
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 TRANSFORMER = ["model.layers=1", "model.dim=32", "model.heads=4", "model.sequence=16", "sample.tokens=5"]
 LESS = ["train.steps=2", "log.every=1"]
@@ -19,29 +18,6 @@ LESS = ["train.steps=2", "log.every=1"]
 def less(config: Path) -> list[str]:
     """Overrides that make a job small."""
     return LESS + ([] if "mlp" in config.name else TRANSFORMER)
-
-
-def first_line(config: Path) -> list[str]:
-    """The command that a configuration begins with."""
-    return shlex.split(config.read_text().splitlines()[0].removeprefix("#").partition("(")[0])
-
-
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
-def test_configs(config, tmp_path):
-    if "digits" in config.name:
-        pytest.importorskip("sklearn")
-    command = first_line(config)
-    assert str(config.relative_to(ROOT)) in command
-    assert "dtrain" in command
-
-    written = tmp_path / "resolved.yaml"
-    written.write_text(well("show", "config", config).out)
-    assert well("show", "config", written).out == written.read_text()
-
-    ranks = int(command[2]) if command[0] == "mpirun" and MPIRUN else 0
-    ranks = ranks if config.name == "gpt_ddp.yaml" else min(ranks, 2)
-    well("run", config, *less(config), f"output={tmp_path}", "name=less", ranks=ranks)
-    assert len(metrics(tmp_path / "less")) == 2
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)

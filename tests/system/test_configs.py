@@ -1,0 +1,124 @@
+"""Every file in configs/ runs as its first line says, with less of everything, and what its comment promises is there.
+
+Each is also compared with one process: the same losses, to 1e-10 in float64 (promise 1 of the design).
+"""
+
+import functools
+import json
+import math
+import shlex
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from dtrain.collectives import run_threads, single
+from dtrain.config import Config
+from dtrain.launch import configuration
+from dtrain.launch.assembly import assemble
+from dtrain.launch.run import run as run_job
+from tests.system.program import MPIRUN, ROOT, losses, metrics, well
+
+pytestmark = [pytest.mark.timeout(300)]
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+TINY = ["model.dim=32", "model.heads=4", "model.sequence=16", "sample.tokens=3"]
+LESS = ["train.steps=2", "log.every=1"]
+OTHER_NUMBERS = ("gpt_compressed.yaml", "gpt_float16.yaml")  # by design not those of one process in float64
+
+# On real processes, the others on threads: the same program, without eight starts of the interpreter.
+PROCESSES = ("gpt_ddp", "gpt_3d_zero", "gpt_pipeline")
+
+# What the comments of the files promise: bytes of parameters, gradients, optimizer; parameters of ZeRO may be shared.
+KEPT = {
+    "gpt_ddp": "8Ψ + 8Ψ + 16Ψ",
+    "gpt_zero1": "8Ψ/8 + 8Ψ + 16Ψ/8",
+    "gpt_zero2": "8Ψ/8 + 8Ψ/8 + 16Ψ/8",
+    "gpt_zero3": "8Ψ/8 + 8Ψ/8 + 16Ψ/8",
+    "gpt_3d_zero": "8Ψ/2 + 8Ψ/2 + 16Ψ/2",
+}
+# (p-1)/(m+p-1), by v stages per rank (p-1)/(v m+p-1); ZB-H1: a third of the bubble of 1F1B, 3 of 27.
+BUBBLES = {
+    "gpt_pipeline": 3 / 11,
+    "gpt_gpipe": 3 / 11,
+    "gpt_interleaved": 3 / 19,
+    "gpt_zero_bubble": 3 / 27,
+    "gpt_3d": 1 / 5,
+    "gpt_3d_zero": 1 / 5,
+    "mlp_pipeline": 2 / 10,
+}
+
+
+def less(config: Path) -> list[str]:
+    """Overrides that make a job small."""
+    wide = [] if config.name in OTHER_NUMBERS else ["train.dtype=float64"]
+    layers = [f"model.layers={8 if 'interleaved' in config.name else 4}"]
+    return LESS + wide + ([] if "mlp" in config.name else TINY + layers)
+
+
+def first_line(config: Path) -> list[str]:
+    """The command that a configuration begins with."""
+    return shlex.split(config.read_text().splitlines()[0].removeprefix("#").partition("(")[0])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("configs")
+
+
+@functools.cache
+def alone(decisive: str) -> list[float]:
+    """The losses of one process; `decisive`: the configuration without what must not change them."""
+    trainer = assemble(msgspec.json.decode(decisive, type=Config), single())
+    return [record.loss for record in trainer.run()]
+
+
+def reference(config: Path, overrides: list[str]) -> list[float]:
+    """The losses of one process with this configuration; files that differ in their layout only share a run."""
+    loaded = configuration.load(config, [*overrides, "name=alone", "parallel={}", "pipeline={}", "checkpoint={}"])
+    whole = msgspec.structs.replace(loaded.train, micro_batch=loaded.train.global_batch, recompute=False)
+    return alone(msgspec.json.encode(msgspec.structs.replace(loaded, train=whole)).decode())
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
+def test_config(config, folder, text, capsys):
+    if "digits" in config.read_text():
+        pytest.importorskip("sklearn")
+    lines = config.read_text().splitlines()
+    assert len(lines) <= 40 and lines[1].startswith("# "), "a command, then what to expect"
+    command = first_line(config)
+    assert str(config.relative_to(ROOT)) in command and "dtrain" in command
+    ranks = int(command[2]) if command[0] == "mpirun" else 0
+    overrides = less(config) + ([f"data.path={text}"] if "path: stdlib" in config.read_text() else [])
+    overrides += [f"output={folder}", f"name={config.stem}"]
+    if config.stem in PROCESSES and MPIRUN:
+        out = well("run", config, *overrides, ranks=ranks).out
+    else:
+        run_threads(max(1, ranks), lambda comm: run_job(configuration.load(config, overrides), config, comm))
+        out = capsys.readouterr().out
+    run = folder / config.stem
+    assert len(metrics(run)) == 2
+    if config.name not in OTHER_NUMBERS:
+        np.testing.assert_allclose(losses(run), reference(config, overrides), rtol=1e-10)
+    summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    memory = summary["memory"]
+    assert sum(memory[kind] for kind in ("parameters", "gradients", "optimizer")) == memory["by_formula"]
+    assert memory["formula"] in out and f"{memory['by_formula']:,}" in out
+    if config.stem in KEPT:
+        assert memory["formula"] == f"float64: {KEPT[config.stem]}"
+    if summary["pipeline"] is not None:
+        assert math.isclose(summary["pipeline"]["planned_bubble"], BUBBLES[config.stem])
+        assert 0 < summary["pipeline"]["measured_bubble"] < 1
+        assert "measured" in (run / "pipeline.svg").read_text()
+    assert (summary["pipeline"] is not None) == (config.stem in BUBBLES)
+    if "gpt" in config.name and "bench" not in config.name:
+        assert (run / "sample.txt").read_text().strip("\n")
+
+
+def test_a_resolved_configuration_is_itself(tmp_path):
+    for config in CONFIGS:
+        written = tmp_path / config.name
+        written.write_text(configuration.dump(configuration.load(config)))
+        assert configuration.load(written) == configuration.load(config)
