@@ -259,7 +259,7 @@ def test_biases_even_the_loads_without_a_loss(tmp_path):
     trainer, _ = runs[0.02]
     assert np.abs(trainer.model.router_bias).max() > 0.05
     folder = trainer.save(tmp_path)
-    again, _ = trained(model={"moe": {"top": 1, "capacity": None, "balance": 0.0}}, train={"steps": 1})
+    again, _ = trained(model={"moe": moe}, train={"steps": 1}, optimizer=optimizer)
     again.load(folder)
     np.testing.assert_array_equal(again.model.router_bias, trainer.model.router_bias)
     assert again.model.blocks[1].moe.router.bias.tolist() == trainer.model.router_bias[1].tolist(), "the router sees it"
