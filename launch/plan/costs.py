@@ -99,7 +99,8 @@ class Stage:
     largest_unit: float  # elements of the largest block
     ends: float  # elements of the model's two ends
     saved: float  # bytes kept for the backward, all of it
-    kept: float  # with recomputation
+    inputs: float  # bytes of what goes into its blocks: all that recomputation keeps of them
+    edges: float  # bytes that the model's two ends keep
     inside: float  # the largest block, while it is computed again
     largest: float  # bytes of the largest output
     reduces: int  # all_reduces of the boundary's size in a forward
@@ -154,7 +155,8 @@ def stages(profile: Profile, layout: Layout) -> tuple[Stage, ...]:
                 largest_unit=max(here(block.parameters) for block in blocks) if blocks else 0.0,
                 ends=sum(here(part.parameters) for part in edges) - tied,
                 saved=sum(here(part.saved) for part in parts),
-                kept=len(blocks) * boundary + sum(here(part.saved) for part in edges),
+                inputs=len(blocks) * boundary,
+                edges=sum(here(part.saved) for part in edges),
                 inside=max((here(block.saved) for block in blocks), default=0.0),
                 largest=max(here(part.largest) for part in parts),
                 reduces=profile.tensor_reduces * len(blocks) + first + last,
@@ -275,8 +277,11 @@ def _memory(job: Job, layout: Layout, stage: Stage, in_flight: int) -> tuple[flo
     optimizer = elements * (STATES[job.optimizer] * max(4, size) + master) / (1 if kind == "ddp" else dp)
     b = layout.micro_batch
     share = 1 / layout.chunks
-    kept = stage.kept if layout.recompute else stage.saved
-    activations = b * (in_flight * kept * share + (stage.inside if layout.recompute else 0.0))
+    if layout.recompute:  # when a block is computed again, what the exit kept of this microbatch is gone
+        last = stage.inputs * share + max(stage.inside, stage.edges)
+        activations = b * ((in_flight - 1) * (stage.inputs + stage.edges) * share + last)
+    else:
+        activations = b * in_flight * stage.saved * share
     return parameters, gradients, optimizer, activations, WORKING * b * stage.largest
 
 
