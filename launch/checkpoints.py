@@ -3,13 +3,16 @@
 ls RUN                 step, size, age, complete or why not
 verify CHECKPOINT      every checksum
 diff A B               names, shapes, largest difference per tensor
-export CHECKPOINT OUT  OUT/model.safetensors (whole parameters, for other tools), OUT/config.json (what they are)
+export CHECKPOINT OUT  OUT/model.safetensors (whole parameters, for other tools), OUT/config.json (what they are);
+                       adapters are added to the parameters of their base
 """
 
 import json
 import math
 import os
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -56,12 +59,15 @@ def diff(first: Path, second: Path) -> tuple[bool, str]:
     return not rows, "\n".join(lines)
 
 
-def export(path: Path, out: Path) -> str:
-    """Write the parameters, whole, into one file; UserError when `out` holds something or cannot be written."""
+def export(path: Path, out: Path, base: str | None = None) -> str:
+    """Write the parameters, whole, into one file; UserError when `out` holds something or cannot be written.
+
+    base: of adapters, where their base is now, if not where it was.
+    """
     reader = Reader(_checkpoint(path))
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out}: exists already; export needs a new or an empty folder")
-    entries = [_entry(reader, name) for name in reader.names("parameter")]
+    entries = _parameters(reader, base)
     config = {**reader.state, "versions": reader.manifest.versions}
     partial = out.absolute().with_name(f".{out.name}.{os.getpid()}.partial")
     try:
@@ -122,9 +128,16 @@ def compare(a: Array, b: Array) -> tuple[bool, float]:
     return equal, largest
 
 
-def _entry(reader: Reader, name: str) -> Entry:
-    entry = reader.entry(name)
-    return Entry(name, entry.dtype, entry.shape, lambda: reader.tensor(name))
+def _parameters(reader: Reader, base: str | None) -> list[Entry]:
+    """All parameters, made when they are written; of adapters those of the base with them."""
+    make: dict[str, Callable[[], Array]] = {name: partial(reader.tensor, name) for name in reader.names("parameter")}
+    if "lora" in reader.state:
+        from dtrain.strategies.lora import merged
+
+        reader, make = merged(reader, base)
+    elif base is not None:
+        raise UserError(f"--base {base}: {reader.folder} holds whole parameters, which need no base")
+    return [Entry(name, reader.entry(name).dtype, reader.entry(name).shape, each) for name, each in make.items()]
 
 
 def _size(nbytes: int) -> str:

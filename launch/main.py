@@ -439,11 +439,15 @@ def checkpoint_diff(a: Path, b: Path) -> None:
 @checkpoint.command("export")
 @click.argument("folder", metavar="CHECKPOINT", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-def checkpoint_export(folder: Path, out: Path) -> None:
-    """Write the parameters, whole, to OUT/model.safetensors, and what they are to OUT/config.json."""
+@click.option("--base", metavar="CHECKPOINT", help="Of LoRA's adapters: where their base is now, if not where it was.")
+def checkpoint_export(folder: Path, out: Path, base: str | None) -> None:
+    """Write the parameters, whole, to OUT/model.safetensors, and what they are to OUT/config.json.
+
+    LoRA's adapters are added to the parameters of their base.
+    """
     from dtrain.launch.checkpoints import export
 
-    failures.on_rank_0(lambda: click.echo(export(folder, out)))
+    failures.on_rank_0(lambda: click.echo(export(folder, out, base)))
 
 
 @cli.command()

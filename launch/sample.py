@@ -9,14 +9,16 @@ The draw of place i depends on (seed, i) alone, so the same checkpoint, prompt a
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dtrain import random
-from dtrain.arrays import Array
+from dtrain.arrays import Array, named_dtype
 from dtrain.autograd import no_grad
 from dtrain.config import Config, GPTConfig
 from dtrain.data import Tokenizer
@@ -103,11 +105,15 @@ def load(run_folder: Path) -> tuple[Model, Tokenizer]:
     model = models.build(config.model, _Sizes(tokenizer.vocabulary), dtype=config.train.dtype, seed=config.seed)
     reader = checkpoint.Reader(folder)
     parameters = model.named_parameters()
-    written = set(reader.names())
+    written: dict[str, Callable[[], Array]] = {n: partial(reader.read, n) for n in reader.names("parameter")}
+    if "lora" in reader.state:
+        from dtrain.strategies.lora import merged
+
+        written = merged(reader)[1]
     for name, parameter in parameters.items():
         if name not in written:
             raise UserError(f"{folder}: has no tensor {name}; {run_folder / 'config.yaml'} describes another model")
-        values = reader.read(name)
+        values = written[name]()
         if values.shape != parameter.shape:
             raise UserError(
                 f"{folder}: {name} has shape {values.shape}, but the model of {run_folder / 'config.yaml'} needs "
@@ -128,14 +134,20 @@ def assembled(trainer: Trainer) -> Model | None:
     if trainer.is_alone:
         return trainer.model if trainer.mesh.comm.rank == 0 else None
     config = trainer.config
-    if trainer.num_parameters * trainer.flat.groups[0].dtype.itemsize > MOST_GATHERED:
+    if trainer.num_parameters * named_dtype(config.train.dtype).itemsize > MOST_GATHERED:
         return None
     values = whole_parameters(trainer.flat, trainer.mesh.comm)
     if trainer.mesh.comm.rank != 0:
         return None
+    make: dict[str, Callable[[], Array]] = {name: partial(values.__getitem__, name) for name in values}
+    if config.lora is not None:
+        from dtrain.strategies.lora import added, base_of
+
+        scale = config.lora.alpha / config.lora.rank
+        make = added(base_of(config.lora.base), values.__getitem__, set(values), scale)
     model = models.outline(config.model, trainer.data, dtype=config.train.dtype)
     for name, parameter in model.named_parameters().items():
-        parameter.data = values[name]
+        parameter.data = make[name]()
     return model
 
 
