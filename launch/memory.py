@@ -1,6 +1,7 @@
 """What a rank keeps between two steps, in bytes: parameters, gradients, the optimizer's state; beside the formula.
 
-    Ψ elements of b bytes on a rank after pp and tp have cut the model, n ranks along dp, s bytes of state per element:
+    Ψ elements of b bytes on a rank after pp and tp have cut the model, n ranks along dp (or of parallel.shard_over), s
+    bytes of state per element:
 
             parameters   gradients   optimizer
     ddp        b Ψ          b Ψ         s Ψ            AdamW: s = 8 in float32; 12 in float16 and bfloat16, the master
@@ -48,16 +49,17 @@ def _mine(trainer: Trainer) -> dict[str, Any]:
     row["optimizer"] = sum(array.nbytes for part in trainer.optimizer.parts for array in part.state.values())
     elements = sum(group.size for group in groups)
 
-    n = trainer.mesh.size("dp")
-    stage = STAGES.get(trainer.config.parallel.data_parallel, 0) if n > 1 else 0
+    parallel = trainer.config.parallel
+    n = parallel.shard_over or trainer.mesh.size("dp")
+    stage = STAGES.get(parallel.data_parallel, 0) if trainer.mesh.size("dp") > 1 else 0
     shared = all(getattr(group, "is_shared", False) for group in groups)
     width = groups[0].dtype.itemsize if groups else 4
     state = len(trainer.optimizer.names) * max(width, 4) + 4 * (width == 2)
-    cut = {"parameters": shared or stage == 3, "gradients": stage >= 2, "optimizer": stage >= 1}
+    cut = {"parameters": (shared and stage > 0) or stage == 3, "gradients": stage >= 2, "optimizer": stage >= 1}
     factors = {"parameters": width, "gradients": width, "optimizer": state}
-    terms = [f"{factors[kind]}Ψ" + (f"/{n}" if cut[kind] else "") for kind in KINDS]
-    expected = sum(factors[kind] * elements // (n if cut[kind] else 1) for kind in KINDS)
-    if not trainer.optimizer.names and row["optimizer"]:  # such as Adafactor's rows and columns
-        terms[2] = f"{row['optimizer']:,}"
-        expected += row["optimizer"] - state * elements // (n if cut["optimizer"] else 1)
-    return {**row, "elements": elements, "formula": f"{dtype}: {' + '.join(terms)}", "by_formula": expected}
+    terms = [f"{factors[kind]}Ψ" + (f"/{n}" if cut[kind] and n > 1 else "") for kind in KINDS]
+    expected = {kind: factors[kind] * elements // (n if cut[kind] else 1) for kind in KINDS}
+    if not trainer.optimizer.names:  # none, or what is not per element, such as Adafactor's rows and columns
+        terms[2], expected["optimizer"] = f"{row['optimizer']:,}", row["optimizer"]
+    row["by_formula"] = sum(expected.values())
+    return {**row, "elements": elements, "formula": f"{dtype}: {' + '.join(terms)}"}
