@@ -52,6 +52,25 @@ def test_tensor(comm: Communicator, sequence: bool) -> None:
     compare(comm, parallel={"tp": comm.size, "sequence": sequence})
 
 
+@pytest.mark.parametrize("kind", ["ring", "ulysses"])
+def test_context(comm: Communicator, kind: str) -> None:
+    """The same bits in two runs, whenever messages came."""
+    if kind == "ulysses" and comm.size > 4:
+        pytest.skip(f"{comm.size} ranks share out 4 heads")
+    parallel = {"cp": comm.size, "context": kind}
+    first = compare(comm, parallel=parallel)
+    second, _, _ = train(comm, parallel=parallel)
+    for one, other in zip(first.flat.groups, second.flat.groups, strict=True):
+        np.testing.assert_array_equal(one.data, other.data)
+
+
+@pytest.mark.parametrize("data_parallel", ["ddp", "zero2"])
+def test_context_and_others(comm: Communicator, data_parallel: str) -> None:
+    if comm.size not in (4, 8):
+        pytest.skip("cp 2 x dp 2 x tp needs 4 or 8 ranks")
+    compare(comm, parallel={"cp": 2, "dp": 2, "tp": comm.size // 4, "data_parallel": data_parallel})
+
+
 @pytest.mark.parametrize("data_parallel", ["ddp", "zero1", "zero3"])
 def test_three_dimensions(comm: Communicator, data_parallel: str) -> None:
     if comm.size not in (4, 8):
