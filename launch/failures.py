@@ -143,6 +143,11 @@ def _abort(code: int) -> NoReturn:
     os._exit(code)
 
 
+def end_without_the_dead(code: int) -> NoReturn:
+    """End the job from ranks that are done, where others have died: MPI's own end would wait for these."""
+    _abort(code)
+
+
 def _position() -> tuple[int, int]:
     """Return rank and size: MPI's where it is up, else the launcher's."""
     mpi = sys.modules.get("dtrain.collectives.mpi")

@@ -4,27 +4,27 @@
     the other ranks            serve; the first of them leads: it tells, and writes the folder of the run as rank 0 does
                                elsewhere; all servers write their range to a checkpoint
 
-A worker that fails in a mode that can go on without it tells the lead why and waits for the end. One whose process
-died takes the job with it, unless mpirun leaves the rest alone (docs/parameter_server.md): then the survivors end the
-job themselves, as MPI's own end would wait for the dead.
+A worker that fails in a mode that can go on without it tells the lead why and waits for the end. Where one has fallen
+silent, the others end the job when they are done, as MPI's own end would wait for it. (A process that is killed takes
+the job with it: mpirun sees to that. The run goes on from its checkpoint.)
 """
 
 from __future__ import annotations
 
-import sys
 import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dtrain import __version__, kernels
 from dtrain.collectives import Communicator
 from dtrain.config import Config
 from dtrain.errors import UserError
-from dtrain.launch import assembly, pictures
+from dtrain.launch import assembly, environment, failures, pictures
 from dtrain.launch.configuration import for_ranks
 from dtrain.launch.progress import Progress
-from dtrain.launch.run import RunFolder, header
+from dtrain.launch.run import RunFolder
 from dtrain.mesh import Mesh
 from dtrain.strategies.parameter_server import Lead, Serve, Server, ServerLost, Worker, needs_whole
 from dtrain.trainer import StepRecord, Trainer
@@ -44,10 +44,9 @@ def run_served(config: Config, source: Path, comm: Communicator) -> None:
     else:
         trainer = Trainer(config, Mesh(mine, dp=-1), data, model, [Serve(needs_whole(config.optimizer.kind))])
         lost = serve(comm, trainer, source)
-    if lost:  # MPI's own end would wait for the dead
-        sys.stdout.flush()
-        time.sleep(2 * ENDING if comm.rank == first_server else ENDING)
-        comm.abort(0)
+    if lost:
+        time.sleep(ENDING if comm.rank == first_server else 2 * ENDING)
+        failures.end_without_the_dead(0)
 
 
 def work(worker: Worker) -> bool:
@@ -87,7 +86,7 @@ def serve(comm: Communicator, trainer: Trainer, source: Path) -> bool:
 
         lead = Lead(comm, trainer, folder.save, record, progress.note)
         folder.lead = lead
-        for line in [*header(trainer), *described(lead), *resumed]:
+        for line in [*described(lead), *resumed]:
             progress.note(line)
         lead.serve()
         if not folder.finished:
@@ -99,8 +98,19 @@ def serve(comm: Communicator, trainer: Trainer, source: Path) -> bool:
 
 
 def described(lead: Lead) -> Iterator[str]:
-    """For the log: who does what."""
-    options = lead.options
+    """What to know before the first step: machine, data, model, and who does what."""
+    options, trainer, hosts = lead.options, lead.trainer, lead.comm.hosts
+    config = trainer.config
+    yield (
+        f"dtrain {__version__}  {len(hosts)} ranks on {len(set(hosts))} host{'s' * (len(set(hosts)) > 1)}, "
+        f"{environment.cores()} cores each, kernels: {kernels.describe()}"
+    )
+    yield f"data   {trainer.data.description}"
+    yield f"       unigram entropy {trainer.data.entropy:.4f} nats: a model that learns falls below this loss"
+    yield (
+        f"model  {config.model.kind}, {trainer.num_parameters:,} parameters, {config.train.dtype}; "
+        f"{config.optimizer.kind}, global batch {config.train.global_batch}, {trainer.total_steps} steps"
+    )
     how = {
         "sync": f"an update from {lead.ledger.quorum} of {lead.num_workers} workers",
         "async": "an update per gradient",
@@ -113,7 +123,7 @@ def described(lead: Lead) -> Iterator[str]:
         told = ", ".join(f"{part.start}..{part.stop}" for part in ranges)
         nbytes = sum(
             (part.stop - part.start) * group.dtype.itemsize
-            for part, group in zip(ranges, lead.trainer.flat.groups, strict=True)
+            for part, group in zip(ranges, trainer.flat.groups, strict=True)
         )
         yield f"       server {server} on rank {lead.num_workers + server}: elements {told}, {nbytes:,} bytes"
 

@@ -407,12 +407,18 @@ def test_synchronous_ends_with_a_report_when_a_worker_falls_silent():
         if worker.comm.rank == 1:
             gate.hold(worker)
 
+    def watch(lead):
+        lose = lead.ledger.lose
+
+        def lost(*arguments: Any) -> None:
+            gate.open.set()  # so that the thread ends, too
+            lose(*arguments)
+
+        lead.ledger.lose = lost
+
     sections = {**BASE, "parameter_server": {"servers": 1, "mode": "sync", "timeout": 0.3}}
-    try:
-        with pytest.raises(WorkersLost, match=r"worker 1 of 2: no sign of life.*sync needs 2 of 2 workers, 1 are left"):
-            run_threads(3, lambda comm: served.serve(comm, prepare, **sections))
-    finally:
-        gate.open.set()
+    with pytest.raises(WorkersLost, match=r"worker 1 of 2: no sign of life.*sync needs 2 of 2 workers, 1 are left"):
+        run_threads(3, lambda comm: served.serve(comm, prepare, watch=watch, **sections))
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
