@@ -597,7 +597,10 @@ class PipelineConfig(_Section, frozen=True, kw_only=True):
     """How microbatches go through the stages; of use where parallel.pp is above 1."""
 
     schedule: str = "1f1b"
-    """naive, gpipe, 1f1b, interleaved, zb_h1, zb_v; or FILE.csv, or FILE.py:FUNCTION. See `dtrain show pipeline`."""
+    """naive, gpipe, 1f1b, interleaved, zb_h1, zb_v; or FILE.csv, or FILE.py:FUNCTION. See `dtrain show pipeline`.
+    pipedream, pipedream_2bw: each stage updates itself without waiting, with gradients of older weights."""
+    vertical_sync: bool = False
+    """pipedream: every stage computes a microbatch with the version of the weights that the first stage had."""
     microbatches: int | None = None
     """Of a data rank's share of a batch, instead of train.micro_batch; null: as many as that makes."""
     chunks: int | None = None

@@ -35,6 +35,8 @@ class Strategy:
     axis: ClassVar[str]
     flat: FlatBuffers | None = None
     """The flat buffers, if this strategy decides where the parameters lie. It must be the last that cuts any."""
+    updates: bool = False
+    """Whether `execute` updates the parameters itself; `Trainer.optimizer` then does nothing at the end of a step."""
     alone: bool = True
     """Whether a forward needs no other rank, as long as no parameter is cut."""
     execute: Callable[[Trainer, list[Microbatch]], tuple[float, float]] | None = None

@@ -123,7 +123,8 @@ class Trainer:
         learning_rate = self.learning_rate(self.step + 1)
         if self.scaler.judge(squares):
             scale = correction * optimizers.clip_factor(norm, self.config.optimizer.clip_norm)
-            self.optimizer.step(learning_rate, scale)
+            if not any(strategy.updates for strategy in self.strategies):
+                self.optimizer.step(learning_rate, scale)
             for strategy in self.strategies:
                 strategy.after_update(self.model)
         details = self.model.after_step([context for _, context in microbatches], self.mesh)

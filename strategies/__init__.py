@@ -63,6 +63,10 @@ def _pipeline(config: Config) -> Strategy:
 
     pipeline = config.pipeline
     microbatches = config.train.global_batch // (config.parallel.dp * config.parallel.ep) // config.train.micro_batch
+    if pipeline.schedule.startswith("pipedream"):
+        from dtrain.strategies.pipeline.pipedream import from_config
+
+        return from_config(config, microbatches)
     return PipelineParallel(pipeline.schedule, microbatches, pipeline.chunks, pipeline.cut)
 
 
