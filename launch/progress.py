@@ -87,7 +87,7 @@ class Progress:
     ) -> None:
         self.total_steps, self.start_step, self.on = total_steps, start_step, on
         self.every = config.log.every
-        self.unit = "tokens" if config.model.kind in ("gpt", "bert") else "samples"
+        self.unit = "tokens" if config.model.kind in ("gpt", "moe_gpt", "bert") else "samples"
         self.stream = sys.stdout if stream is None else stream
         self.started = process_start() if started is None else started
         self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT)

@@ -29,9 +29,9 @@ import numpy as np
 
 from dtrain import __version__, cache, checkpoint, kernels
 from dtrain.collectives import Communicator, world
-from dtrain.config import Config
+from dtrain.config import Config, GPTConfig
 from dtrain.errors import UserError
-from dtrain.launch import assembly, configuration, environment, memory, pictures, timelines
+from dtrain.launch import assembly, configuration, environment, experts, memory, pictures, timelines
 from dtrain.launch.progress import Progress
 from dtrain.launch.traffic import Traffic, table
 from dtrain.models import Model
@@ -64,6 +64,8 @@ def run(config: Config, source: Path, comm: Communicator | None = None) -> None:
             first_step = first_step or time.time()
             folder.record(record)
             progress.update(record)
+            if record.details and progress.tells(record.step):
+                progress.note(experts.line(record.details))
             if not told and progress.tells(record.step):
                 told = True
                 for line in table(traffic.rows(record.step - first), "communication per step, until now"):
@@ -217,6 +219,8 @@ class RunFolder:
             row |= {"loss_scale": record.loss_scale, "skipped_steps": record.skipped_steps}
         if record.validation_loss is not None:
             row["validation_loss"] = record.validation_loss
+        if record.details:
+            row["experts"] = record.details
         self._since.clear()
         self.metrics.append(row)
         if self.comm.rank == 0:
@@ -237,7 +241,11 @@ class RunFolder:
     def speaker(self) -> Model | None:
         """The model that writes the sample at the end, on rank 0; None where there is no text to write. Collective."""
         trainer = self.trainer
-        if trainer.config.model.kind != "gpt" or trainer.data.tokenizer is None or not trainer.config.sample.tokens:
+        if (
+            not isinstance(trainer.config.model, GPTConfig)
+            or trainer.data.tokenizer is None
+            or not trainer.config.sample.tokens
+        ):
             return None
         from dtrain.launch.sample import assembled
 
@@ -291,6 +299,8 @@ class RunFolder:
             yield ""
             yield pictures.terminal_curve([row["loss"] for row in self.metrics])
             yield f"loss curve: {picture}"
+        if drawn := experts.picture(self.metrics, self.path / "experts.svg", f"{config.name}: loads of the experts"):
+            yield f"loads of the experts: {drawn}"
         if validation:
             verdict = "below" if validation[-1] < trainer.data.entropy else "NOT below"
             measure = (
@@ -302,7 +312,7 @@ class RunFolder:
 
     def _sample(self, speaker: Model | None) -> Iterator[str]:
         trainer, options = self.trainer, self.trainer.config.sample
-        if trainer.config.model.kind != "gpt" or trainer.data.tokenizer is None or not options.tokens:
+        if not isinstance(trainer.config.model, GPTConfig) or trainer.data.tokenizer is None or not options.tokens:
             return
         if speaker is None:
             yield f"a sample of its text, from a process that has room for the whole model: dtrain sample {self.path}"

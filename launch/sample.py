@@ -120,6 +120,7 @@ def load(run_folder: Path) -> tuple[Model, Tokenizer]:
                 f"{parameter.shape}"
             )
         parameter.data = values.astype(parameter.dtype, copy=False)
+    model.load_state(reader)
     return model, tokenizer
 
 
@@ -148,6 +149,8 @@ def assembled(trainer: Trainer) -> Model | None:
     model = models.outline(config.model, trainer.data, dtype=config.train.dtype)
     for name, parameter in model.named_parameters().items():
         parameter.data = make[name]()
+    for mine, theirs in zip(model.state(), trainer.model.state(), strict=True):
+        mine.array[...] = theirs.array
     return model
 
 
