@@ -767,7 +767,7 @@ class Config(_Section, frozen=True, kw_only=True):
         )
         _require(
             self.parameter_server.servers == 0 or self.train.loss_scale != "dynamic",
-            "train.loss_scale: dynamic; with parameter_server, workers compute on different versions: allowed: a number",
+            "train.loss_scale: dynamic; with parameter_server, workers compute on different versions: give a number",
         )
         if isinstance(self.model, MoEGPTConfig):
             experts = self.model.moe.experts

@@ -9,9 +9,9 @@ norm and a fused update are slices, and nothing is copied to communicate. Vector
 the order of definition, so that an optimizer which decays matrices only needs two calls for the whole model. Vectors
 come first, and the matrices at the end are the last of the model: a backward fills the buffer from its end.
 
-A parameter that is cut over an axis of the batch (a table over dp, an expert over ep) gets its gradient from the samples
-of all ranks there already: its group is summed over the other axes of the batch only (`peers`). Frozen parameters
-(`requires_grad` is False) have values, but no place in the buffers.
+A parameter that is cut over an axis of the batch (a table over dp, an expert over ep) gets its gradient from the
+samples of all ranks there already: its group is summed over the other axes of the batch only (`peers`). Frozen
+parameters (`requires_grad` is False) have values, but no place in the buffers.
 
 Invariant: every parameter begins on a cache line of its own (64 bytes), and what lies between parameters is always 0
 in both arrays: sums and updates may run straight over it.

@@ -266,7 +266,8 @@ class Trainer:
             for kind, blocks in self._blocks().items()
             for block in blocks
         ]
-        pieces += [piece for part in (self.model, *self.strategies) for piece in part.state()]
+        pieces += self.model.state()
+        pieces += [piece for strategy in self.strategies for piece in strategy.state()]
         state = {
             "step": self.step,
             "consumed": self.consumed,
@@ -293,8 +294,9 @@ class Trainer:
         self.step, self.consumed = int(reader.state["step"]), int(reader.state["consumed"])
         self.optimizer.steps = int(reader.state["optimizer"]["steps"])
         self.scaler.load_state(reader.state.get("loss_scale", {}))
-        for part in (self.model, *self.strategies):
-            part.load_state(reader)
+        self.model.load_state(reader)
+        for strategy in self.strategies:
+            strategy.load_state(reader)
 
     def _blocks(self) -> dict[str, list[Block]]:
         """What this rank owns of all tensors that a checkpoint holds."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dtrain.arrays import Array
-from dtrain.config import Config, MLPConfig
+from dtrain.config import Config, TransformerConfig
 from dtrain.modules import Linear, Module
 
 
@@ -68,7 +68,7 @@ def of_step(model: Module, config: Config, data_ranks: int) -> Counter[Product]:
         if isinstance(module, Linear):
             outputs, inputs = module.weight.shape
             products += linear(samples * sequence, inputs, outputs)
-    if not isinstance(config.model, MLPConfig):
+    if isinstance(config.model, TransformerConfig):
         heads, size = config.model.heads, config.model.dim // config.model.heads
         products += config.model.layers * attention(samples * heads, sequence, size)
     return Counter({product: portions * count for product, count in Counter(products).items()})

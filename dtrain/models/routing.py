@@ -50,8 +50,10 @@ def capacity(tokens: int, experts: int, top: int, factor: float) -> int:
 def top_k(scores: Array, top: int) -> Array:
     """Scores (..., E) -> the `top` best experts (..., top), the best first."""
     if top == 1:
-        return scores.argmax(axis=-1)[..., None]
-    return np.argsort(-scores, axis=-1, kind="stable")[..., :top]
+        best: Array = scores.argmax(axis=-1)[..., None]
+    else:
+        best = np.argsort(-scores, axis=-1, kind="stable")[..., :top]
+    return best
 
 
 def within_capacity(choices: Array, experts: int, room: int) -> Array:
