@@ -204,7 +204,7 @@ class RunFolder:
         if record.step % self.trainer.config.log.every and record.validation_loss is None and not last:
             return
         seconds = sum(each.step_seconds for each in self._since)
-        row = {
+        row: dict[str, Any] = {
             "step": record.step,
             "loss": record.loss,
             "grad_norm": record.grad_norm,

@@ -164,7 +164,7 @@ class MoE(Module):
 
     def forward(self, x: Tensor, residual: Tensor, context: Context | None = None) -> Tensor:
         """X (B, T, C), normed; residual (B, T, C) -> residual + mixture(x)."""
-        gates, plan = self.router(x, context)
+        gates, plan = self.router.forward(x, context)
         size = x.shape[0] * x.shape[1]
         rows = self.experts(F.embedding(x.reshape(size, x.shape[2]), plan.tokens), plan.counts)
         y = apply(COMBINE_ROWS, rows, gates, tokens=plan.tokens, size=size).reshape(x.shape)
