@@ -84,7 +84,7 @@ clean:
 	@touch $@
 
 .venv/dev-$(MPI): .venv/bin/python pyproject.toml
-	python -m pip install --quiet -e '.[$(if $(MPI),$(MPI)$(,))test$(,)dev$(,)plots$(,)bpe$(,)digits]'
+	python -m pip install --quiet -e '.[$(if $(MPI),$(MPI)$(,))test$(,)dev$(,)plots$(,)bpe$(,)digits$(,)survey]'
 	@touch $@ .venv/run-$(MPI)
 
 , := ,
