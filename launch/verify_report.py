@@ -50,12 +50,14 @@ def show(report: Report, config: Config, ranks: int, show_all: bool) -> None:
     used = [f"{axis}={getattr(parallel, axis)}" for axis in ("pp", "dp", "cp", "ep", "tp")]
     layout = " ".join([*(part for part in used if not part.endswith("=1")), parallel.data_parallel])
     steps = f"{report.steps} step{'s' * (report.steps > 1)}"
-    right = f"{len(report.rows) - len(wrong)} of {len(report.rows)} losses, norms and tensors"
+    of = f"of {len(report.rows)} losses, norms and tensors"
     if wrong:
-        console.print(f"[bold red]WRONG[/]  {ranks} ranks ({layout}) differ from one process over {steps}: {right}")
+        beside = f"{ranks} ranks ({layout}) differ from one process over {steps}"
+        console.print(f"[bold red]WRONG[/]  {beside}: in {len(wrong)} {of}")
         console.print(f"       {report.finding}")
     else:
-        console.print(f"[bold green]RIGHT[/]  {ranks} ranks ({layout}) equal one process over {steps}: {right}")
+        beside = f"{ranks} ranks ({layout}) equal one process over {steps}"
+        console.print(f"[bold green]RIGHT[/]  {beside}: {len(report.rows)} {of}")
     console.print(
         f"       allowed: {report.tolerance.relative:.1e} of the largest element = {report.tolerance.because}; "
         "beside that, of a parameter, where the gradient is rounding error itself, as far as others moved"
