@@ -14,10 +14,12 @@ computed by one: whoever does not get the lock leaves it to the one who has it.
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 from weakref import WeakSet
 
-from dtrain.collectives.waiting import LIMIT, hand_over, patiently
+from dtrain.collectives.waiting import LIMIT, NAPS, YIELD_SECONDS, hand_over
 
 if TYPE_CHECKING:
     from dtrain.collectives.background import Background
@@ -101,6 +103,21 @@ class Progress:
             if request in self._requests:
                 self._requests.remove(request)
         if self.crowded:  # inside its calls the MPI library spins on the core that the sender needs
-            patiently(request.test)
+            _patiently(request.test)
         request.wait()
         self.check()
+
+
+def _patiently(done: Callable[[], bool]) -> None:
+    """Return when done() says so: looks between which other processes run, then naps.
+
+    Here and not in `waiting.py`: without a limit of its own, the watchdog must see it, as a call of the library.
+    """
+    began = time.monotonic()
+    naps = 0
+    while not done():
+        if time.monotonic() - began < YIELD_SECONDS:
+            hand_over()
+            continue
+        time.sleep(NAPS[naps > 100])
+        naps += 1

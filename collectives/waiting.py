@@ -64,18 +64,6 @@ def cores() -> set[int]:
     return set(range(os.cpu_count() or 1))
 
 
-def patiently(done: Callable[[], bool]) -> None:
-    """Return when done() says so: looks between which other processes run, then naps. Without a time limit."""
-    began = time.monotonic()
-    naps = 0
-    while not done():
-        if time.monotonic() - began < YIELD_SECONDS:
-            hand_over()
-            continue
-        time.sleep(NAPS[naps > 100])
-        naps += 1
-
-
 class Patience:
     """The waiting policy of one rank: `crowded` when the node has more ranks than cores."""
 
