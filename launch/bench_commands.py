@@ -218,9 +218,42 @@ OVERLAP = click.Command(
     short_help="What of a started collective is hidden behind computing.",
 )
 
+
+def _servers(config: Path, overrides: tuple[str, ...], workers: int, servers: int, slow: float, output: Path) -> None:
+    from dtrain.launch import configuration, failures
+    from dtrain.launch.bench_parameter_server import bench
+
+    configuration.load(config, overrides)
+    failures.on_rank_0(lambda: bench(config, overrides, workers, servers, slow, output))
+
+
+SERVERS = click.Command(
+    "ps",
+    callback=_servers,
+    params=[
+        click.Argument(["config"], type=click.Path(path_type=Path)),
+        click.Argument(["overrides"], nargs=-1, metavar="[KEY.PATH=VALUE]..."),
+        click.Option(["--workers"], default=3, show_default=True, type=click.IntRange(1), help="How many."),
+        click.Option(["--servers"], default=1, show_default=True, type=click.IntRange(1), help="How many."),
+        click.Option(["--slow"], default=3.0, show_default=True, help="How many times as long worker 0 takes."),
+        click.Option(
+            ["--output", "-o"],
+            type=click.Path(path_type=Path),
+            default=Path("runs/bench-ps"),
+            show_default=True,
+            help="The runs, results.json and losses.svg; emptied first.",
+        ),
+    ],
+    help="Parameter servers with one slow worker: synchronous, local SGD, bounded staleness and asynchronous, the same "
+    "number of gradients each. Prints the time as a ratio to the synchronous run and the losses, and draws all loss "
+    "curves in one picture. Starts mpirun itself. CONFIG: such as configs/ps_sync.yaml.",
+    short_help="Parameter servers with a slow worker, in all modes.",
+)
+
 COMMANDS = [
     TUNE,
     OVERLAP,
+    SERVERS,
     *(_command(name, formula.summary) for name, formula in COLLECTIVES.items()),
     _command("p2p", "messages between two ranks, latency and bandwidth of each class of links"),
     _command("all", "all collectives, and messages between two ranks"),

@@ -8,6 +8,7 @@ An SVG is text of a few kilobytes, sharp at every size, and every browser shows 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -18,6 +19,8 @@ WIDTH, HEIGHT = 760, 440
 LEFT, RIGHT, TOP, BOTTOM = 64, 24, 52, 56
 TRAIN, VALIDATION, REFERENCE, INK, GRID = "#2f6fb5", "#d9662b", "#6b7280", "#1f2937", "#e5e7eb"
 FONT = "font-family=\"'Helvetica Neue', Helvetica, Arial, 'DejaVu Sans', sans-serif\""
+
+COLOURS = ("#2f6fb5", "#d9662b", "#2e8b57", "#8e44ad", "#b8860b", "#c0392b")
 
 Point = tuple[float, float]
 
@@ -37,6 +40,32 @@ def loss_curve(
     validation = _points(metrics, "validation_loss")
     path.write_text(_svg(train, validation, reference, title, reference_label), encoding="utf-8")
     return path
+
+
+def curves(named: Mapping[str, Sequence[Point]], title: str) -> str:
+    """Several loss curves (points of step and loss by name) in one SVG."""
+    losses = [loss for points in named.values() for _, loss in points]
+    loss_ticks = ticks(min(losses, default=0.0), max(losses, default=1.0))
+    last_step = max((step for points in named.values() for step, _ in points), default=1.0)
+    low, high, bottom = loss_ticks[0], loss_ticks[-1], HEIGHT - BOTTOM
+    parts = _head(title)
+    for tick in loss_ticks:
+        y = TOP + (high - tick) / (high - low) * (bottom - TOP)
+        parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="{GRID}"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{_label(tick, loss_ticks)}</text>')
+    for tick in (each for each in ticks(0.0, last_step) if each <= last_step and each == int(each)):
+        x = LEFT + tick / last_step * (WIDTH - LEFT - RIGHT)
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 20}" text-anchor="middle">{tick:,.0f}</text>')
+    parts.append(f'<path d="M{LEFT} {TOP}V{bottom}H{WIDTH - RIGHT}" fill="none" stroke="{INK}"/>')
+    legend = []
+    for (name, points), colour in zip(named.items(), itertools.cycle(COLOURS)):
+        places = [
+            (LEFT + step / last_step * (WIDTH - LEFT - RIGHT), TOP + (high - loss) / (high - low) * (bottom - TOP))
+            for step, loss in points
+        ]
+        parts.append(_line(places, colour))
+        legend.append((colour, f"{name} {points[-1][1]:.3f}", ""))
+    return "\n".join([*parts, *_legend(legend), "</svg>", ""])
 
 
 def histogram(counts: Mapping[int, int], title: str, label: str, unit: str) -> str:
