@@ -189,9 +189,9 @@ def test_the_model_is_the_paper_s(table):
 def test_the_survey_in_statsmodels_is_learned():
     pytest.importorskip("statsmodels")
     categories = ["rate_marriage", "religious", "educ", "occupation", "occupation_husb"]
-    data = {"kind": "table", "path": "fair", "categories": categories, "validation": 0.1}
-    given = sections("", data=data, model={"kind": "dlrm", "dim": 8, "bottom": [16], "top": [16]})
-    given["train"] = {"steps": 60, "global_batch": 256, "micro_batch": 64, "validate": {"every": 60, "batches": 2}}
+    data = {"kind": "table", "path": "fair", "categories": categories, "validation": 0.2}
+    given = sections("", data=data, model={"kind": "dlrm", "dim": 4, "bottom": [8], "top": [8]})
+    given["train"] = {"steps": 100, "global_batch": 128, "micro_batch": 64, "validate": {"every": 100, "batches": 10}}
     given["optimizer"] = {"kind": "adamw", "learning_rate": 0.01}
 
     def work(comm):
