@@ -6,6 +6,7 @@ header and warnings  ->  rows as they come  ->  footer  ->  comparison with an o
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -24,6 +25,8 @@ from dtrain.launch.bench_peer import Peer
 from dtrain.launch.bench_reference import Reference
 from dtrain.launch.bench_table import Row
 
+_CAP_SYS_PTRACE = 19
+
 
 def header(comm: Communicator) -> dict[str, Any]:
     """Where and with what is measured."""
@@ -37,27 +40,39 @@ def header(comm: Communicator) -> dict[str, Any]:
         "ranks": comm.size,
         "nodes": len(set(comm.transport.nodes)),
         "crowded": comm.transport.crowded,
-        "ptrace_scope": _ptrace_scope(),
+        "cma": cma(),
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
 
 
-def _ptrace_scope() -> int | None:
+def cma() -> str:
+    """Why the kernel may not copy from one process to another; empty: it may, or nothing says otherwise."""
+    if sys.platform != "linux":
+        return ""
+    import ctypes
+
+    word = (ctypes.c_char * 1)()
+    place = (ctypes.c_size_t * 2)(ctypes.addressof(word), 1)  # struct iovec: base, length
+    read = getattr(ctypes.CDLL(None, use_errno=True), "process_vm_readv", None)
+    if read is None or read(os.getpid(), place, 1, place, 1, 0) != 1:  # its own memory: only a filter forbids that
+        return "process_vm_readv is refused"
     try:
-        return int(Path("/proc/sys/kernel/yama/ptrace_scope").read_text())
+        scope = int(Path("/proc/sys/kernel/yama/ptrace_scope").read_text())
+        status = Path("/proc/self/status").read_text()
     except (OSError, ValueError):
-        return None
+        return ""
+    rights = next((int(line.split()[1], 16) for line in status.splitlines() if line.startswith("CapEff:")), 0)
+    if scope > 2 or (scope and not rights >> _CAP_SYS_PTRACE & 1):
+        return f"kernel.yama.ptrace_scope is {scope}"
+    return ""
 
 
 def warnings(header: dict[str, Any]) -> Iterator[str]:
     """What makes numbers of this machine hard to compare."""
     if header["crowded"]:
         yield f"{header['ranks']} ranks on {header['cores']} cores: they take turns, times hold for this machine only"
-    if header["ptrace_scope"]:
-        yield (
-            f"kernel.yama.ptrace_scope is {header['ptrace_scope']}: the MPI library may have to copy large messages "
-            "twice (no CMA); sysctl kernel.yama.ptrace_scope=0 allows it"
-        )
+    if header["cma"]:
+        yield f"{header['cma']}: the MPI library may have to copy large messages twice (no CMA)"
     if "MPICH" in header["mpi"] and header["mpi"].endswith("multiple"):
         yield (
             "MPICH's own shared-memory collectives need a lower thread level: measure native also with "

@@ -13,6 +13,7 @@ import pytest
 
 from dtrain.collectives import run_threads, single
 from dtrain.collectives.dtypes import accumulator
+from dtrain.collectives.schedules.catalogue import ALGORITHMS
 from dtrain.errors import UserError
 from dtrain.launch import bench_cases, bench_collectives, bench_memory, bench_p2p, bench_plot, bench_report, bench_table
 from dtrain.launch.bench_cases import PERIOD, Pattern
@@ -278,12 +279,8 @@ def test_all_collectives_between_threads():
     for rows, notes, lines in run_threads(3, work):
         assert {row.collective for row in rows} == {*COLLECTIVES, "p2p"}
         assert sum(row.wrong for row in rows) == 0 and {row.size for row in rows} == {0, 8, 60, 64, 19992, 20000}
-        assert {row.algorithm for row in rows if row.collective == "all_reduce"} == {
-            "auto",
-            "native",
-            "exchange",
-            "bare",
-        }
+        ran = {row.algorithm for row in rows if row.collective == "all_reduce"}
+        assert ran >= {"auto", "native", "exchange", "bare", *ALGORITHMS["all_reduce"]} and "staged" not in ran
         assert any(note.startswith("all_reduce, window: ") for note in notes)
         assert len([line for line in lines if not line.startswith("#")]) > 40
 
@@ -313,10 +310,11 @@ def test_algorithms_that_do_not_exist_are_told_with_those_that_do():
 
 
 def test_warnings():
-    header = {"crowded": True, "ranks": 8, "cores": 2, "ptrace_scope": 1, "mpi": "MPICH 5, thread level multiple"}
+    header = {"crowded": True, "ranks": 8, "cores": 2, "cma": "a filter", "mpi": "MPICH 5, thread level multiple"}
     told = list(bench_report.warnings(header))
-    assert len(told) == 3 and "8 ranks on 2 cores" in told[0] and "ptrace_scope" in told[1]
-    assert not list(bench_report.warnings(header | {"crowded": False, "ptrace_scope": 0, "mpi": "Open MPI"}))
+    assert len(told) == 3 and "8 ranks on 2 cores" in told[0] and "a filter: " in told[1]
+    assert not list(bench_report.warnings(header | {"crowded": False, "cma": "", "mpi": "Open MPI"}))
+    assert bench_report.cma() in ("", "process_vm_readv is refused") or "ptrace_scope" in bench_report.cma()
 
 
 def command(*arguments):
