@@ -23,7 +23,6 @@ from dtrain.errors import UserError
 from dtrain.layout import Partial
 from dtrain.mesh import Mesh
 from dtrain.models.blocks import Attention
-from dtrain.models.moe import MoEGPT
 from dtrain.models.transformer import Transformer
 from dtrain.modules import Context, Module
 from dtrain.ops.attention import default_scale
@@ -50,11 +49,6 @@ class ContextParallel(Strategy):
         """Replace the attention and the positions; all gradients are sums over the axis."""
         if not isinstance(model, Transformer):
             raise UserError(f"parallel.cp: {type(model).__name__} has no tokens; allowed: gpt, bert")
-        if isinstance(model, MoEGPT):
-            raise UserError(
-                "parallel.cp: the router of moe_gpt balances and limits its experts by whole sequences; "
-                "allowed with parallel.cp above 1: gpt, bert"
-            )
         self.comm, self.length = mesh["cp"], model.sequence
         if self.length < self.comm.size:
             raise UserError(f"model.sequence: {self.length}; must be parallel.cp = {self.comm.size} or more")

@@ -320,10 +320,6 @@ def test_activations_are_a_cp_th(kind, most):
             r"model.sequence: 7; must be parallel.cp = 8 or more",
         ),
         (
-            {"model": {"kind": "moe_gpt", "layers": 1, "dim": 32, "heads": 4, "sequence": 16}, "parallel": {"cp": 8}},
-            r"parallel.cp: the router of moe_gpt .* whole sequences; allowed with .* gpt, bert",
-        ),
-        (
             {"model": {"kind": "mlp"}, "data": {"kind": "images", "path": "digits"}, "parallel": {"cp": 8}},
             r"parallel.cp: MLP has no tokens; allowed: gpt, bert",
         ),
