@@ -321,6 +321,25 @@ for _command in bench_commands.COMMANDS:
     bench.add_command(_command)
 
 
+@bench.command("pipeline")
+@click.option("--schedule", "schedules", default="gpipe,1f1b,interleaved,zb_h1,zb_v", show_default=True, help="By commas.")
+@click.option("--stages", default=4, show_default=True, type=click.IntRange(2), help="Ranks of the pipeline.")
+@click.option("--microbatches", default=8, show_default=True, type=click.IntRange(1), help="How many.")
+@click.option("--milliseconds", default=20.0, show_default=True, type=click.FloatRange(0.1), help="Of a forward.")
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="Draw planned and measured time to this SVG.")
+def bench_pipeline_command(
+    schedules: str, stages: int, microbatches: int, milliseconds: float, output: Path | None
+) -> None:
+    """Measure the bubble of pipeline schedules beside its formula, and the activations kept.
+
+    Stages are threads of this process, and sleep instead of computing: so they work at the same time on any machine.
+    """
+    from dtrain.launch.bench_pipeline import bench_pipeline
+
+    names = tuple(schedules.split(","))
+    failures.on_rank_0(lambda: bench_pipeline(names, stages, microbatches, milliseconds / 1e3, output))
+
+
 @bench.command(
     "step",
     help="Measure the training step: tokens/s, time to the end of the first step, peak memory per rank, and the share "
