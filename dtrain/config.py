@@ -776,10 +776,6 @@ class Config(_Section, frozen=True, kw_only=True):
                 f"parallel.ep: {self.parallel.ep}; must be at most model.moe.experts: {experts}",
             )
             _require(
-                self.parallel.cp == 1,
-                f"parallel.cp: {self.parallel.cp}; model.kind: moe_gpt counts the loads of whole sequences: allowed: 1",
-            )
-            _require(
                 self.parallel.ep == 1 or compression == "none",
                 f"parallel.compression.kind: {compression}; with parallel.ep, allowed: none",
             )
