@@ -322,7 +322,9 @@ for _command in bench_commands.COMMANDS:
 
 
 @bench.command("pipeline")
-@click.option("--schedule", "schedules", default="gpipe,1f1b,interleaved,zb_h1,zb_v", show_default=True, help="By commas.")
+@click.option(
+    "--schedule", "schedules", default="gpipe,1f1b,interleaved,zb_h1,zb_v", show_default=True, help="By commas."
+)
 @click.option("--stages", default=4, show_default=True, type=click.IntRange(2), help="Ranks of the pipeline.")
 @click.option("--microbatches", default=8, show_default=True, type=click.IntRange(1), help="How many.")
 @click.option("--milliseconds", default=20.0, show_default=True, type=click.FloatRange(0.1), help="Of a forward.")
