@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from dtrain.strategies.zero.buffers import ZeroGroup
 from dtrain.trainer import Trainer
 
 KINDS = ("parameters", "gradients", "optimizer")
@@ -47,19 +48,23 @@ def _mine(trainer: Trainer) -> dict[str, Any]:
     held = [group.bytes_held() for group in groups]
     row: dict[str, Any] = {kind: sum(each[kind] for each in held) for kind in ("parameters", "gradients")}
     row["optimizer"] = sum(array.nbytes for part in trainer.optimizer.parts for array in part.state.values())
-    elements = sum(group.size for group in groups)
+    row["elements"] = sum(group.size for group in groups)
 
-    parallel = trainer.config.parallel
-    n = parallel.shard_over or trainer.mesh.size("dp")
-    stage = STAGES.get(parallel.data_parallel, 0) if trainer.mesh.size("dp") > 1 else 0
-    shared = all(getattr(group, "is_shared", False) for group in groups)
-    width = groups[0].dtype.itemsize if groups else 4
-    state = len(trainer.optimizer.names) * max(width, 4) + 4 * (width == 2)
-    cut = {"parameters": (shared and stage > 0) or stage == 3, "gradients": stage >= 2, "optimizer": stage >= 1}
-    factors = {"parameters": width, "gradients": width, "optimizer": state}
-    terms = [f"{factors[kind]}Ψ" + (f"/{n}" if cut[kind] and n > 1 else "") for kind in KINDS]
-    expected = {kind: factors[kind] * elements // (n if cut[kind] else 1) for kind in KINDS}
-    if not trainer.optimizer.names:  # none, or what is not per element, such as Adafactor's rows and columns
-        terms[2], expected["optimizer"] = f"{row['optimizer']:,}", row["optimizer"]
-    row["by_formula"] = sum(expected.values())
-    return {**row, "elements": elements, "formula": f"{dtype}: {' + '.join(terms)}"}
+    # Groups that lie alike: experts may be cut over fewer ranks than the rest.
+    alike: dict[tuple[int, bool, int], int] = {}
+    for group in groups:
+        n = group.comm.size if isinstance(group, ZeroGroup) else 1
+        key = n, isinstance(group, ZeroGroup) and group.is_shared, group.dtype.itemsize
+        alike[key] = alike.get(key, 0) + group.size
+    stage = STAGES.get(trainer.config.parallel.data_parallel, 0)
+    by_element = bool(trainer.optimizer.names)  # else such as Adafactor's rows and columns: no formula, as it is
+    parts, row["by_formula"] = [], 0 if by_element else row["optimizer"]
+    for (n, shared, width), elements in alike.items():
+        state = len(trainer.optimizer.names) * max(width, 4) + 4 * (width == 2) if by_element else 0
+        cut = {"parameters": shared or stage == 3, "gradients": stage >= 2, "optimizer": stage >= 1}
+        factors = {"parameters": width, "gradients": width, "optimizer": state}
+        terms = [f"{factors[kind]}Ψ" + (f"/{n}" if cut[kind] and n > 1 else "") for kind in KINDS if factors[kind]]
+        parts.append(" + ".join(terms) + (f" (Ψ = {elements:,})" if len(alike) > 1 else ""))
+        row["by_formula"] += sum(factors[kind] * elements // (n if cut[kind] else 1) for kind in KINDS)
+    row["formula"] = f"{dtype}: {' and '.join(parts)}" + ("" if by_element else f" + {row['optimizer']:,}")
+    return row
