@@ -49,7 +49,8 @@ def show_collective(
     try:
         if cluster_path is not None:
             chosen = {name: rows[name] for name in names}
-            _simulate(collective, chosen, ranks, parameters, root, read_cluster(cluster_path), parse_sizes(sizes), output)
+            cluster = read_cluster(cluster_path)
+            _simulate(collective, chosen, ranks, parameters, root, cluster, parse_sizes(sizes), output)
         elif algorithm == "all" and len(rows) > 1:
             print("\n".join(_costs(collective, ranks)))
         elif len(names) > 1:
