@@ -1,5 +1,6 @@
 """Tiny runs for tests of layouts: a configuration, a trainer on given ranks, and what came out."""
 
+import threading
 from typing import Any
 
 import msgspec
@@ -27,6 +28,8 @@ BASE: dict[str, Any] = {
     "checkpoint": {"every": 0},
 }
 
+_lock = threading.Lock()  # ranks may be threads, and msgspec's first look at a type crashes when two take it at once
+
 
 def config(**sections: Any) -> Config:
     """BASE with the keys of `sections` changed: config(train={"steps": 5})."""
@@ -34,7 +37,8 @@ def config(**sections: Any) -> Config:
     for section, values in sections.items():
         replaces = isinstance(values, dict) and "kind" not in values
         merged[section] = {**BASE.get(section, {}), **values} if replaces else values
-    return msgspec.convert(merged, Config)
+    with _lock:
+        return msgspec.convert(merged, Config)
 
 
 def trainer(comm: Communicator, **sections: Any) -> Trainer:
