@@ -281,3 +281,10 @@ def test_structs_check_themselves_in_python():
         schema.CosineConfig(final_fraction=2.0)
     with pytest.raises(AttributeError):
         schema.GPTConfig().heads = 4
+
+
+def test_an_optimizer_that_needs_whole_parameters_is_refused_with_zero(file):
+    config = load(file, "optimizer={kind: adafactor, learning_rate: 0.1}", "parallel.data_parallel=zero2")
+    with pytest.raises(ValueError, match=r"optimizer.kind: adafactor; .*parallel.data_parallel: zero2 .*Allowed: sgd"):
+        check(config, 2)
+    assert check(config, 1).parallel.dp == 1
