@@ -155,7 +155,8 @@ def _compare(trainer: Trainer, reference: Reference | None, steps: int, toleranc
     rows += _tensors(trainer, f"gradient {steps}", gradients(trainer), reference, relative) if steps > 1 else []
     rows += _tensors(trainer, "parameter", parameters(trainer), reference, relative)
     order = comm.broadcast_object(list(reference.values) if reference else None)
-    return Report(steps, tolerance, rows, _finding(rows, diverged, order))
+    wrong = any(not row.right for row in rows)
+    return Report(steps, tolerance, rows, _finding(rows, diverged, order) if wrong else None)
 
 
 def _tensors(
@@ -266,15 +267,25 @@ def _diverged(trainer: Trainer, sums: dict[str, Array], reference: Reference | N
             for others, place in everyone:
                 if name in others:
                     places[tuple(place)] = places.get(tuple(place), np.zeros(3)) + others[name]
-            whole = [each for each in places.values() if each[2] == expected[2]]
-            if len(whole) < len(places):  # cut along the tokens
-                whole = [np.sum(list(places.values()), axis=0)]
+            whole = _whole(places, float(expected[2]))
             root = math.sqrt(expected[2] * expected[1])
             limits = relative * np.array([root, expected[1], 0])
             if not whole or not all((np.abs(each - expected) <= limits).all() for each in whole):
                 first = name
                 break
     return mesh.comm.broadcast_object(first)  # type: ignore[no-any-return]
+
+
+def _whole(places: dict[tuple[int, ...], Array], elements: float) -> list[Array]:
+    """The sums of all copies of an output, from those by place (tp, cp), along which it may be cut or the same."""
+    for cut in ((), (0,), (1,), (0, 1)):
+        copies: dict[tuple[int, ...], Array] = {}
+        for place, sums in places.items():
+            copy = tuple(coordinate for axis, coordinate in enumerate(place) if axis not in cut)
+            copies[copy] = copies.get(copy, np.zeros(3)) + sums
+        if all(sums[2] == elements for sums in copies.values()):
+            return list(copies.values())
+    return []
 
 
 def _finding(rows: list[Row], diverged: str | None, order: list[str]) -> str | None:

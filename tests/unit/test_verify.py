@@ -63,9 +63,18 @@ def test_right_layouts_are_right(sections):
     assert kinds == {"loss", "grad_norm", "gradient 1", "gradient 2", "parameter"}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_other_precisions(dtype):
-    report = check(2, parallel={"tp": 2}, train={**BASE["train"], "dtype": dtype})
+@pytest.mark.parametrize(
+    ("dtype", "parallel"),
+    [
+        ("float32", {"tp": 2}),
+        ("bfloat16", {"tp": 2, "sequence": True}),
+        ("bfloat16", {"dp": 2, "data_parallel": "zero3", "replicate": True}),
+        ("bfloat16", {"pp": 2}),
+        ("float16", {"dp": 2}),
+    ],
+)
+def test_other_precisions(dtype, parallel):
+    report = check(2, parallel=parallel, train={**BASE["train"], "dtype": dtype})
     assert report.right, report.finding
     assert report.tolerance.relative < 0.5
 
