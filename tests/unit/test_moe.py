@@ -296,3 +296,18 @@ def test_mistakes_are_named():
     refused(r"parallel.ep: 9; must be at most model.moe.experts: 8", {"ep": 9})
     with pytest.raises(msgspec.ValidationError, match=r"parallel.ep: 2; model.kind: gpt has no experts: allowed: 1"):
         msgspec.convert({**training.BASE, "parallel": {"ep": 2}}, Config)
+
+
+def test_the_picture_and_the_line_of_the_log(tmp_path):
+    from xml.etree import ElementTree
+
+    from dtrain.launch import experts
+
+    _, records = trained(model={"moe": {"top": 2, "capacity": 0.8}}, train={"steps": 2})
+    rows = [{"step": record.step, "experts": record.details} for record in records]
+    path = experts.picture(rows, tmp_path / "experts.svg", "a <title>")
+    assert path is not None and experts.picture([{"step": 1}], path, "") is None
+    shades = [each for each in ElementTree.parse(path).iter() if each.tag.endswith("rect")]
+    assert len(shades) == 1 + 2 * 2 * 8, "the paper, and a field per mixture, step and expert"
+    dropped = 50 * sum(records[-1].details["dropped"])
+    assert f"dropped {dropped:.1f} %" in experts.line(records[-1].details)
