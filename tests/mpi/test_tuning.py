@@ -80,7 +80,7 @@ def test_tuning_writes_a_table_and_the_next_world_uses_it(
         with pytest.raises(UserError, match="one rank has nothing to choose"):
             bench_tune.tune(("all_reduce",), (LENGTH,))
         return
-    with pytest.raises(UserError, match="--collectives barrier: .*allowed: all_reduce, "):
+    with pytest.raises(UserError, match=r"--collectives barrier: .*allowed: all_reduce, "):
         bench_tune.tune(("barrier",), (LENGTH,))
     lines: list[str] = []
     made = bench_tune.tune(("all_reduce", "all_gather"), (1024 * comm.size, LENGTH), quick=True, tell=lines.append)
