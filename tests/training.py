@@ -41,6 +41,9 @@ def config(**sections: Any) -> Config:
         return msgspec.convert(merged, Config)
 
 
+config()  # msgspec learns the structs with the first of them, and crashes where several threads do that at once
+
+
 def trainer(comm: Communicator, **sections: Any) -> Trainer:
     """A trainer of `config(**sections)` on the ranks of `comm`."""
     return assemble(config(**sections), comm)
