@@ -339,7 +339,11 @@ def bench_pipeline_command(
     from dtrain.launch.bench_pipeline import bench_pipeline
 
     names = tuple(schedules.split(","))
-    failures.on_rank_0(lambda: bench_pipeline(names, stages, microbatches, milliseconds / 1e3, output))
+
+    def command() -> None:
+        bench_pipeline(names, stages, microbatches, milliseconds / 1e3, output)
+
+    failures.on_rank_0(command)
 
 
 @bench.command(
