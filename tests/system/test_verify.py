@@ -59,6 +59,7 @@ def test_what_cannot_be_compared_is_refused(config: Path) -> None:
     assert ended.code == 2 and "parallel.compression.kind: int8; loses" in ended.words
 
 
+@pytest.mark.timeout(6000)
 @pytest.mark.skipif("DTRAIN_BATTERY" not in os.environ, reason="ten minutes: make battery")
 def test_loss_curves_of_200_steps_on_real_text(tmp_path: Path) -> None:
     """float32; the largest difference is printed, relative to the loss."""
@@ -67,11 +68,12 @@ def test_loss_curves_of_200_steps_on_real_text(tmp_path: Path) -> None:
     path = program.write_config(
         tmp_path, Path("stdlib"), model=model, train=train, checkpoint={"every": 0}, sample={"tokens": 0}
     )
-    program.well("run", path, "name=alone", ranks=0)
+    calm = "optimizer.learning_rate=0.002"
+    assert program.dtrain("run", path, "name=alone", calm, limit=1200).code == 0
     alone = program.losses(tmp_path / "runs" / "alone")
-    assert len(alone) == 200 and alone[-1] < alone[0] - 2
+    assert len(alone) == 200 and alone[-1] < alone[0] - 1.5
     for name, (ranks, layout) in LAYOUTS.items():
-        ended = program.dtrain("run", path, f"name={name}", layout, ranks=ranks, limit=600)
+        ended = program.dtrain("run", path, f"name={name}", layout, calm, ranks=ranks, limit=1200)
         assert ended.code == 0, ended.words
         curve = program.losses(tmp_path / "runs" / name)
         apart = max(abs(a - b) / b for a, b in zip(curve, alone, strict=True))
