@@ -114,16 +114,16 @@ def test_the_peer_is_told_the_whole_model():
 @pytest.mark.parametrize("options", [{"model": MLPConfig()}, {"optimizer": LAMBConfig(learning_rate=1.0)}])
 def test_what_the_peer_does_not_have_is_refused(options):
     with pytest.raises(UserError, match="--peer torch: the peer has"):
-        bench_step._peer_missing(config(**options), sys.executable)
+        bench_step.peer_missing(config(**options), sys.executable)
 
 
 def test_without_torch_the_remedy_is_told(tmp_path):
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nexit 1\n")
     python.chmod(0o755)
-    assert "pip install" in bench_step._peer_missing(config(), str(python))
+    assert "pip install" in bench_step.peer_missing(config(), str(python))
     with pytest.raises(UserError, match="--peer-python"):
-        bench_step._peer_missing(config(), str(tmp_path / "none"))
+        bench_step.peer_missing(config(), str(tmp_path / "none"))
 
 
 def test_under_mpirun_it_is_refused(monkeypatch):

@@ -53,8 +53,12 @@ def test_every_shipped_configuration_loads_and_is_short(path):
     assert command.startswith("# ") and f"configs/{path.name}" in command
     mpirun = re.match(r"# mpirun -n (\d+) dtrain run ", command)
     assert mpirun or command.startswith("# dtrain ")
-    for ranks in {1, 2, int(mpirun[1]) if mpirun else 1}:
-        assert check(loaded, ranks).parallel.dp == ranks
+    ranks = int(mpirun[1]) if mpirun else 1
+    sizes = check(loaded, ranks).parallel
+    workers = ranks - loaded.parameter_server.servers
+    assert sizes.dp * sizes.tp * sizes.pp * sizes.cp * sizes.ep == workers  # written for as many as the command starts
+    if sizes.dp == workers and not loaded.parameter_server.servers:  # data parallelism fits any number
+        assert all(check(loaded, size).parallel.dp == size for size in (1, 2))
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.stem)

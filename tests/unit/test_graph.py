@@ -78,7 +78,7 @@ def test_flops_by_hand():
 
 
 def test_every_op_has_a_flop_count_of_whole_numbers():
-    attributes = {"heads": 2, "kv_heads": 1, "rotary": None}
+    attributes = {"heads": 2, "kv_heads": 1, "rotary": None, "ids": np.zeros((2, 3), int)}
     for name, op in OPS.items():
         shapes = ((2, 3, 4, 6), (2, 3, 2, 6), (2, 3, 2, 6))
         output = (2, 3, 8) if name == "packed_attention" else (2, 3, 4, 6)
