@@ -27,7 +27,8 @@ class Unit:
     """The groups of one block, or of the model's two ends."""
 
     def __init__(self, groups: Sequence[ZeroGroup]) -> None:
-        self.groups = groups
+        # What most ranks have in common comes first: there their places in a room must be the same.
+        self.groups = sorted(groups, key=lambda group: -group.comm.size)
         self.parameters: dict[str, Parameter] = {name: p for group in groups for name, p in group.parameters.items()}
         self.missing = set(self.parameters)
         """Whose gradient has not come yet."""
@@ -73,6 +74,9 @@ class Rooms:
                 size = sum(group.size for group in unit.groups if group.dtype == dtype)
                 sizes[dtype] = max(size, sizes.get(dtype, 0))
         order = sorted(sizes, key=str)
+        # Ranks may hold parts of different length, as of experts: a room is as large as the largest needs it.
+        largest = comm.all_reduce(np.array([sizes[dtype] for dtype in order], np.int64), "max")
+        sizes = dict(zip(order, largest.tolist(), strict=True))
         self._rooms = [{dtype: comm.empty(sizes[dtype], dtype) for dtype in order} for _ in range(count)]
         self._free = list(range(count))
         self._leaving: list[tuple[int, Callable[[], None]]] = []
