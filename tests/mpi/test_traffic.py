@@ -54,5 +54,5 @@ def test_groups_carry_the_names_of_the_axes(comm: Communicator) -> None:
         mesh[axis].all_reduce(np.ones(words))
     mesh["dp", "tp"].all_reduce(np.ones(7))
     assert [part.name for part in mesh.communicators()] == [name, "dp", "tp"]
-    assert [row["group"] for row in traffic.rows(1)] == ["dp", "tp", name]
+    assert [row["group"] for row in traffic.rows(1)] == sorted(["dp", "tp", name])
     mesh.close()
