@@ -80,7 +80,7 @@ def of(thread: int) -> Caller:
 
 
 def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
-    while frame is not None:
+    while isinstance(frame, FrameType):  # of a thread that runs, the last ones may be gone
         yield frame
         frame = frame.f_back
 

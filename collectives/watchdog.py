@@ -22,7 +22,6 @@ import threading
 import time
 import traceback
 from collections.abc import Hashable, Iterable
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from dtrain.collectives import callers
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
 
 EVERY = 1.0  # seconds
 ANSWER = 3 * EVERY  # how long to wait for the others' answers
+_HERE = os.path.dirname(__file__) + os.sep
 _OWN = ("waiting.py", "conveyor.py", "desync.py", "watchdog.py")  # whose waits end by limits of their own
 _LIBRARY = ("native.py", "mpi.py", "progress.py")
 
@@ -74,29 +74,28 @@ class Watchdog:
                 self._end(*late)
 
     def look(self, now: float) -> tuple[int, float] | None:
-        """The thread that is in one call of the MPI library for longer than the limit, and for how long."""
+        """The thread that is in one call of the MPI library for longer than the limit, and for how long.
+
+        Only the innermost frame is looked at, and whether a collective was finished meanwhile: the frames around it may
+        vanish while they are read, unless the thread really stands still. They are read when it has for long enough.
+        """
+        finished = max((group.counters.finished for group in self._groups), default=0.0)
         seen: dict[int, tuple[Hashable, float]] = {}
         for thread, frame in sys._current_frames().items():
-            caller = callers.Caller(frame)
-            if caller.frame is None or thread == self._thread.ident:
+            file = frame.f_code.co_filename
+            if thread == self._thread.ident or not file.startswith(_HERE) or os.path.basename(file) in _OWN:
                 continue
-            files = {os.path.basename(each.f_code.co_filename) for each in caller.inner}
-            if files.intersection(_OWN) or not files.intersection(_LIBRARY):
-                continue
-            call = self._call(caller.frame)
             before = self._seen.get(thread)
-            seen[thread] = before if before is not None and before[0] == call else (call, now)
+            seen[thread] = before if before is not None and before[0] == finished else (finished, now)
         self._seen = seen
-        late = [(thread, now - since) for thread, (_, since) in seen.items() if now - since > self._timeout]
-        return late[0] if late else None
+        for thread, (_, since) in seen.items():
+            if now - since > self._timeout and self._is_in_library(thread):
+                return thread, now - since
+        return None
 
-    def _call(self, frame: FrameType) -> Hashable:
-        """What tells this call from a later one: equal numbers of a frame that is over mean that something was counted.
-
-        The frame itself is not kept: all arrays that the user's functions name would live a second longer.
-        """
-        finished = next((group.counters.finished for group in self._groups), 0.0)
-        return id(frame), id(frame.f_locals.get("self")), finished
+    def _is_in_library(self, thread: int) -> bool:
+        files = {os.path.basename(each.f_code.co_filename) for each in callers.of(thread).inner}
+        return not files.intersection(_OWN) and bool(files.intersection(_LIBRARY))
 
     def _end(self, thread: int, waited: float) -> None:
         rank, size = self._transport.rank, self._transport.size

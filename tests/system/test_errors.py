@@ -160,7 +160,7 @@ def trained(folder: Path, config: Path) -> Path:
 @pytest.mark.parametrize(
     ("override", "word"),
     [
-        ("model.dim=64", "embedding.weight"),
+        ("model.dim=64", "blocks.0"),
         ("model.layers=2", "blocks.1"),
         ("optimizer={kind: sgd, learning_rate: 0.1}", "adamw"),
         ("train.dtype=float32", "float32"),
