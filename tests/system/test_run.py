@@ -135,7 +135,7 @@ def test_the_traffic_of_a_step(job):
     sent = sum(row["sent"] for row in step)
     assert 4 * parameters <= sent == sum(row["received"] for row in step) < 4 * parameters * 1.1  # padded to lines
     purposes = {row["purpose"]: row for row in rows if row["collective"] == "all_reduce"}
-    assert purposes["loss"]["calls"] == 1 and purposes["loss"]["sent"] == 16
+    assert purposes["loss"]["calls"] == 1 and purposes["loss"]["sent"] == 24  # loss, targets, squares of the gradients
     assert purposes["validation"]["calls"] == 2 / STEPS
     assert all(row["largest"][word] >= row[word] for row in rows for word in ("calls", "steps", "sent", "received"))
     told = ended.out.index("communication per step, until now")
