@@ -1,0 +1,100 @@
+"""The keys of `parallel` and `pipeline`: the mesh, and what each axis does."""
+
+from typing import Literal
+
+from msgspec import field
+
+from dtrain.config.compression import CompressionConfig, NoCompressionConfig
+from dtrain.config.rules import Section, at_least, require
+
+ORDER = "tp-cp-ep-dp-pp"  # of the axes of the mesh, fastest first
+
+
+class ParallelConfig(Section, frozen=True, kw_only=True):
+    """The mesh: ranks along each axis, and the strategy of the data axis."""
+
+    auto: bool = False
+    """Choose degrees, data_parallel, sequence, schedule, micro_batch and recompute by a cost model: see `dtrain plan`.
+    `parallel: auto` is short for it."""
+    memory_gb: float | None = None
+    """auto: what a rank may use, in GiB; null: only time counts."""
+    dp: int = -1
+    """Data; -1: what the other axes leave."""
+    tp: int = 1
+    """Tensor."""
+    pp: int = 1
+    """Pipeline."""
+    cp: int = 1
+    """Context."""
+    ep: int = 1
+    """Experts."""
+    order: str = ORDER
+    """The axes, fastest first: ranks that follow one another differ in the first, and are neighbours on one host."""
+    data_parallel: Literal["naive", "ddp", "zero1", "zero2", "zero3"] = "ddp"
+    """naive: one all_reduce per parameter after the backward; ddp: buckets reduced while the backward goes on; zero1,
+    zero2, zero3: each rank keeps its share of the optimizer's state, of the gradients too, of the parameters too."""
+    replicate: bool = False
+    """zero: each rank has its own copy of the parameters that it needs, also where the ranks of a node could share."""
+    reproducible: bool = False
+    """The same bits of the parameters for every number of data ranks that is a power of two, and every data_parallel;
+    slower: see dtrain/reproducible.py."""
+    shard_over: int = 0
+    """zero: data ranks over which a copy of the model is cut, such as those of a node; 0: all of them."""
+    reshard: bool = True
+    """zero3: give gathered parameters back after the forward; false: keep them until the backward."""
+    context: Literal["ring", "ulysses"] = "ring"
+    """cp: keys and values go round the ranks, or each rank has all tokens of some heads for the attention."""
+    sequence: bool = False
+    """tp: cut the tokens between the branches of a block too: norms, dropout and what is kept of them are 1/tp."""
+    embedding: Literal["table", "row", "column", "replicate"] = "table"
+    """dlrm: a rank has some of the tables, some rows of each, or some columns of each; replicate: all of all."""
+    bucket_mb: float = 4.0
+    """MiB of gradients that ddp reduces at once."""
+    compression: CompressionConfig = field(default_factory=NoCompressionConfig)
+    """How ddp sends gradients between nodes."""
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        require(
+            self.dp >= 1 or self.dp == -1,
+            f"parallel.dp: {self.dp}; must be 1 or more, or -1 for what the other axes leave",
+        )
+        for axis in ("tp", "pp", "cp", "ep"):
+            at_least(1, "parallel", **{axis: getattr(self, axis)})
+        require(
+            sorted(self.order.split("-")) == sorted(ORDER.split("-")),
+            f"parallel.order: {self.order}; must name each axis once, fastest first, such as {ORDER}",
+        )
+        at_least(0, "parallel", shard_over=self.shard_over)
+        require(self.bucket_mb > 0, f"parallel.bucket_mb: {self.bucket_mb}; must be above 0")
+        require(
+            self.memory_gb is None or self.memory_gb > 0,
+            f"parallel.memory_gb: {self.memory_gb}; must be above 0, or null",
+        )
+        require(
+            self.data_parallel == "ddp" or self.compression.kind == "none",
+            f"parallel.compression.kind: {self.compression.kind}; only data_parallel: ddp compresses, "
+            f"not {self.data_parallel}",
+        )
+
+
+class PipelineConfig(Section, frozen=True, kw_only=True):
+    """How microbatches go through the stages; of use where parallel.pp is above 1."""
+
+    schedule: str = "1f1b"
+    """naive, gpipe, 1f1b, interleaved, zb_h1, zb_v; or FILE.csv, or FILE.py:FUNCTION. See `dtrain show pipeline`.
+    pipedream, pipedream_2bw: each stage updates itself without waiting, with gradients of older weights."""
+    vertical_sync: bool = False
+    """pipedream: every stage computes a microbatch with the version of the weights that the first stage had."""
+    microbatches: int | None = None
+    """Of a data rank's share of a batch, instead of train.micro_batch; null: as many as that makes."""
+    chunks: int | None = None
+    """Stages per rank; null: what the schedule is made for (interleaved: 2)."""
+    cut: tuple[int, ...] | None = None
+    """Blocks per stage, by hand; null: such that the slowest stage is as fast as can be."""
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        for name in ("microbatches", "chunks"):
+            if getattr(self, name) is not None:
+                at_least(1, "pipeline", **{name: getattr(self, name)})
