@@ -23,7 +23,7 @@ ST-MoE (z-loss), arXiv:2202.08906; Wang et al. (bias), arXiv:2408.15664; Dai et 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,50 +64,69 @@ class Router(Module):
         self.share = 1.0
         """How much of the gradient of the auxiliary losses is of this rank, where several compute the same ones."""
 
+        self.places: Array | slice = slice(None)
+        """Where in their sequences the tokens at hand stand."""
+        self.whole: Callable[[Array], Array] = lambda array: array
+        """From something of the tokens at hand, (B, t, …), to that of all tokens of their sequences, (B, T, …): who
+        gives a rank a part of the tokens replaces this and `places`."""
+
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Plan]:  # type: ignore[override]
-        """X (B, T, C) -> gates (R,), a number per row of the plan."""
-        config, tokens = self.config, x.shape[1]
+        """X (B, t, C) -> gates (R,), a number per row of the plan."""
+        config = self.config
         wide = np.result_type(x.dtype, np.float32) if x.dtype.itemsize > 2 else np.dtype(np.float32)
         logits = F.linear(x.astype(wide), self.weight.astype(wide))
         if context is not None and config.noise:
-            shape = (tokens, config.experts)
-            drawn = routing.noise(context.seed, self.name, context.step, context.row_ids, shape)
+            shape = (context.length or x.shape[1], config.experts)
+            drawn = routing.noise(context.seed, self.name, context.step, context.row_ids, shape)[:, self.places]
             logits = logits + (config.noise * drawn).astype(wide)
         probabilities = logits.softmax()
-        plan, asked, gates = self._choose(probabilities)
+        taken, asked, gates = self._choose(probabilities)
+        plan = Plan.of(taken[:, self.places])
         if context is not None:
             gates = self._balance(gates, probabilities, logits, asked, plan, context)
         return gates.reshape(-1)[plan.tokens * config.experts + plan.experts].astype(x.dtype), plan
 
-    def _choose(self, probabilities: Tensor) -> tuple[Plan, Array, Tensor]:
-        """The plan, how often each expert was asked for per sequence (B, E), and gates of all (B, T, E)."""
-        config, (batch, tokens, experts) = self.config, probabilities.shape
+    def _choose(self, probabilities: Tensor) -> tuple[Array, Array, Tensor]:
+        """Which expert takes which token and which was asked for it, (B, T, E) of whole sequences, and gates of the
+        tokens at hand (B, t, E). The same on all ranks that have tokens of a sequence."""
+        config = self.config
         scores = probabilities.data + self.bias.astype(probabilities.dtype)
-        room = tokens if config.capacity is None else routing.capacity(tokens, experts, config.top, config.capacity)
         if config.router == "expert_choice":
-            plan = Plan.of(*routing.expert_choice(scores, room), experts)
-            asked = np.full((batch, experts), room)
-            return plan, asked, probabilities
-        choices = routing.top_k(scores, config.top)
-        asked = np.stack([(choices == expert).sum(axis=(1, 2)) for expert in range(experts)], axis=1)
-        kept = routing.within_capacity(choices, experts, room) if room < tokens else np.ones(choices.shape, bool)
-        sequence, token, rank = np.nonzero(kept)
-        plan = Plan.of(sequence * tokens + token, choices[sequence, token, rank], experts)
+            scores = self.whole(scores)
+            taken = routing.expert_choice(scores, self._room(scores.shape[1]))
+            return taken, taken, probabilities
+        mine = routing.top_k(scores, config.top)
+        choices = self.whole(mine)
+        asked = taken = routing.marked(choices, config.experts)
+        room = self._room(choices.shape[1])
+        if room < choices.shape[1]:
+            kept = routing.within_capacity(choices, config.experts, room)
+            taken = routing.marked(choices, config.experts, kept)
         if config.top > 1:  # GShard: the gates of a token add up to 1; Switch: the probability itself
-            probabilities = probabilities / F.gather(probabilities, choices, -1).sum(dim=-1, keepdims=True)
-        return plan, asked, probabilities
+            probabilities = probabilities / F.gather(probabilities, mine, -1).sum(dim=-1, keepdims=True)
+        return taken, asked, probabilities
+
+    def _room(self, tokens: int) -> int:
+        """Rows that an expert takes of a sequence of so many tokens."""
+        config = self.config
+        return (
+            tokens if config.capacity is None else routing.capacity(tokens, config.experts, config.top, config.capacity)
+        )
 
     def _balance(
         self, gates: Tensor, probabilities: Tensor, logits: Tensor, asked: Array, plan: Plan, context: Context
     ) -> Tensor:
-        """Take note of the loads, and put the gradient of the auxiliary losses on its way."""
+        """Take note of the loads, and put the gradient of the auxiliary losses on its way: of the tokens at hand, whose
+        sum over ranks is that of all. Only the loads f are of whole sequences, and they have no gradient."""
         config, (batch, tokens, experts) = self.config, probabilities.shape
-        shares = (asked / np.maximum(asked.sum(axis=1, keepdims=True), 1)).astype(probabilities.dtype)
-        even = (probabilities.mean(dim=1) * shares).sum() * (tokens * experts)  # tokens * E * sum f P, all sequences
+        loads = asked.sum(axis=1)
+        shares = (loads / np.maximum(loads.sum(axis=1, keepdims=True), 1)).astype(probabilities.dtype)
+        even = (probabilities.sum(dim=1) * shares).sum() * experts  # of all T tokens: T * E * sum f P
         z = (F.logsumexp(logits) ** 2).sum() if config.z_loss else None
         without = batch * tokens - len(np.unique(plan.tokens))
         told = [batch * tokens, without, even.item(), 0.0 if z is None else z.item()]
-        context.recorded[self.name] = np.concatenate([told, asked.sum(axis=0), plan.counts]).astype(np.float64)
+        mine = asked[:, self.places].sum(axis=(0, 1))
+        context.recorded[self.name] = np.concatenate([told, mine, plan.counts]).astype(np.float64)
         weight = context.loss_gradient * self.share
         if config.balance and config.router == "top":
             gates = apply(WITH_AUXILIARY, gates, even, weight=weight * config.balance)

@@ -3,11 +3,12 @@
     scores (B, T, E) ── top_k ──────────► choices (B, T, k): the k best experts of every token    Switch k=1, GShard k=2
                      ── expert_choice ──► the best tokens of every expert
     choices ── within_capacity ──► the same without those for which an expert has no room
-    (token, expert) pairs ── Plan ──► rows sorted by expert
+    marks (B, T, E): which expert takes which token ── Plan ──► rows sorted by expert
 
 Room is counted within a sequence: an expert takes at most `capacity` of its tokens. So what is dropped depends on the
-sequence alone, never on micro-batch, batch or layout, and no rank needs to ask another. First come the first choices of
-all tokens in their order, then the second choices, and so on. Among equal scores the lower index wins.
+sequence alone, never on micro-batch, batch or layout, and no rank needs to ask another but for tokens of the same
+sequence. First come the first choices of all tokens in their order, then the second choices, and so on. Among equal
+scores the lower index wins.
 
 References: Fedus et al., Switch Transformer, arXiv:2101.03961; Lepikhin et al., GShard, arXiv:2006.16668 (groups of
 tokens with room of their own); Zhou et al., expert choice, arXiv:2202.09368.
@@ -36,10 +37,10 @@ class Plan:
     """(E,) rows per expert."""
 
     @classmethod
-    def of(cls, tokens: Array, experts: Array, num_experts: int) -> Plan:
-        """The plan of these (token, expert) pairs, each of which occurs once."""
-        order = np.lexsort((tokens, experts))
-        return cls(tokens[order], experts[order], np.bincount(experts, minlength=num_experts))
+    def of(cls, taken: Array) -> Plan:
+        """The plan where taken[b, t, e] says whether expert e takes token t of sequence b."""
+        experts, tokens = np.nonzero(taken.reshape(-1, taken.shape[2]).T)
+        return cls(tokens, experts, taken.sum(axis=(0, 1)))
 
 
 def capacity(tokens: int, experts: int, top: int, factor: float) -> int:
@@ -68,12 +69,18 @@ def within_capacity(choices: Array, experts: int, room: int) -> Array:
     return (places < room).reshape(batch, top, tokens).swapaxes(1, 2)
 
 
-def expert_choice(scores: Array, room: int) -> tuple[Array, Array]:
-    """Scores (B, T, E) -> pairs (token, expert): every expert takes its `room` best tokens of every sequence."""
-    batch, tokens, experts = scores.shape
-    best = np.argsort(-scores, axis=1, kind="stable")[:, :room]  # (B, room, E)
-    chosen = best + np.arange(batch)[:, None, None] * tokens
-    return chosen.reshape(-1), np.broadcast_to(np.arange(experts), best.shape).reshape(-1)
+def marked(choices: Array, experts: int, which: Array | bool = True) -> Array:
+    """Choices (B, T, k), and which of them count -> booleans (B, T, E)."""
+    marks = np.zeros((*choices.shape[:2], experts), bool)
+    np.put_along_axis(marks, choices, which, axis=2)
+    return marks
+
+
+def expert_choice(scores: Array, room: int) -> Array:
+    """Scores (B, T, E) -> booleans of the same shape: every expert takes its `room` best tokens of every sequence."""
+    marks = np.zeros(scores.shape, bool)
+    np.put_along_axis(marks, np.argsort(-scores, axis=1, kind="stable")[:, :room], True, axis=1)
+    return marks
 
 
 def noise(seed: int, name: str, step: int, row_ids: Array, shape: tuple[int, int]) -> Array:

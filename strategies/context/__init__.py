@@ -3,6 +3,9 @@
     sample   │ tokens of rank 0 │ of rank 1 │ of rank 2 │        embedding, norms, MLPs, loss: own tokens, no message
     attention: the only place where tokens meet                  ring.py (keys go round) or ulysses.py (heads go apart)
 
+A router of experts decides about whole sequences: to them belong room, loads and the order in which tokens come. What
+tokens choose travels (k numbers each; all E scores where experts choose), and every rank decides the same about all.
+
 All activations are 1/cp; that is what it is for: sequences that one rank has no memory for. Parameters are whole on
 every rank and its gradients come from its own tokens: each is Partial over cp, and everything else follows from that.
 What depends on the place of a token goes by its place in the whole sample: positions, rotary angles, dropout masks.
@@ -18,11 +21,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
+
+from dtrain import conjugate
 from dtrain.arrays import Array
 from dtrain.errors import UserError
 from dtrain.layout import Partial
 from dtrain.mesh import Mesh
 from dtrain.models.blocks import Attention
+from dtrain.models.moe import Router
 from dtrain.models.transformer import Transformer
 from dtrain.modules import Context, Module
 from dtrain.ops.attention import default_scale
@@ -62,6 +69,9 @@ class ContextParallel(Strategy):
                 self._replace(attention)
         if model.positions is not None:
             model.place = lambda length: model.positions(self.places)  # type: ignore[method-assign,misc]
+        for module in model.named_modules().values():
+            if isinstance(module, Router):
+                module.places, module.whole = self.places, self._whole
         for parameter in model.named_parameters().values():
             parameter.gradient_layout = parameter.gradient_layout.with_(cp=Partial())
         return model
@@ -76,6 +86,11 @@ class ContextParallel(Strategy):
         """Which tokens this rank has."""
         runs = " and ".join(f"{start}..{stop - 1}" for start, stop in self.runs[self.comm.rank])
         return [f"context: {self.kind} on {self.comm.size} ranks; this one has tokens {runs} of {self.length}"]
+
+    def _whole(self, array: Array) -> Array:
+        """What the ranks have of their tokens, (B, t, …), as that of all tokens in their order, (B, T, …)."""
+        gathered = conjugate.gathered(array, self.comm, TOKENS, [places.count(each) for each in self.runs])
+        return gathered[:, np.argsort(np.concatenate([places.positions(each) for each in self.runs]))]
 
     def _replace(self, attention: Attention) -> None:
         width = attention.qkv.weight.shape[0] // (attention.heads + 2 * attention.kv_heads)

@@ -28,7 +28,6 @@ TINY = ["model.dim=32", "model.heads=4", "model.sequence=16", "sample.tokens=3"]
 LESS = ["train.steps=2", "log.every=1"]
 # By design not the losses of one process with one microbatch in float64; their own tests say what they are.
 OTHER_NUMBERS = ("gpt_compressed", "gpt_float16", "gpt_lora", "local_sgd", "ps_async", "ps_ssp")
-OTHER_NUMBERS += ("moe_dropless", "moe_expert_choice", "moe_switch")  # balance and capacity are those of a microbatch
 
 # On real processes, the others on threads: the same program, without eight starts of the interpreter.
 PROCESSES = ("gpt_ddp", "gpt_3d_zero", "gpt_zero1")

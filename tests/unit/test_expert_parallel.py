@@ -47,7 +47,7 @@ def reference(given):
 def compare(name, parallel, **options):
     given = sections(name, **options)
     losses, validation, values, told, bias = reference(json.dumps(given))
-    ranks = int(np.prod([size for axis, size in parallel.items() if axis in ("dp", "ep", "tp", "pp")]))
+    ranks = int(np.prod([size for axis, size in parallel.items() if axis in ("dp", "ep", "cp", "tp", "pp")]))
     seen = {name: np.zeros(value.shape, bool) for name, value in values.items()}
     for mine in run_threads(ranks, train, {**given, "parallel": parallel}):
         np.testing.assert_allclose(mine[0], losses, rtol=1e-10)
@@ -93,8 +93,40 @@ def test_with_other_axes(parallel):
     compare(name, parallel, **({"global_batch": 12} if parallel["ep"] == 3 else {}) if "ep" in parallel else {})
 
 
-def test_sixteen_ranks():
-    compare("switch_dropless", {"ep": 2, "tp": 2, "dp": 2, "pp": 2, "data_parallel": "zero2"})
+@pytest.mark.parametrize(
+    "parallel", [{"cp": 4, "ep": 2}, {"cp": 2, "context": "ulysses"}], ids=["cp4-ep2", "cp2-ulysses"]
+)
+@pytest.mark.parametrize("name", MIXTURES)
+def test_sequences_that_lie_on_several_ranks(name, parallel):
+    """Room, loads, order and noise are of whole sequences, whose tokens lie in zigzag blocks of uneven lengths."""
+    compare(name, parallel)
+
+
+@pytest.mark.parametrize(
+    ("name", "parallel"),
+    [
+        ("expert_choice", {"cp": 2, "tp": 2, "sequence": True}),
+        ("gshard", {"cp": 2, "tp": 2}),
+        ("switch", {"cp": 2, "dp": 2, "data_parallel": "zero3"}),
+        ("gshard_dropless", {"cp": 2, "pp": 2, "data_parallel": "zero1"}),
+    ],
+    ids=str,
+)
+def test_sequences_on_several_ranks_with_other_axes(name, parallel):
+    compare(name, parallel)
+
+
+@pytest.mark.parametrize(
+    ("name", "parallel"),
+    [
+        ("gshard", {"tp": 2, "cp": 2, "ep": 2, "pp": 2, "sequence": True}),
+        ("switch", {"tp": 2, "cp": 2, "ep": 2, "pp": 2, "data_parallel": "zero2"}),
+        ("switch_dropless", {"tp": 2, "cp": 2, "ep": 2, "dp": 2, "data_parallel": "zero3"}),
+    ],
+    ids=str,
+)
+def test_sixteen_ranks_and_all_axes_at_once(name, parallel):
+    compare(name, parallel)
 
 
 def test_with_recomputation():
