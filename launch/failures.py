@@ -11,9 +11,11 @@ completes soon or never. Whatever blocks on the way (MPI that cannot start or st
 """
 
 import contextlib
+import errno
 import os
 import signal
 import socket
+import stat
 import sys
 import tempfile
 import threading
@@ -160,17 +162,28 @@ def _position() -> tuple[int, int]:
 
 def _let_the_first_tell() -> None:
     """Return at once in a node's first failing rank. The others wait to be ended; if nobody does it, they tell too."""
-    try:
-        import fcntl
+    if _first_of_the_job():
+        return
+    with contextlib.suppress(Exception):  # where MPI cannot start, nobody will end us: tell it
+        from dtrain.collectives import mpi  # noqa: F401 (the first rank needs MPI to end us, and MPI starts on all)
+    time.sleep(3 * _GRACE)
 
-        lock = os.open(tempfile.gettempdir(), os.O_RDONLY)  # left open: the lock holds until this process ends
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        with contextlib.suppress(Exception):  # where MPI cannot start, nobody will end us: tell it
-            from dtrain.collectives import mpi  # noqa: F401 (the first rank needs MPI to end us, and MPI starts on all)
-        time.sleep(3 * _GRACE)
-    except OSError:  # a file system without locks: rather told twice than never
-        pass
+
+def _first_of_the_job() -> bool:
+    """Is this the first rank here that asks? By what one process holds until it ends, and other jobs do not."""
+    job = os.environ.get("PMIX_NAMESPACE") or str(os.getppid())  # under Hydra and srun one parent starts a node's ranks
+    try:
+        if sys.platform == "linux":
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as name:
+                name.bind(f"\0dtrain-failed-{os.getuid()}-{job}")
+                name.detach()  # so that it stays
+        else:  # here a job that fails at the same moment delays ours
+            import fcntl
+
+            fcntl.flock(os.open(tempfile.gettempdir(), os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:  # no such names, a file system without locks: rather told twice than never
+        return error.errno not in (errno.EADDRINUSE, errno.EWOULDBLOCK)
+    return True
 
 
 def _set_alarm() -> None:
@@ -180,6 +193,25 @@ def _set_alarm() -> None:
 
 
 def _tell(text: str) -> None:
-    """Write in one piece, so that the launcher does not mix it with other ranks' output."""
+    """Write in one piece, so that the launcher does not mix it with other ranks' output; return when it was taken.
+
+    A launcher that is told to end a job ends it without looking what its pipes still hold (Hydra, on a busy machine).
+    """
     sys.stdout.flush()
     os.write(2, text.encode(errors="backslashreplace"))
+    limit = time.monotonic() + _GRACE
+    while _unread(2) and time.monotonic() < limit:
+        time.sleep(0.01)
+
+
+def _unread(descriptor: int) -> int:
+    """Bytes that wait in a pipe; 0 for everything else."""
+    if not stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+        return 0
+    try:
+        import fcntl
+        import termios
+
+        return int.from_bytes(fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)), sys.byteorder)
+    except OSError:  # a system that asks for the other end of the pipe
+        return 0
