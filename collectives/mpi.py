@@ -21,6 +21,8 @@ import numpy as np
 
 if "mpi4py.MPI" not in sys.modules and "MPI4PY_RC_THREAD_LEVEL" not in os.environ:
     mpi4py.rc.thread_level = "multiple"
+# Windows are shared memory only; Open MPI's wheel complains, on every rank, of a component for other ones.
+os.environ.setdefault("OMPI_MCA_osc", "^ucx")
 from mpi4py import MPI
 
 from dtrain.collectives.dtypes import Array, starts

@@ -28,7 +28,7 @@ from typing import NoReturn
 from dtrain.errors import UserError
 from dtrain.launch import environment
 
-_GRACE = 1.0  # seconds for the other ranks to fail in the same way, or for the launcher to end this one
+_GRACE = 2.0  # seconds for the other ranks to fail in the same way, or for the launcher to end this one
 
 
 @contextlib.contextmanager
@@ -189,7 +189,7 @@ def _first_of_the_job() -> bool:
 def _set_alarm() -> None:
     """SIGALRM kills this process if ending takes long, and with that the job."""
     mpi_is_up = "dtrain.collectives.mpi" in sys.modules
-    signal.alarm(4 if mpi_is_up else 20)  # starting many ranks on few cores takes its time
+    signal.alarm(int(6 * _GRACE) if mpi_is_up else 20)  # starting many ranks on few cores takes its time
 
 
 def _tell(text: str) -> None:
