@@ -189,7 +189,7 @@ def _first_of_the_job() -> bool:
 def _set_alarm() -> None:
     """SIGALRM kills this process if ending takes long, and with that the job."""
     mpi_is_up = "dtrain.collectives.mpi" in sys.modules
-    signal.alarm(int(6 * _GRACE) if mpi_is_up else 20)  # starting many ranks on few cores takes its time
+    signal.alarm(int(8 * _GRACE) if mpi_is_up else 20)  # starting many ranks on few cores takes its time
 
 
 def _tell(text: str) -> None:
