@@ -33,6 +33,9 @@ run: .venv/run-$(MPI)
 
 test: test-unit test-mpi test-system
 
+# Kernels that one part has compiled serve the next one too.
+test test-unit test-mpi test-system: export DTRAIN_CACHE ?= $(CURDIR)/.venv/cache
+
 test-unit: .venv/dev-$(MPI)
 	$(call limit,900) python -m pytest tests/unit -q -n auto --dist loadfile
 
