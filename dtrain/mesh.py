@@ -9,6 +9,12 @@
 tp varies fastest: its ranks exchange most and should be neighbours on one host; pp varies slowest. `order` is another
 order, written as in Megatron-LM ("tp-cp-ep-dp-pp", fastest first). Axes: data, tensor, pipeline, context, expert.
 
+With `grid=(2, 3)` the 6 ranks of tp stand in rows and columns of their own (`summa.py` wants it): tp is then two axes,
+`tp_row` and the faster `tp_column`, that may be named like all others; mesh["tp"] is the plane of both.
+
+    tp 0 1 2      mesh["tp_column"]  my row of the grid: ranks that differ in their column
+       3 4 5      mesh["tp_row"]     my column
+
 Invariant: a rank's place is a function of (sizes, order, rank) alone. Communicators are made when first asked for,
 which is a collective call over the whole mesh; an axis of size 1 needs none and gives a communicator of this rank
 alone.
@@ -32,26 +38,37 @@ from dtrain.fixed_tree import FixedTree
 
 SHOWN_RANKS = 64  # rows of the table in the log
 BATCH_AXES = ("dp", "ep")  # ranks that differ along these axes have other samples
+GRID_AXES = ("tp_row", "tp_column")  # what the tp axis is made of where it is a grid
 
 
 class Grid:
     """The places of `num_ranks` ranks, without any communication: `sizes` go by axis, slowest first."""
 
-    def __init__(self, num_ranks: int, sizes: Mapping[str, int], order: str = ORDER) -> None:
-        """dp=-1: what the other axes leave. A UserError names the axis that does not fit, and what would."""
+    def __init__(
+        self, num_ranks: int, sizes: Mapping[str, int], order: str = ORDER, grid: tuple[int, int] | None = None
+    ) -> None:
+        """dp=-1: what the other axes leave; grid: rows and columns of tp. A UserError names the axis that does not fit,
+        and what would."""
         axes = tuple(reversed(order.split("-")))
         if sorted(axes) != sorted(ORDER.split("-")):
             raise UserError(f"parallel.order: {order}; must name each axis once, fastest first, such as {ORDER}")
         complete = filled(dict.fromkeys(("pp", "dp", "cp", "ep", "tp"), 1) | dict(sizes), num_ranks)
+        assert grid is None or math.prod(grid) == complete["tp"], (grid, complete)
         self.num_ranks = num_ranks
-        self.axes = axes
-        self.sizes = {axis: complete[axis] for axis in axes}
-        self._grid = np.arange(num_ranks).reshape(list(self.sizes.values()))
+        self.parts = {} if grid is None else {"tp": GRID_AXES}
+        """Of an axis that is two."""
+        self.axes = tuple(part for axis in axes for part in self.parts.get(axis, (axis,)))
+        self.sizes = complete | dict(zip(GRID_AXES, grid or (), strict=False))
+        self.sizes = {axis: self.sizes[axis] for axis in dict.fromkeys((*axes, *self.axes))}
+        self._lengths = [self.sizes[axis] for axis in self.axes]
+        self._grid = np.arange(num_ranks).reshape(self._lengths)
 
     def coordinates_of(self, rank: int) -> dict[str, int]:
         """The place of a rank, by axis."""
-        place = np.unravel_index(rank, list(self.sizes.values()))
-        return {axis: int(coordinate) for axis, coordinate in zip(self.axes, place, strict=True)}
+        place = dict(zip(self.axes, map(int, np.unravel_index(rank, self._lengths)), strict=True))
+        for axis, (slow, fast) in self.parts.items():
+            place[axis] = place[slow] * self.sizes[fast] + place[fast]
+        return place
 
     def size(self, *axes: str) -> int:
         """How many ranks these axes have together; 1 without an axis."""
@@ -88,9 +105,10 @@ class Grid:
     def sorted(self, axes: Sequence[str]) -> tuple[str, ...]:
         """These axes, slowest first; KeyError for one that the mesh does not have."""
         for axis in axes:
-            if axis not in self.axes:
-                raise KeyError(f"{axis}: no axis of the mesh; axes: {', '.join(self.axes)}")
-        return tuple(axis for axis in self.axes if axis in axes)
+            if axis not in self.sizes:
+                raise KeyError(f"{axis}: no axis of the mesh; axes: {', '.join(self.sizes)}")
+        wanted = {part for axis in axes for part in self.parts.get(axis, (axis,))}
+        return tuple(axis for axis in self.axes if axis in wanted)
 
 
 class Mesh(Grid):
@@ -106,12 +124,14 @@ class Mesh(Grid):
         tp: int = 1,
         order: str = ORDER,
         reproducible: bool = False,
+        grid: tuple[int, int] | None = None,
     ) -> None:
         """dp=-1: what the other axes leave. A UserError names the axis that does not fit, and what would.
 
-        reproducible: sums go over the data ranks, a power of two, by one tree (`fixed_tree.py`).
+        reproducible: sums go over the data ranks, a power of two, by one tree (`fixed_tree.py`); grid: rows and columns
+        of the tp axis, where it is to be two.
         """
-        super().__init__(comm.size, {"pp": pp, "dp": dp, "cp": cp, "ep": ep, "tp": tp}, order)
+        super().__init__(comm.size, {"pp": pp, "dp": dp, "cp": cp, "ep": ep, "tp": tp}, order, grid)
         self.comm, self.reproducible = comm, reproducible
         self.coordinates = self.coordinates_of(comm.rank)
         self._communicators: dict[tuple[Any, ...], Communicator | None] = {}

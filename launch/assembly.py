@@ -70,7 +70,8 @@ def parts(config: Config, comm: Communicator) -> tuple[Data, models.Model]:
 def make_mesh(config: Config, comm: Communicator) -> Mesh:
     """The mesh of the section `parallel`, whose dp is filled in. Collective."""
     p = config.parallel
-    return Mesh(comm, pp=p.pp, dp=p.dp, cp=p.cp, ep=p.ep, tp=p.tp, order=p.order, reproducible=p.reproducible)
+    sizes = {"pp": p.pp, "dp": p.dp, "cp": p.cp, "ep": p.ep, "tp": p.tp}
+    return Mesh(comm, **sizes, order=p.order, reproducible=p.reproducible, grid=p.tensor_grid())
 
 
 def strategies(config: Config) -> list[Strategy]:

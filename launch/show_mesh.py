@@ -29,7 +29,7 @@ def show_mesh(config: Config, ranks: int, per_host: int | None, output: Path | N
     per_host: ranks on one host, host by host, as mpirun places them; default: all on one.
     """
     p = for_ranks(config, ranks).parallel
-    grid = Grid(ranks, {"pp": p.pp, "dp": p.dp, "cp": p.cp, "ep": p.ep, "tp": p.tp}, p.order)
+    grid = Grid(ranks, {"pp": p.pp, "dp": p.dp, "cp": p.cp, "ep": p.ep, "tp": p.tp}, p.order, p.tensor_grid())
     hosts = [f"host{rank // (per_host or ranks)}" for rank in range(ranks)]
     print("\n".join(grid.table(hosts)))
     print("\n" + "\n".join(picture(grid)))

@@ -48,6 +48,7 @@ def show(report: Report, config: Config, ranks: int, show_all: bool) -> None:
     wrong = [row for row in report.rows if not row.right]
     parallel = config.parallel
     used = [f"{axis}={getattr(parallel, axis)}" for axis in ("pp", "dp", "cp", "ep", "tp")]
+    used += ["2d"] * (parallel.tensor_grid() is not None)
     layout = " ".join([*(part for part in used if not part.endswith("=1")), parallel.data_parallel])
     steps = f"{report.steps} step{'s' * (report.steps > 1)}"
     of = f"of {len(report.rows)} losses, norms and tensors"

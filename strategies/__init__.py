@@ -40,6 +40,10 @@ DATA_PARALLEL: dict[str, Callable[[ParallelConfig], Strategy]] = {
 
 
 def _tensor(config: Config) -> Strategy:
+    if config.parallel.tensor == "2d":
+        from dtrain.strategies.tensor.summa_strategy import SummaParallel
+
+        return SummaParallel()
     from dtrain.strategies.tensor import PLANS, TensorParallel
 
     plan = PLANS["mlp" if config.model.kind == "mlp" else "transformer"]

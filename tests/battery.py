@@ -1,6 +1,6 @@
 """Every combination of strategies that fits into 8 ranks, each compared with one process in float64.
 
-    dp x tp x pp <= 8   x   data_parallel (5, zero also with copies)   x   schedule (6)   x   sequence   x   recompute
+    dp x tp x pp <= 8   x   data_parallel (5, zero also with copies)   x   schedule (6)   x   tensor (3)   x   recompute
     x   three models    =   all_cases();   covering(cases): a part in which every pair of options still meets
 
 DTRAIN_BATTERY=all python -m pytest tests/unit/test_battery.py -q runs all of them over 5 steps, DTRAIN_BATTERY=3/12 the
@@ -28,6 +28,7 @@ from tests import training
 RANKS = 8
 STEPS = 5 if "DTRAIN_BATTERY" in os.environ else 2
 TOLERANCE = Tolerance(1e-9, "asked for")
+TENSOR = {"1d": {}, "sequence": {"sequence": True}, "2d": {"tensor": "2d"}}
 SHORT = ("gpipe", "zb_h1")  # schedules that are given two microbatches, however many stages
 
 SMALL: dict[str, Any] = {"dim": 16, "heads": 4, "sequence": 4}
@@ -52,7 +53,7 @@ class Case(NamedTuple):
     pp: int
     data: tuple[str, bool] | None
     schedule: str | None
-    sequence: bool | None
+    tensor: str | None
     recompute: bool
     model: str
 
@@ -62,7 +63,7 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         data = "" if self.data is None else f" {self.data[0]}{' copies' if self.data[1] else ''}"
-        more = [f" {self.schedule}"] * (self.pp > 1) + [" sequence"] * bool(self.sequence)
+        more = [f" {self.schedule}"] * (self.pp > 1) + [f" {self.tensor}"] * (self.tensor is not None)
         more += [" recompute"] * self.recompute
         return f"dp{self.dp} tp{self.tp} pp{self.pp}{data}{''.join(more)} {self.model}"
 
@@ -76,12 +77,12 @@ def all_cases(ranks: Sequence[int] = range(2, RANKS + 1)) -> list[Case]:
     """All, in a fixed order."""
     sizes = range(1, RANKS + 1)
     return [
-        Case(dp, tp, pp, data, schedule, sequence, recompute, model)
+        Case(dp, tp, pp, data, schedule, tensor, recompute, model)
         for dp, tp, pp in itertools.product(sizes, repeat=3)
         if dp * tp * pp in ranks
         for data in (DATA if dp > 1 else [None])
         for schedule in (SCHEDULES if pp > 1 else [None])
-        for sequence in ((False, True) if tp > 1 else [None])
+        for tensor in (TENSOR if tp > 1 else [None])
         for recompute in (False, True)
         for model in MODELS
     ]
@@ -123,7 +124,8 @@ def sections(case: Case) -> dict[str, Any]:
     parallel: dict[str, Any] = {"dp": case.dp, "tp": case.tp, "pp": case.pp, "bucket_mb": 0.01}
     if case.data is not None:
         parallel |= {"data_parallel": case.data[0], "replicate": case.data[1]}
-    parallel["sequence"] = bool(case.sequence)
+    if case.tensor is not None:
+        parallel |= TENSOR[case.tensor]
     return {
         "model": {**MODELS[case.model], "layers": stages + 1},
         "data": {"kind": "text", "path": argparse.__file__},

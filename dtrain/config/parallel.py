@@ -5,7 +5,7 @@ from typing import Literal
 from msgspec import field
 
 from dtrain.config.compression import CompressionConfig, NoCompressionConfig
-from dtrain.config.rules import Section, at_least, require
+from dtrain.config.rules import Section, at_least, divisors, require
 
 ORDER = "tp-cp-ep-dp-pp"  # of the axes of the mesh, fastest first
 
@@ -46,6 +46,10 @@ class ParallelConfig(Section, frozen=True, kw_only=True):
     """cp: keys and values go round the ranks, or each rank has all tokens of some heads for the attention."""
     sequence: bool = False
     """tp: cut the tokens between the branches of a block too: norms, dropout and what is kept of them are 1/tp."""
+    tensor: Literal["1d", "2d"] = "1d"
+    """tp: a slice of every matrix per rank, activations whole; or blocks of both on a grid of ranks (SUMMA)."""
+    grid: tuple[int, int] | None = None
+    """tensor: 2d: rows and columns of ranks, together tp; null: as square as can be, not more rows than columns."""
     embedding: Literal["table", "row", "column", "replicate"] = "table"
     """dlrm: a rank has some of the tables, some rows of each, or some columns of each; replicate: all of all."""
     bucket_mb: float = 4.0
@@ -65,6 +69,7 @@ class ParallelConfig(Section, frozen=True, kw_only=True):
             sorted(self.order.split("-")) == sorted(ORDER.split("-")),
             f"parallel.order: {self.order}; must name each axis once, fastest first, such as {ORDER}",
         )
+        self._check_grid()
         at_least(0, "parallel", shard_over=self.shard_over)
         require(self.bucket_mb > 0, f"parallel.bucket_mb: {self.bucket_mb}; must be above 0")
         require(
@@ -76,6 +81,24 @@ class ParallelConfig(Section, frozen=True, kw_only=True):
             f"parallel.compression.kind: {self.compression.kind}; only data_parallel: ddp compresses, "
             f"not {self.data_parallel}",
         )
+
+    def _check_grid(self) -> None:
+        """Check what goes with `tensor: 2d`."""
+        if self.grid is not None:
+            shown, fits = list(self.grid), [[rows, self.tp // rows] for rows in divisors(self.tp)]
+            require(self.tensor == "2d", f"parallel.grid: {shown}; parallel.tensor: 1d has none: leave it out")
+            require(shown in fits, f"parallel.grid: {shown}; must be rows x columns of parallel.tp: {self.tp}: {fits}")
+        require(
+            self.tensor == "1d" or not self.sequence,
+            "parallel.sequence: true; parallel.tensor: 2d cuts all activations already: leave it out",
+        )
+
+    def tensor_grid(self) -> tuple[int, int] | None:
+        """Rows and columns of the grid of tp; None: the ranks of tp stand in a line."""
+        if self.tensor == "1d" or self.tp == 1:
+            return None
+        rows = max(rows for rows in divisors(self.tp) if rows * rows <= self.tp)
+        return self.grid or (rows, self.tp // rows)
 
 
 class PipelineConfig(Section, frozen=True, kw_only=True):

@@ -82,17 +82,18 @@ class Config(Section, frozen=True, kw_only=True):
             if categories
             else "data.categories: []; model.kind: dlrm needs one or more columns",
         )
+        if self.parallel.tensor == "2d":
+            kind = self.model.kind
+            require(
+                kind in ("gpt", "bert", "mlp"), f"parallel.tensor: 2d; model.kind: {kind}; allowed: gpt, bert or mlp"
+            )
+            require(self.lora is None, "parallel.tensor: 2d; with lora, allowed: 1d")
         if self.parallel.reproducible:
             self._check_reproducible()
         if isinstance(self.model, DLRMConfig):
             for axis in ("tp", "pp", "cp", "ep"):
                 size = getattr(self.parallel, axis)
                 require(size == 1, f"parallel.{axis}: {size}; model.kind: dlrm uses dp only: allowed: 1")
-            require(
-                self.parallel.embedding == "replicate" or self.parallel.data_parallel in ("naive", "ddp", "zero1"),
-                f"parallel.embedding: {self.parallel.embedding}; with data_parallel: naive, ddp or zero1, not "
-                f"{self.parallel.data_parallel}; or embedding: replicate",
-            )
 
     def _check_reproducible(self) -> None:
         """What has sums in another order in another layout."""

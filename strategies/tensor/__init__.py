@@ -18,13 +18,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import partial
-from itertools import accumulate, pairwise
 from typing import Any
 
 from dtrain import conjugate
 from dtrain.arrays import Array
 from dtrain.collectives import Communicator
-from dtrain.collectives.dtypes import cut
 from dtrain.errors import UserError
 from dtrain.layout import Partial, Shard
 from dtrain.mesh import Mesh
@@ -175,27 +173,12 @@ def _head(strategy: TensorParallel, module: Module) -> Module:
 def _attention(strategy: TensorParallel, module: Module) -> Module:
     """Whole groups of heads: a key/value head with all query heads that use it."""
     assert isinstance(module, Attention)
-    size, rank = strategy.comm.size, strategy.comm.rank
-    width = module.qkv.weight.whole[0] // (module.heads + 2 * module.kv_heads)
-    per_group = module.heads // module.kv_heads
-    ends = [0, *accumulate(cut(module.kv_heads, size))]
-    first_key = module.heads * width
-    first_value = first_key + module.kv_heads * width
-    rows = tuple(
-        (
-            (start * per_group * width, stop * per_group * width),
-            (first_key + start * width, first_key + stop * width),
-            (first_value + start * width, first_value + stop * width),
-        )
-        for start, stop in pairwise(ends)
-    )
-    columns = tuple(((start * per_group * width, stop * per_group * width),) for start, stop in pairwise(ends))
-    strategy.cut(module.qkv.weight, Shard(0, rows))
-    strategy.cut(module.qkv.bias, Shard(0, rows))
-    strategy.cut(module.out.weight, Shard(1, columns))
+    rank, heads = strategy.comm.rank, layers.cut_heads(module, strategy.comm.size)
+    strategy.cut(module.qkv.weight, Shard(0, heads.packed))
+    strategy.cut(module.qkv.bias, Shard(0, heads.packed))
+    strategy.cut(module.out.weight, Shard(1, heads.mixed))
     strategy.summed(module.out.bias)
-    module.kv_heads = ends[rank + 1] - ends[rank]
-    module.heads = module.kv_heads * per_group
+    module.heads, module.kv_heads = heads.counts[rank]
     module.out = RowLinear(module.out, strategy.leave)
     return Branch(module if module.heads else layers.NoHeads(module), strategy.enter)
 

@@ -14,7 +14,8 @@ References: Shoeybi et al., Megatron-LM, arXiv:1909.08053; Korthikanti et al., a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from dtrain import conjugate, random
 from dtrain.arrays import Array
 from dtrain.collectives import Communicator
 from dtrain.collectives.dtypes import accumulator, cut
+from dtrain.layout import Run
 from dtrain.models.base import IGNORED
 from dtrain.models.blocks import Attention, add_branch
 from dtrain.modules import Context, Dropout, Embedding, Linear, Module
@@ -70,10 +72,11 @@ class ColumnLinear(Linear):
 class VocabularyEmbedding(Embedding):
     """An embedding that has the rows first .. first + len(weight)."""
 
-    def __init__(self, whole: Embedding, comm: Communicator, rows: int) -> None:
-        """rows: of the whole table."""
+    def __init__(self, whole: Embedding, comm: Communicator, rows: int, leave: Way | None = None) -> None:
+        """rows: of the whole table; leave: the sum over the ranks."""
         self.weight, self.name = whole.weight, whole.name
-        self.comm, self.rows = comm, rows
+        self.rows = rows
+        self._leave = leave or (lambda y: conjugate.all_reduce(y, comm))
         self.first = sum(cut(rows, comm.size)[: comm.rank])
 
     def forward(self, ids: Array) -> Tensor:
@@ -82,11 +85,10 @@ class VocabularyEmbedding(Embedding):
             raise IndexError(f"the ids reach from {ids.min()} to {ids.max()}; a vocabulary of {self.rows}")
         mine = (ids >= self.first) & (ids < self.first + self.weight.shape[0])
         if not self.weight.shape[0]:
-            return conjugate.all_reduce(
-                Tensor(np.zeros((*ids.shape, self.weight.shape[1]), self.weight.dtype)), self.comm
-            )
+            nothing = np.zeros((*ids.shape, self.weight.shape[1]), self.weight.dtype)
+            return self._leave(Tensor(nothing, requires_grad=True))  # so that it takes part in the walk back
         rows = F.embedding(self.weight, np.where(mine, ids - self.first, 0))
-        return conjugate.all_reduce(rows * mine[..., None].astype(self.weight.dtype), self.comm)
+        return self._leave(rows * mine[..., None].astype(self.weight.dtype))
 
 
 class Branch(Module):
@@ -99,6 +101,31 @@ class Branch(Module):
     def forward(self, x: Tensor, residual: Tensor, *context: Any) -> Tensor:
         """As the whole branch."""
         return self.inner(self._enter(x), residual, *context)
+
+
+class Heads(NamedTuple):
+    """What of an attention each of several ranks has: whole groups, a key/value head with all queries that use it."""
+
+    packed: tuple[tuple[Run, ...], ...]
+    """By rank, of the outputs of qkv."""
+    mixed: tuple[tuple[Run, ...], ...]
+    """By rank, of the inputs of out."""
+    counts: list[tuple[int, int]]
+    """By rank: heads, key/value heads."""
+
+
+def cut_heads(attention: Attention, size: int) -> Heads:
+    """For `size` ranks."""
+    width = attention.qkv.weight.whole[0] // (attention.heads + 2 * attention.kv_heads)
+    per_group = attention.heads // attention.kv_heads
+    ends = list(pairwise([0, *accumulate(cut(attention.kv_heads, size))]))
+    mixed = tuple(((start * per_group * width, stop * per_group * width),) for start, stop in ends)
+    first_key = attention.heads * width
+    first_value = first_key + attention.kv_heads * width
+    keys = [(first_key + start * width, first_key + stop * width) for start, stop in ends]
+    values = [(first_value + start * width, first_value + stop * width) for start, stop in ends]
+    packed = tuple((*queries, key, value) for queries, key, value in zip(mixed, keys, values, strict=True))
+    return Heads(packed, mixed, [((stop - start) * per_group, stop - start) for start, stop in ends])
 
 
 class NoHeads(Attention):

@@ -27,9 +27,9 @@ def test_this_layout_equals_one_process(case: Case) -> None:
 
 def test_all_combinations_are_there() -> None:
     """Counted by hand: meshes of 2 to 8 ranks, times what each axis leaves to choose."""
-    single = 7 * (8 + 6 + 2)  # one axis: dp by strategies, pp by schedules, tp by sequence
-    pairs = 5 * (8 * 6 + 8 * 2 + 6 * 2)  # (2,2) (2,3) (3,2) (2,4) (4,2)
-    assert len(ALL) == len(set(ALL)) == (single + pairs + 8 * 6 * 2) * 2 * 3
+    single = 7 * (8 + 6 + 3)  # one axis: dp by strategies, pp by schedules, tp in three ways
+    pairs = 5 * (8 * 6 + 8 * 3 + 6 * 3)  # (2,2) (2,3) (3,2) (2,4) (4,2)
+    assert len(ALL) == len(set(ALL)) == (single + pairs + 8 * 6 * 3) * 2 * 3
 
 
 def test_the_covering_part_covers() -> None:

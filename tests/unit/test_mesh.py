@@ -181,3 +181,21 @@ def test_layout_is_a_value():
         Layout(tp=Shard(2)).part(place({"tp": 2}, tp=1), (3, 4))
     with pytest.raises(ValueError, match="dims of a layout count from 0"):
         Shard(-1)
+
+
+def test_tp_may_be_a_grid_of_two_axes():
+    def look(mesh):
+        held = Layout(tp_row=Shard(0), tp_column=Shard(1)).part(mesh, (4, 6))
+        mine = {axes: mesh[axes].all_gather_object(mesh.comm.rank) for axes in ("tp", "tp_row", "tp_column")}
+        return mesh.coordinates, mine, held, mesh.index("tp"), mesh.size("tp"), list(mesh.table(["here"] * 12))
+
+    found = on_ranks(12, look, dp=2, tp=6, grid=(2, 3))
+    for rank, (place, mine, held, index, size, table) in enumerate(found):
+        first = rank // 6 * 6
+        row, column = divmod(rank - first, 3)
+        assert (place["tp_row"], place["tp_column"], place["tp"]) == (row, column, index) and size == 6
+        assert mine["tp"] == list(range(first, first + 6))
+        assert mine["tp_column"] == [first + 3 * row + j for j in range(3)]
+        assert mine["tp_row"] == [first + column, first + 3 + column]
+        assert held == (slice(2 * row, 2 * row + 2), slice(2 * column, 2 * column + 2))
+        assert table[0] == "mesh   pp=1 dp=2 ep=1 cp=1 tp=6 tp_row=2 tp_column=3"
