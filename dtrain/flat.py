@@ -76,12 +76,19 @@ class FlatGroup:
     is one collective on a slice.
     """
 
-    joined: tuple[str, ...] = ()
-    """Axes of partial gradients over which the data-parallel sum goes too."""
     owned_over: tuple[str, ...] = ()
     """The axes over which `owned` is cut: () or ("dp",)."""
 
-    def __init__(self, parameters: Mapping[str, Parameter], comm: Communicator, pad_to: int, mesh: Mesh | None) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, Parameter],
+        comm: Communicator,
+        pad_to: int,
+        mesh: Mesh | None,
+        joined: tuple[str, ...] = (),
+    ) -> None:
+        """joined: axes of partial gradients over which the data-parallel sum goes too."""
+        self.joined = joined
         ordered = sorted(parameters, key=lambda name: parameters[name].ndim >= 2)  # stable
         self.parameters = {name: parameters[name] for name in ordered}
         self.mesh = mesh
@@ -120,8 +127,12 @@ class FlatGroup:
     def peers(self) -> Communicator:
         """The ranks with other samples that hold the same of this group, and those along the axes that are joined: the
         gradients are summed over them."""
-        axes = () if self.mesh is None else (*summed_axes(self.cut_axes, self.mesh), *self.joined)
-        return single() if self.mesh is None or not axes else self.mesh[axes]
+        return single() if self.mesh is None or not self.summed_over else self.mesh[self.summed_over]
+
+    @property
+    def summed_over(self) -> tuple[str, ...]:
+        """The axes of `peers`."""
+        return () if self.mesh is None else (*summed_axes(self.cut_axes, self.mesh), *self.joined)
 
     @property
     def owned_data(self) -> Array:
@@ -245,10 +256,9 @@ class FlatBuffers:
             for ((_, cut_axes, _, _), _), axes in zip(kinds, joined, strict=True)
         ]
         self.groups = [
-            self.group_type(by_kind[each], home, pad_to, mesh) for each, home in zip(kinds, homes, strict=True)
+            self.group_type(by_kind[each], home, pad_to, mesh, axes)
+            for each, home, axes in zip(kinds, homes, joined, strict=True)
         ]
-        for group, axes in zip(self.groups, joined, strict=True):
-            group.joined = axes
         if mesh is not None:
             mesh.open(axes for group in self.groups for axes in _meetings(group))
 

@@ -85,7 +85,7 @@ def strategies(config: Config) -> list[Strategy]:
             chosen.append(make_lora(config))
         if getattr(parallel, axis) > 1:
             chosen.append(make(config))
-    overlapped = parallel.cp if parallel.data_parallel == "ddp" else 1  # ddp sums over both at once
+    overlapped = 1 if parallel.data_parallel == "naive" else parallel.cp  # the others sum over both at once
     if parallel.dp * parallel.ep * overlapped > 1:  # dp and ep have samples of their own, to be summed over
         chosen.append(DATA_PARALLEL[parallel.data_parallel](parallel))
     return chosen

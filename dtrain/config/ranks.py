@@ -15,7 +15,7 @@ def check(config: Config, num_ranks: int) -> Config:
         return _served(config, num_ranks)
     parallel = config.parallel
     dp = filled({axis: getattr(parallel, axis) for axis in ("pp", "dp", "cp", "ep", "tp")}, num_ranks)["dp"]
-    if config.optimizer.kind == "adafactor" and dp > 1 and parallel.data_parallel.startswith("zero"):
+    if config.optimizer.kind == "adafactor" and dp * parallel.cp > 1 and parallel.data_parallel.startswith("zero"):
         raise ValueError(
             "optimizer.kind: adafactor; its rows and columns are of whole parameters, which parallel.data_parallel: "
             f"{parallel.data_parallel} cuts anywhere. Allowed: sgd, adam, adamw, lamb; or data_parallel: ddp, naive"

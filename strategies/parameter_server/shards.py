@@ -107,12 +107,13 @@ class ServedGroup(FlatGroup):
         comm: Communicator,
         pad_to: int,
         mesh: Mesh | None,
+        joined: tuple[str, ...],
         server: int,
         servers: int,
         whole: bool,
     ) -> None:
         self._cut = server, servers, whole
-        super().__init__(parameters, comm, pad_to, mesh)
+        super().__init__(parameters, comm, pad_to, mesh, joined)
 
     def allocate(self, comm: Communicator) -> None:
         """Zeros, as long as the range."""

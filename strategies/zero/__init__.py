@@ -12,6 +12,7 @@ updates its part in place and a barrier replaces every all_gather. `replicate` g
 of a node): parameters then never leave the group, and the shards of the gradients are summed over the copies.
 `reshard: false` keeps what a forward gathered until its backward: 2 (n-1)/n Ψ instead of 3, for the memory of stage 2.
 
+Ranks along `cp` have whole parameters too, and gradients of their own tokens: n are the ranks of dp x cp together.
 Gradients are summed with every microbatch from stage 2 (there is no room for whole ones), with the last one in stage 1.
 Where several microbatches are under way at once, as in a pipeline, `accumulate` keeps whole gradients within the step.
 
@@ -30,10 +31,10 @@ import numpy as np
 from dtrain.arrays import Array
 from dtrain.autograd import mode
 from dtrain.collectives import Work
-from dtrain.mesh import BATCH_AXES, Mesh
+from dtrain.mesh import Mesh
 from dtrain.models import Model
 from dtrain.modules import Module
-from dtrain.strategies.zero.buffers import ZeroBuffers, ZeroGroup
+from dtrain.strategies.zero.buffers import SHARDED_OVER, ZeroBuffers, ZeroGroup
 from dtrain.strategies.zero.units import Rooms, Unit, Wrapped
 from dtrain.strategy import Strategy, UnusedParametersError
 from dtrain.tensor import Tensor
@@ -43,7 +44,7 @@ AT_ONCE = 2  # blocks whose gradients are being made or summed
 
 
 class ZeRO(Strategy):
-    """Stage 1, 2 or 3 over the `dp` axis, and `ep` for what is not cut over it."""
+    """Stage 1, 2 or 3 over the `dp` axis, and `ep` and `cp` for what is not cut over it."""
 
     axis = "dp"
 
@@ -61,7 +62,7 @@ class ZeRO(Strategy):
     def apply(self, model: Module, mesh: Mesh) -> Module:
         """Move the parameters into the flat buffers of units, and follow what happens to these."""
         assert isinstance(model, Model)
-        self.comm = mesh[BATCH_AXES]
+        self.comm = mesh[SHARDED_OVER]
         unit_of = {p.name: i + 1 for i, block in enumerate(model.blocks) for p in block.named_parameters().values()}
         parameters = {p.name: p for p in model.named_parameters().values()}
         self.buffers = ZeroBuffers(
@@ -71,6 +72,8 @@ class ZeRO(Strategy):
         self.alone = not any(group.pages for group in self.buffers.groups)  # else a forward gathers
         members: dict[int, list[ZeroGroup]] = {}
         for group in self.buffers.groups:
+            if group.comm.size == 1:  # no other rank has a part of it
+                continue
             members.setdefault(unit_of.get(next(iter(group.parameters)), ENDS), []).append(group)
         self.units = {number: Unit(groups) for number, groups in sorted(members.items())}
         blocks = [unit for number, unit in self.units.items() if number != ENDS]
@@ -108,6 +111,9 @@ class ZeRO(Strategy):
             if unused or not self.accumulate:
                 raise UnusedParametersError(sorted(unused or unit.missing))
             self._reduce(unit)
+        summed = {name for unit in self.units.values() for name in unit.parameters}
+        if unused := sorted(set(self.buffers.missing()) - summed):
+            raise UnusedParametersError(unused)
         for work in self.works:
             work.wait()
         self.works.clear()
@@ -126,7 +132,7 @@ class ZeRO(Strategy):
         works = [
             group.comm.all_gather_async(group.owned_data, out=group.data)
             for group in self.buffers.groups
-            if not group.is_shared and group.mine is None
+            if group.comm.size > 1 and not group.is_shared and group.mine is None
         ]
         for work in works:
             work.wait()

@@ -24,9 +24,11 @@ import numpy as np
 from dtrain.arrays import Array
 from dtrain.collectives import Communicator, single
 from dtrain.errors import UserError
-from dtrain.flat import FlatBuffers, FlatGroup, kind, summed_axes
+from dtrain.flat import FlatBuffers, FlatGroup
 from dtrain.mesh import BATCH_AXES, Mesh
 from dtrain.parameter import Parameter
+
+SHARDED_OVER = (*BATCH_AXES, "cp")  # ranks along cp have other tokens of the same samples, and whole parameters as well
 
 
 class Pages:
@@ -55,16 +57,16 @@ class ZeroGroup(FlatGroup):
         parameters: Mapping[str, Parameter],
         comm: Communicator,
         pad_to: int,
-        mesh: Mesh | None,
+        mesh: Mesh,
+        joined: tuple[str, ...],
     ) -> None:
         """replicate: every rank has its own copy of what it needs, also where ranks could share one.
 
         levels: of those who replicate the group, (the ranks over which it is cut, the ranks that own the same part).
         """
-        self.stage, self.replicate = stage, replicate
         self.comm, self.copies = levels(comm)
-        axes = ("dp",) if mesh is None else summed_axes(kind(next(iter(parameters.values())))[1], mesh)
-        self.owned_over = axes if comm.size > 1 else ()  # what is cut over dp already has one owner
+        # What is cut over the data ranks already, as tables and experts, has one owner: nothing is gathered or summed.
+        self.stage, self.replicate = stage if self.comm.size > 1 else 1, replicate
         self._complement: Communicator | None = None
         self.pages: Pages | None = None
         """Room for the gathered parameters where this rank keeps only its own."""
@@ -72,7 +74,8 @@ class ZeroGroup(FlatGroup):
         """The own shard of the parameters, then."""
         self.shard: Array | None = None
         """The own shard of the gradients, from stage 2."""
-        super().__init__(parameters, self.comm, pad_to, mesh)
+        super().__init__(parameters, self.comm, pad_to, mesh, joined)
+        self.owned_over = self.summed_over if comm.size > 1 else ()
 
     def allocate(self, comm: Communicator) -> None:
         """Make what stays: see the table above. Collective."""
@@ -157,8 +160,8 @@ class ZeroBuffers(FlatBuffers):
         self._shard_over = shard_over
         self._levels: dict[Communicator, tuple[Communicator, Communicator]] = {}
         self.group_type = partial(ZeroGroup, stage, replicate, self._cut)  # type: ignore[assignment]
-        comm = mesh[BATCH_AXES]
-        super().__init__(parameters, comm, pad_to=comm.size, mesh=mesh, section=unit_of)
+        comm = mesh[SHARDED_OVER]
+        super().__init__(parameters, comm, pad_to=comm.size, mesh=mesh, section=unit_of, join=True)
         self.groups: list[ZeroGroup]  # type: ignore[assignment]
 
     def _cut(self, comm: Communicator) -> tuple[Communicator, Communicator]:

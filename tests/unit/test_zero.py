@@ -54,6 +54,32 @@ def test_all_stages_equal_one_process(stage, replicate, ranks):
     compare(ranks, {"data_parallel": f"zero{stage}", "replicate": replicate})
 
 
+@pytest.mark.parametrize(
+    ("stage", "replicate", "axes"),
+    [
+        *((stage, replicate, {"cp": 2}) for stage, replicate in STAGES),
+        *((stage, bool(stage % 2), {"cp": 4}) for stage in (1, 2, 3)),
+        *((stage, True, {"cp": 2, "dp": 2}) for stage in (2, 3)),
+    ],
+)
+def test_over_the_ranks_of_context_parallelism_too(stage, replicate, axes):
+    """Ranks along cp are data ranks for parameters, gradients and state: each keeps 1/(dp cp) of them."""
+    ranks = axes["cp"] * axes.get("dp", 1)
+    parallel = {"data_parallel": f"zero{stage}", "replicate": replicate, **axes}
+    compare(ranks, parallel)
+
+    def sizes(comm):
+        trainer = training.trainer(comm, model=GPT, train=TRAIN, parallel=parallel)
+        whole = sum(group.size for group in trainer.flat.groups)
+        return [whole, *(sum(held(group).size for group in trainer.flat.groups) for held in HELD[:stage])]
+
+    for whole, *held in run_threads(ranks, sizes):
+        assert held == [whole // ranks] * stage
+
+
+HELD = (lambda group: group.owned_data, lambda group: group.shard, lambda group: group.mine)
+
+
 @pytest.mark.parametrize(("stage", "replicate"), STAGES)
 def test_with_recomputation_dropout_and_untied_ends(stage, replicate):
     model = {**GPT, "dropout": 0.2, "tied": False, "norm": "rms", "position": "rotary"}
