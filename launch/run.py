@@ -29,7 +29,7 @@ import numpy as np
 
 from dtrain import __version__, cache, checkpoint, kernels
 from dtrain.collectives import Communicator, world
-from dtrain.config import Config, GPTConfig
+from dtrain.config import Config, GPTConfig, idle
 from dtrain.errors import UserError
 from dtrain.launch import assembly, configuration, environment, experts, memory, pictures, timelines
 from dtrain.launch.progress import Progress
@@ -102,6 +102,7 @@ def header(trainer: Trainer) -> Iterator[str]:
     )
     for strategy in trainer.strategies:
         yield from (f"{strategy.axis:<6} {note}" for note in strategy.notes())
+    yield from (f"note   {line}" for line in idle(config))
 
 
 def described(comm: Communicator) -> str:

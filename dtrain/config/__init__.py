@@ -17,6 +17,7 @@ from dtrain.config.compression import (
     TopKConfig,
 )
 from dtrain.config.data import DataConfig, ImagesConfig, TableConfig, TextConfig, TokensConfig
+from dtrain.config.idle import idle
 from dtrain.config.model import (
     BERTConfig,
     DLRMConfig,
@@ -92,4 +93,5 @@ __all__ = [
     "ValidateConfig",
     "check",
     "filled",
+    "idle",
 ]

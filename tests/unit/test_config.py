@@ -292,3 +292,28 @@ def test_an_optimizer_that_needs_whole_parameters_is_refused_with_zero(file):
     with pytest.raises(ValueError, match=r"optimizer.kind: adafactor; .*parallel.data_parallel: zero2 .*Allowed: sgd"):
         check(config, 2)
     assert check(config, 1).parallel.dp == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ([], []),
+        (["parallel.sequence=true"], ["parallel.sequence: true has no effect: parallel.tp is 1"]),
+        (["parallel.sequence=true", "parallel.tp=2"], []),
+        (["parallel.tensor=2d"], ["parallel.tensor: 2d has no effect: parallel.tp is 1"]),
+        (["parallel.context=ulysses"], ["parallel.context: ulysses has no effect: parallel.cp is 1"]),
+        (["parallel.replicate=true"], ["parallel.replicate: true has no effect: parallel.data_parallel is ddp"]),
+        (
+            ["parallel.reshard=false", "parallel.tp=4", "parallel.data_parallel=zero3"],
+            ["parallel.reshard: false has no effect: there is one data rank"],
+        ),
+        (["parallel.reshard=false", "parallel.cp=4", "parallel.data_parallel=zero3"], []),
+        (["pipeline.schedule=gpipe"], ["pipeline.schedule: gpipe has no effect: parallel.pp is 1"]),
+        (
+            ["pipeline.vertical_sync=true", "parallel.pp=2"],
+            ["pipeline.vertical_sync: true has no effect: pipeline.schedule is 1f1b"],
+        ),
+    ],
+)
+def test_keys_without_effect_are_told(file, overrides, told):
+    assert list(schema.idle(configuration.for_ranks(load(file, *overrides), 4))) == told

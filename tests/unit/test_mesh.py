@@ -22,6 +22,14 @@ def test_the_course_example_of_16_ranks():
     assert groups[0]["pp"] == [[i, i + 8] for i in range(8)]
 
 
+def test_the_course_example_with_experts():
+    # Check 49: EP4 DP2 PP2 on 16 ranks; what is cut over ep is the same along dp.
+    groups = on_ranks(16, lambda mesh: {axis: mesh.groups(axis) for axis in ("ep", "dp", "pp")}, pp=2, dp=2, ep=4)[0]
+    assert groups["ep"] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
+    assert groups["dp"] == [[0, 4], [1, 5], [2, 6], [3, 7], [8, 12], [9, 13], [10, 14], [11, 15]]
+    assert groups["pp"] == [[i, i + 8] for i in range(8)]
+
+
 def communicated(mesh):
     """Who is in my communicators, by communication."""
     return {

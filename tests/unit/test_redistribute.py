@@ -1,4 +1,7 @@
-"""All pairs of layouts on meshes of one and two axes, uneven dims: values and gradients of the whole tensor."""
+"""All pairs of layouts on meshes of one and two axes, uneven dims: values and gradients of the whole tensor.
+
+Checks of the course: 51 (a matrix on 2 x 2 ranks: the layouts in every pair), 52 (what chains of products exchange).
+"""
 
 import itertools
 
@@ -74,6 +77,33 @@ def test_gradients_that_come_in_parts():
             np.testing.assert_array_equal(x.grad, GRADIENT[gradient_of(source).part(mesh, SHAPE)])
 
     run_threads(3, on_rank)
+
+
+def test_chains_of_products_exchange_once():
+    """Check 52. (4, 1) then (1, 4): the rows of x are gathered once. Columns, then rows: one sum, and no gather."""
+    random = np.random.default_rng(0)
+    x, first, second = (random.normal(size=shape) for shape in ((8, 6), (6, 12), (12, 4)))
+    rows, columns = Layout(tp=Shard(0)), Layout(tp=Shard(1))
+
+    def part(mesh, whole, layout):
+        return Tensor(whole[layout.part(mesh, whole.shape)].copy(), requires_grad=True)
+
+    def rows_then_columns(mesh):
+        hidden = redistribute(part(mesh, x, rows) @ Tensor(first), mesh, rows, Layout(), (8, 12))
+        return hidden @ part(mesh, second, columns), columns
+
+    def columns_then_rows(mesh):
+        partial = Tensor(x) @ part(mesh, first, columns) @ part(mesh, second, rows)
+        return redistribute(partial, mesh, Layout(tp=Partial()), Layout(), (8, 4)), Layout()
+
+    def on_rank(comm, chain):
+        mesh = Mesh(comm, tp=4)
+        y, layout = chain(mesh)
+        np.testing.assert_allclose(y.data, (x @ first @ second)[layout.part(mesh, (8, 4))], rtol=1e-12)
+        return {key.collective: calls for key, (calls, *_) in mesh["tp"].counters.totals().items()}
+
+    assert run_threads(4, on_rank, rows_then_columns) == [{"all_gather": 1}] * 4
+    assert run_threads(4, on_rank, columns_then_rows) == [{"all_reduce": 1}] * 4
 
 
 def test_the_whole_shape_is_found_out():

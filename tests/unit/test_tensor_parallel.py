@@ -1,7 +1,9 @@
 """Tensor and sequence parallelism on in-process ranks: this layout = one process; what is cut; what is sent.
 
-Checks of the course: 35 (two all_reduces of b·s·h per block and direction), 36 (slices side by side are the whole), 37
-(cross-entropy: three all_reduces of b·s, no logits of the whole vocabulary), 38 (dropout), 50 (dp x pp x tp).
+Checks of the course: 35 (two all_reduces of b·s·h per block and direction, two more with recomputation), 36 (slices
+side by side are the whole), 37 (cross-entropy: three all_reduces of b·s, no logits of the whole vocabulary), 38
+(dropout), 39 (heads that tp does not divide: cut unevenly here, not refused, with the same result), 50 (dp x pp x tp;
+gradients per rank are 1/(pp tp)).
 """
 
 import functools
@@ -91,12 +93,10 @@ def test_with_other_axes(name, parallel):
 def test_traffic_of_a_block():
     """Two all_reduces of b·s·h forward and two backward per block; the rest is that of the ends."""
 
-    def count(comm, blocks, **parallel):
+    def count(comm, blocks, recompute=False, **parallel):
         model = {**GPT, "layers": blocks, "dropout": 0.0}
-        trainer = training.trainer(
-            comm, model=model, train={"steps": 1, "micro_batch": 4, "global_batch": 4, "validate": {"every": 0}},
-            parallel={"tp": 2, **parallel},
-        )  # fmt: skip
+        train = {"steps": 1, "micro_batch": 4, "global_batch": 4, "validate": {"every": 0}, "recompute": recompute}
+        trainer = training.trainer(comm, model=model, train=train, parallel={"tp": 2, **parallel})
         counters = trainer.mesh["tp"].counters
         before = {name: counters.calls(name) for name in ("all_reduce", "all_gather", "reduce_scatter")}
         trainer.execute(list(trainer.microbatches()))
@@ -106,9 +106,28 @@ def test_traffic_of_a_block():
         calls = run_threads(2, lambda comm, n=blocks: count(comm, n))[0]
         # Ends: the embedding's sum, three of the cross-entropy, the gradient of the head's input.
         assert calls == {"all_reduce": 4 * blocks + 5, "all_gather": 0, "reduce_scatter": 0}
+        calls = run_threads(2, lambda comm, n=blocks: count(comm, n, recompute=True))[0]
+        assert calls["all_reduce"] == 6 * blocks + 5
         calls = run_threads(2, lambda comm, n=blocks: count(comm, n, sequence=True))[0]
         # Ends: the cut tokens' gradient is gathered, and the tokens behind the last block are.
         assert calls == {"all_reduce": 5, "all_gather": 4 * blocks + 2, "reduce_scatter": 4 * blocks}
+
+
+def test_gradients_that_a_rank_sums_over_dp_are_divided_by_pp_and_tp():
+    def sent(comm, **parallel):
+        model = {**LLAMA, "layers": 4, "dropout": 0.0}
+        train = {**TRAIN, "steps": 1, "validate": {"every": 0}}
+        even = {"cut": [2, 2]}
+        trainer = training.trainer(comm, model=model, train=train, parallel={"dp": 2, **parallel}, pipeline=even)
+        counters = trainer.mesh["dp"].counters
+        counters.reset()
+        list(trainer.run())
+        return counters.volume("all_reduce", purpose="").sent
+
+    whole = sum(run_threads(2, sent))
+    parts = run_threads(8, lambda comm: sent(comm, tp=2, pp=2))
+    assert whole <= sum(parts) <= 1.05 * whole, "norms are whole on both ranks of tp"
+    assert max(parts) < whole / 2 / 4 * 1.05
 
 
 def test_cross_entropy_never_has_all_logits():
