@@ -77,7 +77,7 @@ class FlatGroup:
     """
 
     owned_over: tuple[str, ...] = ()
-    """The axes over which `owned` is cut: () or ("dp",)."""
+    """The axes over which `owned` is cut: () or ("dp", "cp")."""
 
     def __init__(
         self,

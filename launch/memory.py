@@ -1,7 +1,7 @@
 """What a rank keeps between two steps, in bytes: parameters, gradients, the optimizer's state; beside the formula.
 
-    Ψ elements of b bytes on a rank after pp and tp have cut the model, n ranks along dp (or of parallel.shard_over), s
-    bytes of state per element:
+    Ψ elements of b bytes on a rank after pp and tp have cut the model, n ranks of dp x cp (or of parallel.shard_over),
+    s bytes of state per element:
 
             parameters   gradients   optimizer
     ddp        b Ψ          b Ψ         s Ψ            AdamW: s = 8 in float32; 12 in float16 and bfloat16, the master
