@@ -136,6 +136,11 @@ def _problems(value: Any, wanted: Any, key: str) -> Iterator[tuple[str, str]]:
     structs = _structs(wanted)
     if value is None and NoneType in _options(wanted):
         return
+    table = next((get_args(option) for option in _options(wanted) if get_origin(option) is dict), None)
+    if table and isinstance(value, dict):
+        for name, part in value.items():
+            yield from _problems(part, table[1], f"{key}.{name}")
+        return
     if not structs:
         if not any(_is(value, option) for option in _options(wanted)):
             hint = _nearest(value, [name for option in _options(wanted) for name in _names(option)])
@@ -234,6 +239,8 @@ def _is(value: Any, option: Any) -> bool:
         return (isinstance(value, int) and not isinstance(value, bool)) or (
             isinstance(value, float) and value.is_integer()
         )
+    if get_origin(option) is dict:  # its values are looked at one by one
+        return isinstance(value, dict)
     return isinstance(value, option)
 
 
@@ -249,6 +256,8 @@ def _described(wanted: Any) -> str:
             count = "" if items[-1] is Ellipsis else f"{len(items)} "
             what = "texts" if items[0] is str else f"{'whole ' if items[0] is int else ''}numbers"
             words.append(f"a list of {count}{what}")
+        elif get_origin(option) is dict:
+            words.append(f"a table whose values are {_described(get_args(option)[1])}")
         else:
             words += [_WORDS[option]] if option in _WORDS else map(str, get_args(option))
     return _listed(words)

@@ -46,7 +46,9 @@ def _tensor(config: Config) -> Strategy:
         return SummaParallel()
     from dtrain.strategies.tensor import PLANS, TensorParallel
 
-    plan = PLANS["mlp" if config.model.kind == "mlp" else "transformer"]
+    plan: dict[str, str] = PLANS["mlp" if config.model.kind == "mlp" else "transformer"]
+    if config.parallel.plan is not None:
+        plan = {pattern: str(style) for pattern, style in config.parallel.plan.items()}
     return TensorParallel(plan, config.parallel.sequence)
 
 

@@ -20,6 +20,7 @@ def idle(config: Config) -> Iterator[str]:
     no_pipeline = "parallel.pp is 1"
     rows: list[tuple[str, Any, Any, bool, str]] = [  # key, value, default, whether it is of use, why not
         ("parallel.sequence", parallel.sequence, False, parallel.tp > 1, "parallel.tp is 1"),
+        ("parallel.plan", parallel.plan, None, parallel.tp > 1, "parallel.tp is 1"),
         ("parallel.tensor", parallel.tensor, "1d", parallel.tp > 1, "parallel.tp is 1"),
         ("parallel.context", parallel.context, "ring", parallel.cp > 1, "parallel.cp is 1"),
         ("parallel.replicate", parallel.replicate, False, zero and ranks > 1, not_zero),

@@ -137,12 +137,15 @@ class MLPConfig(Member, frozen=True, kw_only=True, tag="mlp"):
 
     hidden: tuple[int, ...] = (128, 128)
     """Widths of the hidden layers."""
+    classes: int | None = None
+    """Outputs of the head; null: those of the data. More are allowed."""
     activation: Literal["gelu", "relu", "silu", "tanh"] = "gelu"
     bias: bool = True
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the values."""
+        at_least(1, "model", classes=1 if self.classes is None else self.classes)
         require(
             all(width >= 1 for width in self.hidden),
             f"model.hidden: {list(self.hidden)}; every width must be 1 or more",

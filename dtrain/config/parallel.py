@@ -1,6 +1,7 @@
 """The keys of `parallel` and `pipeline`: the mesh, and what each axis does."""
 
-from typing import Literal
+import re
+from typing import Literal, TypeAlias
 
 from msgspec import field
 
@@ -8,6 +9,8 @@ from dtrain.config.compression import CompressionConfig, NoCompressionConfig
 from dtrain.config.rules import Section, at_least, divisors, require
 
 ORDER = "tp-cp-ep-dp-pp"  # of the axes of the mesh, fastest first
+
+TensorStyle: TypeAlias = Literal["vocabulary", "attention", "mlp", "moe", "head", "column_gather", "samples"]
 
 
 class ParallelConfig(Section, frozen=True, kw_only=True):
@@ -50,6 +53,10 @@ class ParallelConfig(Section, frozen=True, kw_only=True):
     """tp: a slice of every matrix per rank, activations whole; or blocks of both on a grid of ranks (SUMMA)."""
     grid: tuple[int, int] | None = None
     """tensor: 2d: rows and columns of ranks, together tp; null: as square as can be, not more rows than columns."""
+    plan: dict[str, TensorStyle] | None = None
+    """tp: which modules are cut and how, a pattern of their paths to a style; the first that fits counts, others are
+    whole. `blocks: samples`: the blocks are whole, and each rank computes its part of the samples; so
+    `{blocks: samples, head: head}` cuts a large head only. null: all layers. `dtrain plan --layers` proposes one."""
     embedding: Literal["table", "row", "column", "replicate"] = "table"
     """dlrm: a rank has some of the tables, some rows of each, or some columns of each; replicate: all of all."""
     bucket_mb: float = 4.0
@@ -70,6 +77,15 @@ class ParallelConfig(Section, frozen=True, kw_only=True):
             f"parallel.order: {self.order}; must name each axis once, fastest first, such as {ORDER}",
         )
         self._check_grid()
+        for pattern, style in (self.plan or {}).items():
+            require(
+                (style == "samples") == (pattern == "blocks"),
+                f"parallel.plan: {pattern}: {style}; samples is for blocks, and blocks allows samples only",
+            )
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"parallel.plan: {pattern}; is no pattern of paths: {error}") from None
         at_least(0, "parallel", shard_over=self.shard_over)
         require(self.bucket_mb > 0, f"parallel.bucket_mb: {self.bucket_mb}; must be above 0")
         require(
@@ -91,6 +107,10 @@ class ParallelConfig(Section, frozen=True, kw_only=True):
         require(
             self.tensor == "1d" or not self.sequence,
             "parallel.sequence: true; parallel.tensor: 2d cuts all activations already: leave it out",
+        )
+        require(
+            self.tensor == "1d" or self.plan is None,
+            "parallel.plan: says which slices ranks have; parallel.tensor: 2d cuts all into blocks: leave it out",
         )
 
     def tensor_grid(self) -> tuple[int, int] | None:

@@ -15,6 +15,7 @@ import numpy as np
 import dtrain.functional as F
 from dtrain.arrays import Array
 from dtrain.config import DLRMConfig, MLPConfig
+from dtrain.errors import UserError
 from dtrain.models.base import Model, Sizes
 from dtrain.modules import Context, Dropout, Linear, Module
 from dtrain.tensor import Tensor
@@ -42,9 +43,12 @@ class MLP(Model):
 
     def __init__(self, config: MLPConfig, sizes: Sizes, dtype: Any = np.float32) -> None:
         widths = [sizes.features, *config.hidden]
+        classes = sizes.vocabulary if config.classes is None else config.classes
+        if classes < sizes.vocabulary:
+            raise UserError(f"model.classes: {classes}; must be {sizes.vocabulary} or more, the classes of the data")
         self.dtype = np.dtype(dtype)
         self.blocks: list[Module] = [Layer(widths[i], widths[i + 1], config, dtype) for i in range(len(config.hidden))]
-        self.head = Linear(widths[-1], sizes.vocabulary, config.bias, initial_std(widths[-1], "head"), dtype)
+        self.head = Linear(widths[-1], classes, config.bias, initial_std(widths[-1], "head"), dtype)
         self.assign_names()
 
     def enter(self, inputs: Array, context: Context | None = None) -> Tensor:

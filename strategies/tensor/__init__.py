@@ -7,7 +7,8 @@ Per block and microbatch two all_reduces of b·s·h forward and two backward (Me
 lies between the branches is cut along the tokens: norms, dropout and their activations are 1/tp, and each all_reduce
 becomes a reduce_scatter and an all_gather of together the same volume.
 
-Which module is cut how is a table of paths, `PLANS`; a model without parallel code becomes one by replacing modules.
+Which module is cut how is a table of paths, ours or the user's (`parallel.plan`): plans.py; what no path fits is whole
+on all ranks. A model without parallel code becomes a parallel one by replacing modules.
 Any size works: heads, widths and vocabularies that tp does not divide are cut unevenly (a rank may even have none).
 
 References: Shoeybi et al., Megatron-LM, arXiv:1909.08053; Korthikanti et al., arXiv:2205.05198.
@@ -33,20 +34,10 @@ from dtrain.modules import Context, Dropout, Embedding, Linear, Module
 from dtrain.parameter import Parameter
 from dtrain.strategies.tensor import layers
 from dtrain.strategies.tensor.layers import TOKENS, Branch, ColumnLinear, RowLinear, SequenceDropout, Then
+from dtrain.strategies.tensor.plans import PLANS, of_samples, styled
+from dtrain.strategies.tensor.samples import cut_samples
 from dtrain.strategy import Strategy
 from dtrain.tensor import Tensor
-
-# Path of a module -> how it is cut: the first pattern that fits the whole path.
-PLANS: dict[str, dict[str, str]] = {
-    "transformer": {
-        r"embedding": "vocabulary",
-        r"blocks\.\d+\.attention": "attention",
-        r"blocks\.\d+\.mlp": "mlp",
-        r"blocks\.\d+\.moe": "moe",
-        r"head": "head",
-    },
-    "mlp": {r"blocks\.\d+\.linear": "column_gather", r"head": "head"},
-}
 
 
 class TensorParallel(Strategy):
@@ -64,12 +55,10 @@ class TensorParallel(Strategy):
         self.comm, self.mesh, self.model = mesh["tp"], mesh, model
         self.seen = 0
         """Tokens of the current microbatch, on a rank that sees its begin."""
-        for path, module in list(model.named_modules().items()):
-            style = next((style for pattern, style in self.plan.items() if re.fullmatch(pattern, path)), None)
-            if style is not None:
-                if style not in STYLES:
-                    raise UserError(f"plan: {path}: {style}; allowed: {', '.join(STYLES)}")
-                self._replace(path, STYLES[style](self, module))
+        for path, (module, style) in styled(model, self.plan, self.sequence).items():
+            self._replace(path, STYLES[style](self, module))
+        if of_samples(self.plan):
+            cut_samples(model, self.comm, mesh.size("pp") > 1)
         if self.sequence:
             self._cut_tokens(model)
         return model

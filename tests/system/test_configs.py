@@ -55,8 +55,9 @@ BUBBLES = {
 def less(config: Path) -> list[str]:
     """Overrides that make a job small."""
     wide = [] if config.stem == "gpt_float16" else ["train.dtype=float64"]
+    few = ["model.classes=1000"] if "classes:" in config.read_text() else []
     layers = [f"model.layers={8 if 'interleaved' in config.name else 4}"]
-    return LESS + wide + (TINY + layers if "sequence:" in config.read_text() else [])
+    return LESS + wide + few + (TINY + layers if "sequence:" in config.read_text() else [])
 
 
 def first_line(config: Path) -> list[str]:

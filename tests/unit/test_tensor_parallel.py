@@ -8,8 +8,10 @@ gradients per rank are 1/(pp tp)).
 
 import functools
 import json
+import math
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -88,6 +90,45 @@ def test_an_mlp_equals_one_process(ranks):
 @pytest.mark.parametrize("name", ["gpt", "llama"])
 def test_with_other_axes(name, parallel):
     compare(parallel["tp"] * parallel.get("pp", 1) * parallel.get("dp", 1), name, **parallel)
+
+
+SAMPLES, HEAD = {"blocks": "samples"}, {"head": "head"}
+
+
+@pytest.mark.parametrize(
+    ("name", "parallel", "plan"),
+    [
+        ("mlp", {"tp": 3}, SAMPLES | HEAD),  # parts of 2, 1 and 1 samples
+        ("llama", {"tp": 2, "dp": 2}, SAMPLES | HEAD),
+        ("gpt", {"tp": 2, "pp": 2}, SAMPLES | HEAD | {"embedding": "vocabulary"}),
+        ("bert", {"tp": 3, "cp": 2}, SAMPLES),
+        ("gpt", {"tp": 2}, {r"blocks\.1\.mlp": "mlp"}),
+        ("llama", {"tp": 2, "dp": 2, "data_parallel": "zero3"}, HEAD | {r"blocks\.0\.attention": "attention"}),
+    ],
+)
+def test_a_plan_of_the_user_equals_one_process(name, parallel, plan):
+    compare(math.prod(size for axis, size in parallel.items() if axis != "data_parallel"), name, **parallel, plan=plan)
+
+
+@pytest.mark.parametrize(
+    ("name", "plan", "told"),
+    [
+        ("gpt", HEAD, "cuts one of embedding and head, which are one weight"),
+        ("mlp", {"haed": "head"}, r"haed; fits no module.*Modules: blocks.0.linear, blocks.1.linear, head"),
+        ("mlp", {"head": "mlp"}, "head: mlp; head is of kind Linear, allowed: MLP"),
+        ("mlp", {"head": "samples"}, "samples is for blocks"),
+        ("mlp", {"(": "head"}, "is no pattern of paths"),
+        ("gpt", SAMPLES | {r"blocks\.0\.mlp": "mlp"}, "does not go with blocks.0.mlp: mlp"),
+    ],
+)
+def test_plans_that_cannot_be_are_refused(name, plan, told):
+    with pytest.raises((UserError, msgspec.ValidationError), match=told):
+        compare(2, name, tp=2, plan=plan)
+
+
+def test_a_sequence_needs_all_branches_cut():
+    with pytest.raises(UserError, match=r"parallel.plan leaves blocks.0.attention whole"):
+        compare(2, "gpt", tp=2, sequence=True, plan={r"blocks\.\d+\.mlp": "mlp"})
 
 
 def test_traffic_of_a_block():
