@@ -72,7 +72,7 @@ def of_config(
     from dtrain.data import open_data
     from dtrain.strategies import AXES
     from dtrain.strategies.pipeline import PipelineParallel, placed
-    from dtrain.strategies.pipeline.stages import blocks_of_stages
+    from dtrain.strategies.pipeline.stages import blocks_of_stages, costs
 
     config = for_ranks(config, ranks)
     if config.parallel.pp == 1:
@@ -97,7 +97,7 @@ def of_config(
         csv,
     )
     if timeline is not None:
-        print("\n".join(placed(timeline, blocks_of_stages(model, timeline.stages, strategy.cut))))
+        print("\n".join(placed(timeline, blocks_of_stages(model, timeline.stages, strategy.cut), costs(model))))
 
 
 def _compare(ranks: int, microbatches: int, seconds: dict[str, float], transfer: float) -> None:

@@ -17,7 +17,7 @@ from dtrain.models import Model
 from dtrain.modules import Module
 from dtrain.strategies.pipeline.engine import Engine
 from dtrain.strategies.pipeline.schedules import Action, Program, ScheduleError, programs
-from dtrain.strategies.pipeline.stages import blocks_of_stages, split
+from dtrain.strategies.pipeline.stages import blocks_of_stages, costs, split
 from dtrain.strategies.pipeline.timeline import Span, Timeline
 from dtrain.strategy import Microbatch, Strategy
 
@@ -40,7 +40,7 @@ class PipelineParallel(Strategy):
         self.comm = mesh["pp"]
         self._programs: dict[int, list[Program]] = {}
         self.plan = Timeline(self._programs_for(self.microbatches))
-        parts = blocks_of_stages(model, self.plan.stages, self.cut)
+        parts, self.costs = blocks_of_stages(model, self.plan.stages, self.cut), costs(model)
         stages = split(model, mesh, self.plan.rank_of, parts)
         self.engine = Engine(self.comm, stages, self.plan.rank_of)
         self.parts = parts
@@ -64,7 +64,7 @@ class PipelineParallel(Strategy):
             f"{self.schedule}: {plan.stages} stages on {plan.ranks} ranks, {plan.microbatches} microbatches; planned "
             f"bubble {plan.bubble:.1%} of the step"
         )
-        return [head, *placed(plan, self.parts)]
+        return [head, *placed(plan, self.parts, self.costs)]
 
     def measured(self) -> list[Span]:
         """The spans of the last step on all ranks of this pipeline, in seconds from its begin. Collective over `pp`.
@@ -94,9 +94,15 @@ class PipelineParallel(Strategy):
         return self._programs[microbatches]
 
 
-def placed(plan: Timeline, parts: Mapping[int, tuple[int, int]]) -> list[str]:
-    """A line for each rank of a pipeline: its stages with their blocks (first, behind the last), what is in flight."""
-    lines = []
+def placed(plan: Timeline, parts: Mapping[int, tuple[int, int]], products: Sequence[float]) -> list[str]:
+    """A line for each rank of a pipeline: its stages with their blocks (first, behind the last), what is in flight.
+
+    products: of each block, to tell how evenly they are cut.
+    """
+    lines, work = [], [0.0] * plan.ranks
+    for number, (start, stop) in parts.items():
+        work[plan.rank_of[number]] += sum(products[start:stop])
+    whole = sum(work) or 1.0
     for rank, most in enumerate(plan.in_flight()):
         stages = []
         for number in sorted(parts):
@@ -106,5 +112,7 @@ def placed(plan: Timeline, parts: Mapping[int, tuple[int, int]]) -> list[str]:
                 blocks = blocks or f"blocks {start}-{stop - 1}"
                 ends = "entrance, " * (number == 0), ", exit and loss" * (number == plan.stages - 1)
                 stages.append(f"stage {number}: {ends[0]}{blocks}{ends[1]}")
-        lines.append(f"rank {rank}: {'; '.join(stages)}; at most {most} in flight")
+        share = f"{work[rank] / whole:.1%} of the products"
+        lines.append(f"rank {rank}: {'; '.join(stages)}; {share}; at most {most} in flight")
+    lines.append(f"balance: the fullest rank has {max(work) / whole * plan.ranks:.2f} times an even share")
     return lines

@@ -18,6 +18,8 @@ from dtrain.errors import UserError
 from dtrain.layout import Only, Partial
 from dtrain.mesh import Mesh
 from dtrain.models import Model
+from dtrain.models.blocks import Attention
+from dtrain.models.moe import MoE
 from dtrain.modules import Context, Module
 from dtrain.parameter import Parameter
 from dtrain.strategies.pipeline.cut import balanced, by_hand
@@ -102,7 +104,7 @@ def split(model: Model, mesh: Mesh, rank_of: Sequence[int], parts: Mapping[int, 
 def blocks_of_stages(model: Model, stages: int, sizes: Sequence[int] | None) -> dict[int, tuple[int, int]]:
     """Stage -> its first block and the one behind its last.
 
-    sizes: blocks per stage, by hand; None: balanced by the number of parameters that each block multiplies with.
+    sizes: blocks per stage, by hand; None: balanced by what each block costs.
     """
     if sizes is None:
         if stages > len(model.blocks):
@@ -113,11 +115,23 @@ def blocks_of_stages(model: Model, stages: int, sizes: Sequence[int] | None) -> 
 
 
 def costs(model: Model) -> list[float]:
-    """What each block costs: the numbers it multiplies with, and for the first and the last those of the ends.
+    """What each block costs: the products that a token takes, and for the last block those of the exit.
 
-    An embedding is a look-up and costs nothing; a head is a product with as many numbers as the vocabulary has rows.
+    A token is multiplied with every number of a matrix, with those of its own experts only, and in attention twice with
+    a vector per token of the sequence. An embedding is a look-up and costs nothing; a head is a product.
     """
-    blocks = [float(sum(p.size for p in block.named_parameters().values() if p.ndim > 1)) for block in model.blocks]
+    blocks = []
+    for block in model.blocks:
+        experts: dict[int, float] = {}
+        cost = 0.0
+        for module in block.named_modules().values():
+            if isinstance(module, Attention):
+                cost += 2.0 * getattr(model, "sequence", 0) * module.out.weight.shape[1]
+            if isinstance(module, MoE):
+                stacked = module.experts.named_parameters().values()
+                experts |= {id(p): p.size / max(1, p.shape[0]) * module.router.config.top for p in stacked}
+        cost += sum(experts.get(id(p), p.size) for p in block.named_parameters().values() if p.ndim > 1)
+        blocks.append(cost)
     for name in model.exit:
         part = getattr(model, name)
         if isinstance(part, Module):
