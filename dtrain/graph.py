@@ -21,7 +21,7 @@ from dtrain.autograd import GraphError, Node, tracing
 from dtrain.op import Shape
 from dtrain.tensor import Tensor
 
-__all__ = ["Graph", "Leaf", "Line", "capture", "svg", "table", "to_svg", "tracing"]
+__all__ = ["Graph", "Leaf", "Line", "capture", "nodes", "svg", "table", "to_svg", "tracing"]
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,14 @@ class Graph:
 
 def capture(loss: Tensor) -> Graph:
     """The graph that computed `loss`. Under `tracing()` lines know their scope, and recomputed segments are seen."""
+    recorded = nodes(loss)
+    numbers = {node: number for number, node in enumerate(recorded)}
+    leaves: dict[Tensor, Leaf] = {}
+    return Graph(tuple([_line(node, numbers, leaves) for node in recorded]))
+
+
+def nodes(loss: Tensor) -> list[Node]:
+    """The records behind `loss`, in the order of the forward."""
     if loss.node is None:
         raise GraphError("the tensor has no graph: it is a leaf, needs no gradient, or was computed under no_grad()")
     seen: set[Node] = {loss.node}
@@ -97,10 +105,7 @@ def capture(loss: Tensor) -> Graph:
             if isinstance(source, Node) and source not in seen:
                 seen.add(source)
                 stack.append(source)
-    nodes = sorted(seen, key=lambda node: node.order)
-    numbers = {node: number for number, node in enumerate(nodes)}
-    leaves: dict[Tensor, Leaf] = {}
-    return Graph(tuple([_line(node, numbers, leaves) for node in nodes]))
+    return sorted(seen, key=lambda node: node.order)
 
 
 def _line(node: Node, numbers: dict[Node, int], leaves: dict[Tensor, Leaf]) -> Line:

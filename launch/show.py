@@ -12,8 +12,11 @@ from dtrain.errors import UserError
 SAMPLES = 2  # the shapes show which dim is the batch; FLOPs and bytes are those of so many samples
 
 
-def graph(config: Config, output: Path) -> None:
-    """Build the model of `config`, run it on SAMPLES samples of its data, and write the graph to `output` (SVG)."""
+def graph(config: Config, output: Path, ranks: int = 1) -> None:
+    """Build the model of `config`, run it on SAMPLES samples of its data, and write the graph to `output` (SVG).
+
+    ranks: print how it is cut into as many subgraphs, with the messages between them.
+    """
     from dtrain import graph as graphs
     from dtrain import models
     from dtrain.data import open_data
@@ -26,6 +29,8 @@ def graph(config: Config, output: Path) -> None:
     with graphs.tracing():  # lines remember their modules, recomputed blocks are seen
         loss = model.loss(batch)
     captured = graphs.capture(loss)
+    if ranks > len(captured.lines):
+        raise UserError(f"--ranks: {ranks}; the graph has {len(captured.lines)} ops, allowed: as many or fewer")
     try:
         graphs.to_svg(captured, output)
     except OSError as error:
@@ -34,3 +39,7 @@ def graph(config: Config, output: Path) -> None:
         f"{output}: the forward of {config.name} on {len(batch['targets'])} samples: {len(captured.lines)} ops, "
         f"{captured.flops:,} FLOPs, {captured.bytes:,} bytes of outputs, {captured.num_parameters:,} parameters"
     )
+    if ranks > 1:
+        from dtrain.launch.graph_parts import listing, partition
+
+        print("\n" + "\n".join(listing(partition(captured, ranks))))
