@@ -126,8 +126,10 @@ def _bytes(context: click.Context, parameter: click.Parameter, value: str | None
 @click.option("--cores", type=click.IntRange(1), help="Cores of a host; default: this machine's.")
 @click.option("--gflops", type=click.FloatRange(0, min_open=True), help="Of a core; default: measured here.")
 @click.option("--cluster", type=click.Path(path_type=Path), help="Latencies and bandwidths, as examples/cluster.yaml.")
-@click.option("--explain", is_flag=True, help="Time and memory in parts.")
+@click.option("--layers", is_flag=True, help="Choose for every layer how it is cut, instead of degrees for all.")
+@click.option("--explain", is_flag=True, help="Time and memory in parts; with --layers: every op.")
 @click.option("--count", default=6, show_default=True, type=click.IntRange(1), help="Meshes in the table.")
+@click.option("--measure", type=click.IntRange(2), help="Run so many of the layouts here, predicted beside measured.")
 def plan_command(
     config: Path,
     overrides: tuple[str, ...],
@@ -137,8 +139,10 @@ def plan_command(
     cores: int | None,
     gflops: float | None,
     cluster: Path | None,
+    layers: bool,
     explain: bool,
     count: int,
+    measure: int | None,
 ) -> None:
     """Print the plan."""
     from dtrain.launch import configuration
@@ -147,7 +151,10 @@ def plan_command(
     from dtrain.launch.plan import plan
 
     speed = None if gflops is None else gflops * 1e9
-    failures.on_rank_0(lambda: plan(loaded, ranks, memory, per_host, cores, speed, cluster, explain, count))
+    given = (memory, per_host, cores, speed, cluster)
+    if measure and (layers or any(value is not None for value in (per_host, cores, speed, cluster))):
+        raise click.UsageError("--measure: runs here; leave out --layers, --per-host, --cores, --gflops and --cluster")
+    failures.on_rank_0(lambda: plan(loaded, ranks, *given, explain, count, layers, measure or 0))
 
 
 @cli.group()
@@ -173,14 +180,15 @@ def show_config(config: Path, overrides: tuple[str, ...]) -> None:
 @click.option(
     "--output", type=click.Path(path_type=Path), default=Path("graph.svg"), show_default=True, help="The SVG."
 )
-def show_graph(config: Path, overrides: tuple[str, ...], output: Path) -> None:
+@click.option("--ranks", default=1, type=click.IntRange(1), help="Cut into a subgraph per rank, and list the messages.")
+def show_graph(config: Path, overrides: tuple[str, ...], output: Path, ranks: int) -> None:
     """Write the SVG."""
     from dtrain.launch import configuration
 
     loaded = configuration.load(config, overrides)
     from dtrain.launch.show import graph
 
-    failures.on_rank_0(lambda: graph(loaded, output))
+    failures.on_rank_0(lambda: graph(loaded, output, ranks))
 
 
 def _assignments(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> dict[str, int]:

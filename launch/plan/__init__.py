@@ -2,7 +2,8 @@
 
 profile.py   what a sample costs in each part of the model       search.py   the cheapest legal layouts
 machine.py   what the machine does in a second                   report.py   the table and the reasons
-costs.py     time and memory of one layout
+stages.py    what a rank of a layout has of the model            compare.py  the best beside what they really take
+costs.py     time and memory of one layout                       layers/     layer by layer instead: --layers
 
 `parallel: auto` in a configuration takes the first row of what `dtrain plan` prints.
 """
@@ -16,12 +17,14 @@ from dtrain.config import BERTConfig, Config, GPTConfig, MLPConfig
 from dtrain.errors import UserError
 from dtrain.launch import environment
 from dtrain.launch.plan import report
-from dtrain.launch.plan.costs import Cost, Job
+from dtrain.launch.plan.costs import Cost
+from dtrain.launch.plan.layout import Job
 from dtrain.launch.plan.machine import Machine, measure
 from dtrain.launch.plan.profile import profile
 from dtrain.launch.plan.search import applied, cheapest
 
-MODELS = ("gpt", "bert", "mlp")
+EVERY = 1 << 20  # meshes
+MODELS = ("gpt", "moe_gpt", "bert", "mlp")
 
 
 def plan(
@@ -34,20 +37,36 @@ def plan(
     cluster: Path | None,
     explain: bool,
     count: int,
+    layers: bool = False,
+    runs: int = 0,
 ) -> None:
-    """Print the best layouts of `config`. memory: bytes per rank; speed: FLOP/s of a core, None: measured here."""
-    job = make_job(config, ranks, machine(config, ranks, memory, per_node, cores, speed, cluster))
-    best, smallest, costed = cheapest(job, config, count)
+    """Print the best layouts of `config`. memory: bytes per rank; speed: FLOP/s of a core, None: measured here.
+
+    layers: those of every layer, instead of the degrees of all together. runs: how many are run, to compare.
+    """
+    where = machine(config, ranks, memory, per_node, cores, speed, cluster)
+    if layers:
+        from dtrain.launch.plan.layers import plan_layers
+
+        plan_layers(config, ranks, where, explain)
+        return
+    job = make_job(config, ranks, where)
+    best, smallest, costed = cheapest(job, config, max(count, EVERY if runs else 0))
     print(f"{config.name}: {config.model.kind}, {job.profile.parameters:,.0f} parameters, global batch "
           f"{job.global_batch}, {ranks} ranks")  # fmt: skip
     print(f"{report.assumed(job.machine)}\n")
     if not best:
         raise UserError(nothing_fits(job, smallest))
-    print("\n".join(report.table(best)))
+    print("\n".join(report.table(best[:count])))
     if explain:
-        print("\n" + "\n".join(report.parts(best)))
+        print("\n" + "\n".join(report.parts(best[:count])))
     print("\n" + "\n".join(report.reasons(job, best[0])))
     print(f"\n{as_overrides(best[0])}\n{costed} layouts costed")
+    if runs:
+        from dtrain.launch.plan.compare import compare
+
+        print()
+        compare(config, best, ranks, runs)
 
 
 def chosen(config: Config, ranks: int, per_node: int) -> tuple[Config, list[str]]:
@@ -67,7 +86,11 @@ def make_job(config: Config, ranks: int, where: Machine) -> Job:
     from dtrain.data import open_data
 
     if config.model.kind not in MODELS:
-        raise UserError(f"model.kind: {config.model.kind}; a plan can be made for {', '.join(MODELS)}")
+        raise UserError(
+            f"model.kind: {config.model.kind}; a plan can be made for {', '.join(MODELS)}. A recommender is "
+            "data-parallel (parallel.dp), its tables cut by parallel.embedding: `dtrain plan --layers` shows what its "
+            "ops ask for"
+        )
     if isinstance(config.model, MLPConfig):
         data = open_data(config.data, seed=config.seed)
     else:
@@ -122,8 +145,9 @@ def nothing_fits(job: Job, smallest: Cost | None) -> str:
 def as_overrides(best: Cost) -> str:
     """The choice as arguments of `dtrain run`."""
     layout = best.layout
-    parts = [f"parallel.{axis}={getattr(layout, axis)}" for axis in ("dp", "tp", "pp")]
-    parts += [f"parallel.data_parallel={layout.data_parallel}"] * (layout.dp > 1)
+    parts = [f"parallel.{axis}={getattr(layout, axis)}" for axis in ("dp", "ep", "cp", "tp", "pp")]
+    parts += [f"parallel.context={layout.context}"] * (layout.cp > 1)
+    parts += [f"parallel.data_parallel={layout.data_parallel}"] * (layout.data * layout.cp > 1)
     parts += ["parallel.sequence=true"] * layout.sequence
     parts += [f"pipeline.schedule={layout.schedule}"] * (layout.pp > 1)
     parts += [f"train.micro_batch={layout.micro_batch}", f"train.recompute={str(layout.recompute).lower()}"]

@@ -1,62 +1,38 @@
 """Time of a step and memory of a rank for one layout: sums that can be checked by hand.
 
-    forward of a microbatch   FLOPs / speed + bytes / bandwidth + ops x overhead + collectives of tp
+    forward of a microbatch   FLOPs / speed + bytes / bandwidth + ops x overhead + collectives of tp, cp and ep
     backward                  twice the products and bytes, the same collectives; with recomputation a forward more
     pipeline                  the schedule's timeline at the pace of the slowest stage; ranks that wait leave their
                               cores to others, and no node does more at once than it has cores
     step                      pipeline + gradients and parameters of the data axis + update
+    overlap                   what ddp sums over a network while the last backward goes on is not counted; in a node the
+                              cores that compute do the sums as well, and nothing is hidden
 
     memory                    parameters + gradients + optimizer + activations in flight + work + the program
 
 Bytes of the data axis (Ψ of a rank's stage): ddp, zero1, zero2 2Ψ, zero3 3Ψ, stage 2 and 3 with every microbatch where
 there is no pipeline. Inside a node ZeRO's parameters are shared: nothing is gathered, and Ψ of parameters is 1/dp.
+cp: work, activations and what goes through pipelines are 1/cp; ring: keys and values go round (cp-1 messages of a
+block, backward twice that, hidden by the attention of a block where a network carries them); ulysses: two all_to_alls
+each way. ep: samples are spread over ep as over dp; two all_to_alls of the chosen rows each way per mixture; experts
+are 1/ep, and their gradients summed over dp alone.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate
 
-from dtrain.launch.plan.machine import PROGRAM, Machine
-from dtrain.launch.plan.profile import Amount, Part, Profile, total
-from dtrain.strategies.pipeline.cut import balanced
+from dtrain.launch.plan.layout import Job, Layout
+from dtrain.launch.plan.machine import PROGRAM
+from dtrain.launch.plan.stages import Stage
 from dtrain.strategies.pipeline.schedules import SCHEDULES, Program, ScheduleError, programs
 from dtrain.strategies.pipeline.timeline import Timeline, peak_in_flight
 
 WORKING = 3.0  # arrays of the largest output that a backward has at once beside what was kept
 STATES = {"sgd": 1.0, "adam": 2.0, "adamw": 2.0, "lamb": 2.0, "adafactor": 0.1}  # numbers per parameter
+BUCKET = 4 << 20  # bytes: parallel.bucket_mb
 PASSES = 0.2  # time of an update per byte of parameter, gradient and state, in that of an elementwise op: measured
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What is chosen."""
-
-    dp: int = 1
-    tp: int = 1
-    pp: int = 1
-    data_parallel: str = "ddp"
-    sequence: bool = False
-    schedule: str = "1f1b"
-    micro_batch: int = 1
-    recompute: bool = False
-
-    @property
-    def chunks(self) -> int:
-        """Stages per rank."""
-        return SCHEDULES[self.schedule].chunks if self.pp > 1 else 1
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is to be done, on what."""
-
-    profile: Profile
-    machine: Machine
-    ranks: int
-    global_batch: int
-    optimizer: str
 
 
 @dataclass(frozen=True)
@@ -89,24 +65,6 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """What one rank of the pipeline does with one microbatch, and holds of it."""
-
-    products: float  # FLOPs
-    moved: float
-    ops: float
-    parameters: float  # elements
-    largest_unit: float  # elements of the largest block
-    ends: float  # elements of the model's two ends
-    saved: float  # bytes kept for the backward, all of it
-    inputs: float  # bytes of what goes into its blocks: all that recomputation keeps of them
-    edges: float  # bytes that the model's two ends keep
-    inside: float  # the largest block, while it is computed again
-    largest: float  # bytes of the largest output
-    reduces: int  # all_reduces of the boundary's size in a forward
-
-
-@dataclass(frozen=True)
 class Work:
     """Seconds of a microbatch on each rank of the pipeline: all that the schedule and the data axis do not change."""
 
@@ -114,7 +72,7 @@ class Work:
     forward: tuple[float, ...]
     backward: tuple[float, ...]
     tensor: tuple[float, ...]
-    """Of both together, what collectives of the tensor axis take."""
+    """Of both together, what collectives of tp, cp and ep take."""
     transfer: float
     microbatches: int
 
@@ -122,47 +80,6 @@ class Work:
     def slowest(self) -> float:
         """The seconds of the rank that has most to do."""
         return max(f + b for f, b in zip(self.forward, self.backward, strict=True))
-
-
-def stages(profile: Profile, layout: Layout) -> tuple[Stage, ...]:
-    """What each rank of the pipeline has, cut as the pipeline does it."""
-    pp, tp, sequence, number = layout.pp, layout.tp, layout.sequence, layout.pp * layout.chunks
-
-    def here(amount: Amount) -> float:
-        return amount.on_rank(tp, sequence, profile.kv_heads)
-
-    weights = [total(block.parameters) for block in profile.blocks]
-    weights[-1] += profile.exit.parameters.units
-    sizes = _sizes(tuple(weights), number)
-    ends = list(accumulate(sizes))
-    boundary = profile.boundary / (tp if sequence else 1)
-    turns = layout.schedule == "zb_v"  # stages go down the ranks and up again
-    ranks = [min(s, number - 1 - s) if turns else s % pp for s in range(number)]
-    found = []
-    for rank in range(pp):
-        mine = [s for s in range(number) if ranks[s] == rank]
-        blocks: list[Part] = [b for s in mine for b in profile.blocks[ends[s] - sizes[s] : ends[s]]]
-        first, last = 0 in mine, number - 1 in mine
-        edges = [profile.entrance] * first + [profile.exit] * last
-        parts = [*blocks, *edges]
-        tied = profile.tied / tp if first and last else 0.0
-        found.append(
-            Stage(
-                products=sum(here(part.flops) for part in parts),
-                moved=sum(here(part.moved) for part in parts),
-                ops=sum(here(part.ops) for part in parts),
-                parameters=sum(here(part.parameters) for part in parts) - tied,
-                largest_unit=max(here(block.parameters) for block in blocks) if blocks else 0.0,
-                ends=sum(here(part.parameters) for part in edges) - tied,
-                saved=sum(here(part.saved) for part in parts),
-                inputs=len(blocks) * boundary,
-                edges=sum(here(part.saved) for part in edges),
-                inside=max((here(block.saved) for block in blocks), default=0.0),
-                largest=max(here(part.largest) for part in parts),
-                reduces=profile.tensor_reduces * len(blocks) + first + last,
-            )
-        )
-    return tuple(found)
 
 
 def work(job: Job, layout: Layout, cut: tuple[Stage, ...]) -> Work:
@@ -173,16 +90,47 @@ def work(job: Job, layout: Layout, cut: tuple[Stage, ...]) -> Work:
     for stage in cut:
         compute = b * (stage.products / machine.flops + stage.moved / machine.bandwidth) / threads
         overhead = stage.ops * machine.per_op
-        reduce, _ = machine.collective("all_reduce", layout.tp, 1, b * job.profile.boundary)
-        reduces = stage.reduces * reduce
-        again = (compute + overhead + reduces) if layout.recompute else 0.0
-        forward.append(compute + overhead + reduces)
-        backward.append(2 * compute + 2 * overhead + reduces + again)
-        tensor.append((2 + layout.recompute) * reduces)
+        reduce, _ = machine.collective("all_reduce", layout.tp, 1, b * job.profile.boundary / layout.cp)
+        there, back = _context(job, layout, stage)
+        rows = _exchanges(job, layout, stage)
+        reduces = stage.reduces * reduce + rows
+        again = (compute + overhead + reduces + there) if layout.recompute else 0.0
+        forward.append(compute + overhead + reduces + there)
+        backward.append(2 * compute + 2 * overhead + reduces + back + again)
+        tensor.append((2 + layout.recompute) * reduces + there * (1 + layout.recompute) + back)
     stride = job.ranks // layout.pp
-    transfer = machine.message(stride, b * job.profile.boundary) if layout.pp > 1 else 0.0
-    count = job.global_batch // layout.dp // b
+    transfer = machine.message(stride, b * job.profile.boundary / layout.cp) if layout.pp > 1 else 0.0
+    count = job.global_batch // layout.data // b
     return Work(cut, tuple(forward), tuple(backward), tuple(tensor), transfer, count)
+
+
+def _context(job: Job, layout: Layout, stage: Stage) -> tuple[float, float]:
+    """Seconds of what attention sends along cp, forward and backward, of one microbatch."""
+    machine, cp, b = job.machine, layout.cp, layout.micro_batch
+    if cp == 1:
+        return 0.0, 0.0
+    kv = b * job.profile.kv_bytes / cp / layout.tp
+    if layout.context == "ulysses":
+        q = b * job.profile.boundary / cp / layout.tp
+        seconds = sum(machine.collective("all_to_all", cp, layout.tp, each)[0] for each in (q + kv, q))
+        return stage.blocks * seconds, stage.blocks * seconds
+    one = machine.message(layout.tp, kv)
+    _, inside = machine.level(layout.tp * (cp - 1) + 1)
+    # The attention of one block of keys, of all the work of a block of the model at least a tenth.
+    meanwhile = 0.0 if inside else 0.1 * b * stage.products / max(1, stage.blocks) / machine.flops / cp
+    there = (cp - 1) * (max(0.0, one - meanwhile) + 3 * machine.per_op)
+    back = (cp - 1) * (max(0.0, 2 * one - 2 * meanwhile) + 6 * machine.per_op)
+    return stage.blocks * there, stage.blocks * back
+
+
+def _exchanges(job: Job, layout: Layout, stage: Stage) -> float:
+    """Seconds in which rows go to their experts and come back, in one direction of a microbatch."""
+    if layout.ep == 1 or not stage.mixtures:
+        return 0.0
+    stride = layout.tp * layout.cp
+    rows = layout.micro_batch * stage.rows / stage.mixtures / layout.cp
+    counts = job.machine.collective("all_gather", layout.ep, stride, 8.0 * job.profile.experts * layout.ep)[0]
+    return stage.mixtures * (2 * job.machine.collective("all_to_all", layout.ep, stride, rows)[0] + counts)
 
 
 def bound(job: Job, layout: Layout, known: Work) -> float:
@@ -214,22 +162,22 @@ def cost(job: Job, layout: Layout, known: Work) -> Cost | None:
 
     sizes = [_memory(job, layout, stage, flying) for stage, flying in zip(known.stages, in_flight, strict=True)]
     fullest = max(sizes, key=sum)
-    psi = max(stage.parameters for stage in known.stages) * profile.itemsize
-    data, update = _data_axis(job, layout, psi, m)
-    share = 1 if layout.data_parallel == "ddp" else layout.dp
-    elements = sum(stage.parameters for stage in known.stages) * layout.tp * layout.dp
+    largest = max(known.stages, key=lambda stage: stage.parameters)
+    data, update = _data_axis(job, layout, largest, max(known.backward), m)
+    share = 1 if layout.data_parallel == "ddp" else layout.sharers
+    elements = sum(stage.parameters for stage in known.stages) * layout.tp * layout.cp * layout.data
     each = max(stage.parameters for stage in known.stages) / share
     passes = PASSES * (2 + STATES[job.optimizer]) * max(4, profile.itemsize) / machine.bandwidth
     update += max(each * passes / machine.threads(), _crowded_update(job, elements / share * passes))
     return Cost(
-        layout, compute, tensor, whole - compute - tensor, data, update, *fullest, microbatches=m,
+        layout, compute, tensor, max(0.0, whole - compute - tensor), data, update, *fullest, microbatches=m,
         in_flight=max(in_flight),
     )  # fmt: skip
 
 
 def _crowded(job: Job, layout: Layout, busy: float) -> float:
     """The seconds of all ranks' work (of one pipeline: busy) when a node has fewer cores than ranks."""
-    lanes = layout.dp * layout.tp
+    lanes = layout.data * layout.cp * layout.tp
     return busy * lanes / job.ranks * min(job.ranks, job.machine.per_node) / _lanes(job)
 
 
@@ -241,40 +189,51 @@ def _lanes(job: Job) -> float:
     return min(float(min(job.ranks, job.machine.per_node)), job.machine.node_capacity())
 
 
-def _data_axis(job: Job, layout: Layout, psi: float, m: int) -> tuple[float, float]:
-    """(seconds of gradients, seconds of parameters) along dp in one step; psi: bytes of parameters on a rank."""
-    machine, dp, stride = job.machine, layout.dp, layout.tp
-    if dp == 1:
-        return 0.0, 0.0
+def _data_axis(job: Job, layout: Layout, stage: Stage, backward: float, m: int) -> tuple[float, float]:
+    """(seconds of gradients, of parameters) along dp, ep and cp in one step; backward: seconds of the last one."""
+    machine, tp, cp, itemsize = job.machine, layout.tp, layout.cp, job.profile.itemsize
     kind = layout.data_parallel
+    # bytes, over how many ranks, how far apart: experts are other ones along ep
+    groups = [
+        ((stage.parameters - stage.experts) * itemsize, layout.data * cp, tp),
+        (stage.experts * itemsize, layout.sharers, tp * layout.ep),
+    ]
     if kind == "ddp":
-        return machine.collective("all_reduce", dp, stride, psi)[0], 0.0
-    scatter, inside = machine.collective("reduce_scatter", dp, stride, psi)
-    gather = 0.0 if inside else machine.collective("all_gather", dp, stride, psi)[0]
-    times = m if kind != "zero1" and layout.pp == 1 else 1
-    if kind == "zero3":
-        return times * scatter + 2 * m * gather, 0.0
-    return times * scatter, gather
+        seconds, near = 0.0, True
+        for psi, size, stride in groups:
+            one, inside = machine.collective("all_reduce", size, stride, psi) if psi else (0.0, True)
+            seconds, near = seconds + one, near and inside
+        late = min(1.0, BUCKET / (stage.parameters * itemsize))  # the last bucket is full when the backward is over
+        return seconds if near else max(late * seconds, seconds - backward), 0.0
+    gradients = parameters = 0.0
+    for psi, size, stride in groups:
+        scatter, inside = machine.collective("reduce_scatter", size, stride, psi)
+        gather = 0.0 if inside else machine.collective("all_gather", size, stride, psi)[0]
+        times = m if kind != "zero1" and layout.pp == 1 else 1
+        gradients += times * scatter
+        gradients += 2 * m * gather if kind == "zero3" else 0.0
+        parameters += 0.0 if kind == "zero3" else gather
+    return gradients, parameters
 
 
 def _memory(job: Job, layout: Layout, stage: Stage, in_flight: int) -> tuple[float, float, float, float, float]:
     """Bytes of parameters, gradients, optimizer, activations, work of a rank."""
-    profile, dp, kind = job.profile, layout.dp, layout.data_parallel
+    profile, shares, kind = job.profile, layout.sharers, layout.data_parallel
     size, elements = profile.itemsize, stage.parameters
-    _, inside = job.machine.level(layout.tp * (dp - 1) + 1)
-    shared = kind != "ddp" and inside and dp > 1
+    _, inside = job.machine.level(layout.tp * layout.ep * (shares - 1) + 1)
+    shared = kind != "ddp" and inside and shares > 1
     parameters = elements * size
     if shared:
-        parameters /= dp
+        parameters /= shares
     elif kind == "zero3":
-        parameters = elements * size / dp + 2 * stage.largest_unit * size
+        parameters = elements * size / shares + 2 * stage.largest_unit * size
     gradients = elements * size
-    if kind in ("zero2", "zero3") and dp > 1:
+    if kind in ("zero2", "zero3") and shares > 1:
         # room for two blocks and the two ends; in a pipeline for all of it, within a step
         rooms = elements if layout.pp > 1 else min(elements, 2 * stage.largest_unit + stage.ends)
-        gradients = gradients / dp + rooms * size
+        gradients = gradients / shares + rooms * size
     master = 4.0 if size == 2 else 0.0
-    optimizer = elements * (STATES[job.optimizer] * max(4, size) + master) / (1 if kind == "ddp" else dp)
+    optimizer = elements * (STATES[job.optimizer] * max(4, size) + master) / (1 if kind == "ddp" else shares)
     b = layout.micro_batch
     share = 1 / layout.chunks
     if layout.recompute:  # when a block is computed again, what the exit kept of this microbatch is gone
@@ -315,8 +274,3 @@ def _played(ranks: int, microbatches: int) -> int:
 @cache
 def _programs(schedule: str, ranks: int, microbatches: int) -> list[Program]:
     return programs(schedule, ranks, microbatches)
-
-
-@cache
-def _sizes(weights: tuple[float, ...], stages: int) -> list[int]:
-    return balanced(weights, stages)

@@ -55,6 +55,10 @@ class Machine:
         """How many ranks' work a node does at once."""
         return min(self.per_node, self.cores / self.threads())
 
+    def crowd(self) -> float:
+        """How many times longer work takes when all ranks of a node do it, and cores are fewer."""
+        return self.per_node / self.node_capacity()
+
     def level(self, reach: int) -> tuple[Level, bool]:
         """The level that joins ranks 0 .. reach - 1, and whether it is inside a node."""
         first, *outer = self.levels()

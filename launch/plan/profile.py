@@ -6,11 +6,13 @@
     tokens   on every rank, or 1/tp            norms, the residual stream: cut with `parallel.sequence`
     heads    whole key/value heads             qkv, attention; uneven where tp does not divide the heads
     units    1/tp                              MLP, embedding, head, logits
+    experts  1/tp of 1/ep                      parameters of experts
 
 Nothing is estimated: a model with one block is run on short inputs, and its tape is read: FLOPs of the ops, arrays that
 the vjps saved (each once, parameters and inputs aside). All of it is a polynomial of degree two in the tokens (the
 square is attention), so three short lengths give the numbers of any length. Weights are zeros that were never written:
-they take no memory, whatever the size of the model.
+they take no memory, whatever the size of the model. A mixture of experts is traced without a limit of its capacity: as
+many rows in all as even routing has, and how they are spread over experts changes neither FLOPs nor bytes.
 """
 
 from __future__ import annotations
@@ -25,9 +27,10 @@ import numpy as np
 
 from dtrain import autograd, models
 from dtrain.arrays import Array, named_dtype
-from dtrain.config import BERTConfig, Config, GPTConfig, MLPConfig
+from dtrain.config import BERTConfig, Config, GPTConfig, MLPConfig, MoEGPTConfig
 from dtrain.models import Model, Sizes
 from dtrain.models.base import IGNORED
+from dtrain.models.moe import MoEBlock
 
 VIEWS = ("reshape", "permute", "slice")  # ops that move nothing
 LENGTHS = (20, 40, 60)  # tokens of the traces; of each a whole number is asked for by BERT at the usual 15 %
@@ -41,11 +44,13 @@ class Amount:
     tokens: float = 0.0
     heads: float = 0.0
     units: float = 0.0
+    experts: float = 0.0
 
-    def on_rank(self, tp: int, sequence: bool, kv_heads: int) -> float:
-        """What the fullest of `tp` ranks has."""
+    def on_rank(self, tp: int, sequence: bool, kv_heads: int, ep: int = 1) -> float:
+        """What the fullest of `tp` x `ep` ranks has."""
         share = -(-kv_heads // tp) / kv_heads
-        return self.whole + self.tokens / (tp if sequence else 1) + self.heads * share + self.units / tp
+        cut = self.units / tp + self.experts / tp / ep
+        return self.whole + self.tokens / (tp if sequence else 1) + self.heads * share + cut
 
 
 @dataclass
@@ -63,6 +68,8 @@ class Part:
     """Ops of the forward: each costs some time however small it is."""
     largest: Amount = field(default_factory=Amount)
     """Bytes of the largest output: the working memory of a backward is a few of them."""
+    rows: float = 0.0
+    """Bytes that go to the experts of a mixture, and come back."""
 
 
 @dataclass
@@ -83,6 +90,13 @@ class Profile:
     """all_reduces of the boundary's size in the forward of a block, under tensor parallelism."""
     tokens: bool
     """Whether `parallel.sequence` means something."""
+    length: int = 1
+    """Tokens of a sample."""
+    kv_bytes: float = 0.0
+    """Bytes of the keys and values of one sample in one block."""
+    query_heads: int = 1
+    experts: int = 0
+    """Of a mixture; 0: there are none."""
 
     @property
     def parameters(self) -> float:
@@ -92,7 +106,7 @@ class Profile:
 
 def total(amount: Amount) -> float:
     """The number when nothing is cut."""
-    return amount.whole + amount.tokens + amount.heads + amount.units
+    return amount.whole + amount.tokens + amount.heads + amount.units + amount.experts
 
 
 def profile(config: Config, sizes: Sizes) -> Profile:
@@ -107,16 +121,38 @@ def profile(config: Config, sizes: Sizes) -> Profile:
         assert isinstance(config.model, GPTConfig | BERTConfig)
         length = config.model.sequence
         lengths = [length] if length <= LENGTHS[-1] else LENGTHS
-        short = msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, layers=1))
-        traces = [_trace(short, sizes, each, [0] * config.model.layers) for each in lengths]
+        short, blocks = _shortened(config)
+        traces = [_trace(short, sizes, each, blocks) for each in lengths]
         parts = traces[0] if len(traces) == 1 else _extended(traces, lengths, length)
         number, tokens = 2, True
         kv_heads = config.model.heads if config.model.kv_heads is None else config.model.kv_heads
         boundary = itemsize * float(length * config.model.dim)
     _count(model, parts)
+    mixture = config.model.moe if isinstance(config.model, MoEGPTConfig) else None
+    for block, part in zip(model.blocks, parts[1:-1], strict=True):
+        if mixture is not None and isinstance(block, MoEBlock):
+            part.rows = boundary * mixture.top * min(1.0, mixture.capacity or 1.0)
     shared = {id(p) for p in _ends(model, model.entrance)} & {id(p) for p in _ends(model, model.exit)}
     tied = sum(p.size for p in model.named_parameters().values() if id(p) in shared)
-    return Profile(parts[0], list(parts[1:-1]), parts[-1], boundary, float(tied), kv_heads, itemsize, number, tokens)
+    found = Profile(parts[0], list(parts[1:-1]), parts[-1], boundary, float(tied), kv_heads, itemsize, number, tokens)
+    if isinstance(config.model, GPTConfig | BERTConfig):
+        found.length, found.query_heads = config.model.sequence, config.model.heads
+        found.kv_bytes = 2 * boundary * kv_heads / config.model.heads
+    found.experts = 0 if mixture is None else mixture.experts
+    return found
+
+
+def _shortened(config: Config) -> tuple[Config, list[int]]:
+    """With one block of each kind, and which of them each block of the whole model is like."""
+    model = config.model
+    assert isinstance(model, GPTConfig | BERTConfig)
+    if not isinstance(model, MoEGPTConfig):
+        return msgspec.structs.replace(config, model=msgspec.structs.replace(model, layers=1)), [0] * model.layers
+    every = model.moe.every
+    free = model.moe.router == "top"  # the other router needs a capacity, and all experts have rows
+    moe = msgspec.structs.replace(model.moe, capacity=None if free else model.moe.capacity)
+    short = msgspec.structs.replace(config, model=msgspec.structs.replace(model, layers=every, moe=moe))
+    return short, [every - 1 if i % every == every - 1 else 0 for i in range(model.layers)]
 
 
 # --- the trace --------------------------------------------------------------------------------------------------------
@@ -127,7 +163,7 @@ def _trace(config: Config, sizes: Sizes, length: int, blocks: Sequence[int]) -> 
     model = models.outline(config.model, sizes, config.train.dtype)
     for parameter in model.named_parameters().values():
         parameter.data = np.zeros(parameter.shape, parameter.dtype)  # pages of zeros until somebody writes
-    batch = _sample(config, sizes, length)
+    batch = sample(config, sizes, length)
     with autograd.tracing():
         loss = model.loss(batch)
     assert loss.node is not None
@@ -155,8 +191,8 @@ def _trace(config: Config, sizes: Sizes, length: int, blocks: Sequence[int]) -> 
 
 def _kinds(op: str, weight: str, scope: str) -> tuple[str, str]:
     """How tensor parallelism cuts the work and the output of an op, and what the op saved."""
-    branch = re.search(r"blocks\.\d+\.(attention|mlp)", weight or scope)
-    inside = {"attention": "heads", "mlp": "units"}[branch[1]] if branch else "units"
+    branch = re.search(r"blocks\.\d+\.(attention|mlp|moe\.experts|moe\.shared)", weight or scope)
+    inside = "heads" if branch and branch[1] == "attention" else "units"
     if op == "linear":  # what goes into a column-parallel layer is whole, into a row-parallel one cut
         return inside, inside if re.search(r"\.(out|down)\.weight$", weight) else "whole"
     if op == "cross_entropy":
@@ -166,11 +202,12 @@ def _kinds(op: str, weight: str, scope: str) -> tuple[str, str]:
     return (inside, inside) if branch else ("whole", "whole")
 
 
-def _sample(config: Config, sizes: Sizes, length: int) -> dict[str, Array]:
+def sample(config: Config, sizes: Sizes, length: int, number: int = 1) -> dict[str, Array]:
+    """A batch of `number` samples of `length` tokens, or of rows."""
     if isinstance(config.model, MLPConfig):
         dtype = named_dtype(config.train.dtype)
-        return {"inputs": np.zeros((1, sizes.features), dtype), "targets": np.zeros(1, np.int64)}
-    inputs, targets = np.zeros((1, length), np.int64), np.zeros((1, length), np.int64)
+        return {"inputs": np.zeros((number, sizes.features), dtype), "targets": np.zeros(number, np.int64)}
+    inputs, targets = np.zeros((number, length), np.int64), np.zeros((number, length), np.int64)
     if config.model.kind == "bert":
         targets[:, round(length * config.model.mask_fraction) :] = IGNORED  # type: ignore[union-attr]
     return {"inputs": inputs, "targets": targets}
@@ -218,6 +255,8 @@ def _extended(traces: Sequence[list[Part]], lengths: Sequence[int], length: int)
     for same in zip(*traces, strict=True):
         part = Part()
         for which in fields(Part):
+            if which.name == "rows":
+                continue
             amounts = [getattr(each, which.name) for each in same]
             for kind in fields(Amount):
                 value = sum(w * getattr(a, kind.name) for w, a in zip(weights, amounts, strict=True))
@@ -244,7 +283,9 @@ def _count(model: Model, parts: Sequence[Part]) -> None:
             name = parameter.name
             if re.search(r"attention\.(qkv\.|out\.weight)", name):
                 kind = "heads"
-            elif re.search(r"mlp\.((up|gate)\.|down\.weight)|^(embedding|head)\.|\.linear\.", name):
+            elif ".moe.experts." in name:
+                kind = "experts"
+            elif re.search(r"(mlp|shared)\.((up|gate)\.|down\.weight)|^(embedding|head)\.|\.linear\.", name):
                 kind = "units"
             else:
                 kind = "whole"

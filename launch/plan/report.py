@@ -10,9 +10,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from dtrain.graph import short
-from dtrain.launch.plan.costs import Cost, Job, Layout, Stage, cost, stages, work
+from dtrain.launch.plan.costs import Cost, cost, work
+from dtrain.launch.plan.layout import Job, Layout
 from dtrain.launch.plan.machine import Machine
 from dtrain.launch.plan.profile import total
+from dtrain.launch.plan.stages import Stage, stages
 
 TIMES = ("compute", "tensor", "bubble", "data", "update")
 BYTES = ("parameters", "gradients", "optimizer", "activations", "work")
@@ -21,33 +23,36 @@ BYTES = ("parameters", "gradients", "optimizer", "activations", "work")
 def table(found: Sequence[Cost]) -> Iterator[str]:
     """A row per mesh."""
     yield (
-        f"{'dp':>4}{'tp':>4}{'pp':>4}  {'data':<6}{'schedule':<12}{'micro':>6}{'count':>6}  {'options':<18}"
+        f"{'dp':>4}{'ep':>4}{'cp':>4}{'tp':>4}{'pp':>4}  "
+        f"{'data':<6}{'schedule':<12}{'micro':>6}{'count':>6}  {'options':<18}"
         f"{'step':>10}{'memory':>9}"
     )
     for each in found:
         layout = each.layout
-        options = " ".join(["sequence"] * layout.sequence + ["recompute"] * layout.recompute) or "-"
+        names = [layout.context] * (layout.cp > 1) + ["sequence"] * layout.sequence + ["recompute"] * layout.recompute
+        options = " ".join(names) or "-"
         schedule = layout.schedule if layout.pp > 1 else "-"
-        kind = layout.data_parallel if layout.dp > 1 else "-"
+        kind = layout.data_parallel if layout.data * layout.cp > 1 else "-"
         yield (
-            f"{layout.dp:>4}{layout.tp:>4}{layout.pp:>4}  {kind:<6}{schedule:<12}{layout.micro_batch:>6}"
+            f"{layout.dp:>4}{layout.ep:>4}{layout.cp:>4}{layout.tp:>4}{layout.pp:>4}  "
+            f"{kind:<6}{schedule:<12}{layout.micro_batch:>6}"
             f"{each.microbatches:>6}  {options:<18}{seconds(each.seconds):>10}{short(int(each.memory), 1024) + 'B':>9}"
         )
 
 
 def parts(found: Sequence[Cost]) -> Iterator[str]:
     """Of each row, where its time and its memory go."""
-    yield "time of a step:    " + "".join(f"{name:>13}" for name in TIMES)
+    yield "time of a step:      " + "".join(f"{name:>13}" for name in TIMES)
     for each in found:
-        yield f"  {mesh(each.layout):<17}" + "".join(f"{seconds(getattr(each, name)):>13}" for name in TIMES)
-    yield "memory of a rank:  " + "".join(f"{name:>13}" for name in BYTES)
+        yield f"  {mesh(each.layout):<19}" + "".join(f"{seconds(getattr(each, name)):>13}" for name in TIMES)
+    yield "memory of a rank:    " + "".join(f"{name:>13}" for name in BYTES)
     for each in found:
         row = (f"{short(int(getattr(each, name)), 1024) + 'B':>13}" for name in BYTES)
-        yield f"  {mesh(each.layout):<17}" + "".join(row)
+        yield f"  {mesh(each.layout):<19}" + "".join(row)
     yield (
-        "tensor: collectives of tp; bubble: waiting for other stages, messages, shared cores; data: gradients and "
-        "parameters along dp.\nactivations: of the microbatches in flight; work: what a backward has at once. Besides "
-        "these every rank has the program itself, 100 MiB."
+        "tensor: collectives of tp, cp, ep; bubble: waiting for other stages, messages, shared cores; data: gradients "
+        "and parameters along dp.\nactivations: of the microbatches in flight; work: what a backward has at once. "
+        "Besides these every rank has the program itself, 100 MiB."
     )
 
 
@@ -81,14 +86,15 @@ def reasons(job: Job, chosen: Cost) -> Iterator[str]:
             f"Data parallelism alone does not fit ({size(least.memory)} at least, allowed {size(limit)}), even with "
             "ZeRO: the model must be cut."
         )
-    if layout.dp > 1:
+    if layout.data * layout.cp > 1:
         why = {
             "ddp": "every rank keeps the whole state of its part",
             "zero1": "the optimizer's state is sharded, for no more bytes sent than ddp",
             "zero2": "gradients are sharded too",
             "zero3": "parameters are sharded too, at 3/2 of ddp's bytes",
         }[layout.data_parallel]
-        yield f"dp={layout.dp} with {layout.data_parallel}: {why}."
+        names = [f"{axis}={getattr(layout, axis)}" for axis in ("dp", "ep", "cp") if getattr(layout, axis) > 1]
+        yield f"{' '.join(names)} with {layout.data_parallel}: {why}."
     if layout.tp > 1:
         node = "inside a node" if layout.tp <= job.machine.per_node else "ACROSS nodes, which is slow"
         largest = max(total(block.parameters) for block in profile.blocks) * profile.itemsize
@@ -101,6 +107,21 @@ def reasons(job: Job, chosen: Cost) -> Iterator[str]:
         yield (
             f"pp={layout.pp}: {depth} blocks are deep enough for {layout.pp} stages; a stage sends only activations. "
             f"{layout.schedule} with {chosen.microbatches} microbatches has {chosen.in_flight} in flight."
+        )
+    if layout.cp > 1:
+        how = {
+            "ring": "keys and values go round the ranks",
+            "ulysses": "two all_to_alls per attention give each rank all tokens of some heads",
+        }
+        yield (
+            f"cp={layout.cp}: the tokens of a sample are cut, and the activations of a microbatch with them; "
+            f"{layout.context}: {how[layout.context]}."
+        )
+    if layout.ep > 1:
+        experts = sum(block.parameters.experts for block in profile.blocks) * profile.itemsize
+        yield (
+            f"ep={layout.ep}: each rank has {profile.experts // layout.ep} or one more of {profile.experts} experts "
+            f"({size(experts)} in all) and sends rows to them; their gradients are summed over dp alone."
         )
     if layout.recompute:
         yield "recompute: activations of a block are computed again in the backward, one forward more for the memory."
@@ -143,7 +164,8 @@ def assumed(machine: Machine) -> str:
 
 def mesh(layout: Layout) -> str:
     """The degrees."""
-    return f"dp{layout.dp} tp{layout.tp} pp{layout.pp}"
+    sizes = {axis: getattr(layout, axis) for axis in ("dp", "ep", "cp", "tp", "pp")}
+    return " ".join(f"{axis}{size}" for axis, size in sizes.items() if size > 1 or axis == "dp")
 
 
 def size(nbytes: float) -> str:

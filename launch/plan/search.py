@@ -1,7 +1,7 @@
 """The cheapest legal layouts: best first, with a bound that lets most of them be skipped.
 
-    degrees dp x tp x pp ── microbatch, sequence, recomputation, way of cutting ──► a bound on the time: work alone
-                                     └── schedules x ways of data parallelism ──► the cost
+    degrees dp x ep x cp x tp x pp ── microbatch, sequence, recomputation, way of cutting ──► a bound: work alone
+                                               └── schedules x ways of data parallelism ──► the cost
 
 Groups are opened in the order of their bounds, until the next bound is above the cost of the k-th best mesh that was
 found: what is left cannot be among the k best. `everything` opens them all, and is what a test compares with.
@@ -9,6 +9,7 @@ found: what is left cannot be among the k best. `everything` opens them all, and
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -17,13 +18,16 @@ import msgspec
 
 from dtrain import config as schema
 from dtrain.config import Config
-from dtrain.launch.plan.costs import Cost, Job, Layout, Work, bound, cost, stages, work
+from dtrain.launch.plan.costs import Cost, Work, bound, cost, work
+from dtrain.launch.plan.layout import Job, Layout
+from dtrain.launch.plan.profile import Profile
+from dtrain.launch.plan.stages import stages
 
 ZERO = ("ddp", "zero1", "zero2", "zero3")  # the simplest first: among equals it is taken
 ALIKE = 0.05  # times in one step of so much count as equal: the model does not know better, and simple is better
 WIDEST_V = 16  # ranks: zb_v is made by a rule that takes long for more, and waits more than others do
 GROUPS = (("1f1b", "gpipe", "zb_h1"), ("interleaved",), ("zb_v",))  # schedules that cut the model alike
-Mesh = tuple[int, int, int]
+Mesh = tuple[int, ...]
 Group = tuple[float, Layout, Work, tuple[str, ...]]
 
 
@@ -42,7 +46,7 @@ def cheapest(job: Job, config: Config, count: int = 5) -> tuple[list[Cost], Cost
             break
         for each in _opened(job, *group[1:]):
             costed += 1
-            mesh = (each.layout.dp, each.layout.tp, each.layout.pp)
+            mesh = degrees(each.layout)
             if smallest is None or each.memory < smallest.memory:
                 smallest = each
             if each.memory <= job.machine.memory and (mesh not in best or rank(each) < rank(best[mesh])):
@@ -55,10 +59,15 @@ def everything(job: Job, config: Config) -> list[Cost]:
     return sorted((c for group in groups(job, config) for c in _opened(job, *group[1:])), key=rank)
 
 
+def degrees(layout: Layout) -> Mesh:
+    """Of all axes."""
+    return layout.dp, layout.ep, layout.cp, layout.tp, layout.pp
+
+
 def rank(cost: Cost) -> tuple[int, int, int, float, float]:
     """What is sorted by: time in steps of ALIKE, then simplicity, then time and memory."""
     layout = cost.layout
-    extras = (layout.tp > 1) + (layout.pp > 1) + layout.sequence + layout.recompute
+    extras = sum(size > 1 for size in (layout.tp, layout.pp, layout.cp, layout.ep)) + layout.sequence + layout.recompute
     return _class(cost.seconds), extras, ZERO.index(layout.data_parallel), cost.seconds, cost.memory
 
 
@@ -68,30 +77,44 @@ def _class(seconds: float) -> int:
 
 def groups(job: Job, config: Config) -> Iterator[Group]:
     """(bound, layout without schedule and data parallelism, its work, its schedules) of all that is legal."""
-    profile, ranks = job.profile, job.ranks
-    tokens = (False, True) if profile.tokens else (False,)
-    for tp in _divisors(ranks):
-        if tp > max(profile.kv_heads, 1) and profile.tokens:
-            continue  # ranks without a head
-        for pp in _divisors(ranks // tp):
-            dp = ranks // tp // pp
-            if pp > len(profile.blocks) or job.global_batch % dp:
+    for plain, schedules in _shapes(job):
+        cut = stages(job.profile, plain)
+        for micro_batch in _divisors(job.global_batch // plain.data):
+            if not legal(config, replace(plain, micro_batch=micro_batch), job.ranks):
                 continue
-            for schedules in GROUPS if pp > 1 else ((GROUPS[0][0],),):
-                for sequence in tokens if tp > 1 else (False,):
-                    plain = Layout(dp, tp, pp, sequence=sequence, schedule=schedules[0])
-                    if pp * plain.chunks > len(profile.blocks):
-                        continue
-                    if plain.schedule == "zb_v" and pp > WIDEST_V:
-                        continue
-                    cut = stages(profile, plain)
-                    for micro_batch in _divisors(job.global_batch // dp):
-                        if not legal(config, replace(plain, micro_batch=micro_batch), ranks):
-                            continue
-                        for recompute in (False, True):
-                            layout = replace(plain, micro_batch=micro_batch, recompute=recompute)
-                            known = work(job, layout, cut)
-                            yield bound(job, layout, known), layout, known, schedules
+            for recompute in (False, True):
+                layout = replace(plain, micro_batch=micro_batch, recompute=recompute)
+                known = work(job, layout, cut)
+                yield bound(job, layout, known), layout, known, schedules
+
+
+def _shapes(job: Job) -> Iterator[tuple[Layout, tuple[str, ...]]]:
+    """Degrees with what belongs to them, and the schedules that cut the model alike."""
+    profile, ranks = job.profile, job.ranks
+    for tp, pp, cp, ep in itertools.product(_divisors(ranks), repeat=4):
+        dp, left = divmod(ranks, tp * pp * cp * ep)
+        if left or pp > len(profile.blocks) or job.global_batch % (dp * ep) or not _has_parts(profile, tp, cp, ep):
+            continue
+        for schedules in GROUPS if pp > 1 else ((GROUPS[0][0],),):
+            plain = Layout(dp, tp, pp, schedule=schedules[0], cp=cp, ep=ep)
+            if pp * plain.chunks > len(profile.blocks) or (plain.schedule == "zb_v" and pp > WIDEST_V):
+                continue
+            for sequence in (False, True) if tp > 1 and profile.tokens else (False,):
+                for context in _contexts(profile, tp, cp):
+                    yield replace(plain, sequence=sequence, context=context), schedules
+
+
+def _has_parts(profile: Profile, tp: int, cp: int, ep: int) -> bool:
+    """Whether every rank has a head, tokens and an expert."""
+    heads = tp <= profile.kv_heads or not profile.tokens
+    tokens = cp == 1 or (profile.tokens and 2 * cp * tp <= profile.length)
+    return heads and tokens and (ep == 1 or ep <= profile.experts)
+
+
+def _contexts(profile: Profile, tp: int, cp: int) -> tuple[str, ...]:
+    """Ulysses needs heads for all ranks, and is planned where they can be shared out evenly."""
+    even = profile.query_heads % (tp * cp) == 0 and profile.kv_heads % tp == 0
+    return ("ring", "ulysses") if cp > 1 and even else ("ring",)
 
 
 def legal(config: Config, layout: Layout, ranks: int) -> bool:
@@ -110,6 +133,12 @@ def applied(config: Config, layout: Layout) -> Config:
         dp=layout.dp,
         tp=layout.tp,
         pp=layout.pp,
+        cp=layout.cp,
+        ep=layout.ep,
+        context=layout.context,
+        tensor="1d",
+        grid=None,
+        plan=None,
         data_parallel=layout.data_parallel,
         sequence=layout.sequence,
         **({"auto": False} if hasattr(config.parallel, "auto") else {}),
@@ -123,7 +152,7 @@ def applied(config: Config, layout: Layout) -> Config:
 
 def _opened(job: Job, layout: Layout, known: Work, schedules: Sequence[str]) -> Iterator[Cost]:
     for schedule in schedules:
-        for kind in ZERO if layout.dp > 1 else ZERO[:1]:
+        for kind in ZERO if layout.sharers > 1 else ZERO[:1]:
             found = cost(job, replace(layout, schedule=schedule, data_parallel=kind), known)
             if found is not None:
                 yield found

@@ -6,6 +6,7 @@ Checks of the course: 53 (search = brute force, fast), M6 (the choice guide in i
 import dataclasses
 import functools
 import itertools
+import math
 import tracemalloc
 from types import SimpleNamespace
 
@@ -14,18 +15,23 @@ import pytest
 
 from dtrain import graph
 from dtrain.collectives import run_threads, single
+from dtrain.config import filled
 from dtrain.errors import UserError
 from dtrain.launch import configuration, plan
 from dtrain.launch.assembly import planned
-from dtrain.launch.plan import report
-from dtrain.launch.plan.costs import Job, Layout, cost, held, pace, stages, work
+from dtrain.launch.plan import compare, report
+from dtrain.launch.plan.compare import spearman, spread
+from dtrain.launch.plan.costs import BUCKET, cost, held, pace, work
+from dtrain.launch.plan.layout import Job, Layout
 from dtrain.launch.plan.machine import Machine
 from dtrain.launch.plan.profile import profile, total
-from dtrain.launch.plan.search import applied, cheapest, everything, rank
+from dtrain.launch.plan.search import applied, cheapest, degrees, everything, rank
+from dtrain.launch.plan.stages import stages
 from dtrain.strategies.pipeline.schedules import SCHEDULES, programs
 from dtrain.strategies.pipeline.timeline import Timeline
 from tests import training
 
+AXES = ("dp", "ep", "cp", "tp", "pp")
 SIZES = SimpleNamespace(vocabulary=256, features=64)
 GPT = {"kind": "gpt", "layers": 4, "dim": 64, "heads": 4, "sequence": 128}
 MODELS = {
@@ -34,6 +40,7 @@ MODELS = {
     | {"kv_heads": 2, "norm": "rms", "mlp": "swiglu", "position": "rotary", "bias": False, "tied": False, "dim": 48},
     "bert": {**GPT, "kind": "bert", "dropout": 0.1},
     "mlp": {"kind": "mlp", "hidden": [48, 32]},
+    "moe": GPT | {"kind": "moe_gpt", "moe": {"experts": 6, "every": 2, "top": 2, "shared": 1, "capacity": None}},
 }
 
 
@@ -52,7 +59,7 @@ def job(ranks, model="gpt", batch=16, **machine):
 def meshes(costs):
     best = {}
     for each in sorted(costs, key=rank):
-        best.setdefault((each.layout.dp, each.layout.tp, each.layout.pp), each)
+        best.setdefault(degrees(each.layout), each)
     return list(best.values())
 
 
@@ -74,11 +81,54 @@ def test_every_candidate_is_legal():
     for each in everything(job(8, batch=8), here):
         given = configuration.for_ranks(applied(here, each.layout), 8)
         if given.parallel.pp > 1:
-            count = given.train.global_batch // given.parallel.dp // given.train.micro_batch
+            count = given.train.global_batch // each.layout.data // given.train.micro_batch
             assert count == each.microbatches
             Timeline(programs(given.pipeline.schedule, given.parallel.pp, count, given.pipeline.chunks))
-    degrees = {(c.layout.dp, c.layout.tp, c.layout.pp) for c in everything(job(8, batch=8), here)}
-    assert degrees == {(d, t, p) for d, t, p in itertools.product((1, 2, 4, 8), (1, 2, 4), (1, 2, 4)) if d * t * p == 8}
+    found = {degrees(c.layout) for c in everything(job(8, batch=8), here)}
+    sizes = itertools.product((1, 2, 4, 8), (1,), (1, 2, 4, 8), (1, 2, 4), (1, 2, 4))
+    assert found == {each for each in sizes if math.prod(each) == 8}
+
+
+def test_experts_are_planned_over_ep_and_other_models_have_none():
+    task, here = job(8, "moe", 24), config("moe", 24)
+    found = {degrees(c.layout) for c in everything(task, here)}
+    assert {ep for _, ep, *_ in found} == {1, 2, 4}  # 6 experts: not 8
+    ddp = [c for c in everything(task, here) if c.layout.data_parallel == "ddp"]
+    cut, whole = (next(c for c in ddp if degrees(c.layout) == mesh) for mesh in [(2, 4, 1, 1, 1), (8, 1, 1, 1, 1)])
+    experts = sum(block.parameters.experts for block in task.profile.blocks) * 4
+    assert whole.parameters - cut.parameters == pytest.approx(experts * 3 / 4)
+    assert cut.tensor > 0 == whole.tensor
+
+
+def test_long_samples_that_fit_nowhere_else_are_cut_over_cp():
+    """Activations of one sample and one block are too large for a rank, and there are too few heads for tp."""
+    one_head = {**GPT, "heads": 1, "sequence": 4096}
+    here = training.config(model=one_head, train={"dtype": "float32", "global_batch": 8, "micro_batch": 1})
+    task = Job(profile(here, SIZES), Machine(cores=8, per_node=8), 8, 8, "adamw")
+    least = min(c.memory for c in everything(task, here) if c.layout.cp == 1)
+    task = dataclasses.replace(task, machine=dataclasses.replace(task.machine, memory=least * 0.98))
+    best = cheapest(task, here, 1)[0][0]
+    assert best.layout.cp > 1
+    assert "the tokens of a sample are cut" in " ".join(report.reasons(task, best))
+
+
+def test_ulysses_is_planned_where_every_rank_gets_heads():
+    contexts = {
+        (c.layout.cp, c.layout.context) for c in everything(job(8, batch=8), config(batch=8)) if c.layout.tp == 1
+    }
+    assert contexts == {(1, "ring"), (2, "ring"), (4, "ring"), (8, "ring"), (2, "ulysses"), (4, "ulysses")}
+
+
+def test_sums_over_a_network_hide_behind_the_backward():
+    """In a node the cores that compute do the sums too."""
+    near = job(4, batch=8, cores=8, per_node=8)
+    far = job(4, batch=8, cores=8, per_node=1, flops=1e7)  # so slow that all but the last bucket is hidden
+    layout = Layout(4, micro_batch=2)
+    costs = [cost(task, layout, work(task, layout, stages(task.profile, layout))) for task in (near, far)]
+    psi = far.profile.parameters * 4
+    sums = [task.machine.collective("all_reduce", 4, 1, psi)[0] for task in (near, far)]
+    assert costs[0].data == pytest.approx(sums[0])
+    assert costs[1].data == pytest.approx(sums[1] * min(1, BUCKET / psi))
 
 
 @pytest.mark.parametrize("schedule", sorted(set(SCHEDULES) - {"naive"}))
@@ -171,8 +221,8 @@ def test_state_that_does_not_fit_is_sharded():
 def test_what_never_fits_and_what_cannot_be_shared_out(tmp_path):
     with pytest.raises(UserError, match=r"nothing fits. The least is .*: allow more, or start more ranks"):
         plan.plan(config(), 2, 1 << 20, None, 2, 1e10, None, False, 3)
-    with pytest.raises(UserError, match=r"train.global_batch: 16; no layout of 7 ranks"):
-        plan.plan(config(), 7, None, None, 2, 1e10, None, False, 3)
+    with pytest.raises(UserError, match=r"train.global_batch: 16; no layout of 67 ranks"):
+        plan.plan(config(), 67, None, None, 2, 1e10, None, False, 3)
 
 
 def test_auto_is_the_first_row_on_all_ranks(tmp_path):
@@ -185,7 +235,7 @@ def test_auto_is_the_first_row_on_all_ranks(tmp_path):
     results = run_threads(4, lambda comm: planned(loaded, comm))
     assert all(result == results[0] for result in results)
     chosen, told = results[0]
-    assert not chosen.parallel.auto and chosen.parallel.dp * chosen.parallel.tp * chosen.parallel.pp == 4
+    assert not chosen.parallel.auto and filled({axis: getattr(chosen.parallel, axis) for axis in AXES}, 4)
     assert any("dp=" in line or "fits" in line for line in told)
     losses = run_threads(2, lambda comm: training.losses(list(_auto(comm).run())))
     expected = training.losses(list(_auto(single(), parallel={}).run()))
@@ -195,3 +245,30 @@ def test_auto_is_the_first_row_on_all_ranks(tmp_path):
 def _auto(comm, **sections):
     train = {"steps": 2, "micro_batch": 3, "validate": {"every": 0}}
     return training.trainer(comm, **{"parallel": {"auto": True}, "train": train, **sections})
+
+
+def test_rank_correlation():
+    assert spearman([1, 2, 3], [10, 20, 30]) == pytest.approx(1)
+    assert spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    a, b = [3, 1, 4, 1, 5, 9], [2, 7, 1, 8, 2, 8]
+    assert spearman(a, b) == pytest.approx(by_definition(a, b))
+
+
+def by_definition(a, b):
+    """By the definition: Pearson's correlation of the ranks, by counting who is smaller."""
+    ranks = [np.array([sum(x < y for x in v) + (sum(x == y for x in v) - 1) / 2 for y in v]) for v in (a, b)]
+    first, second = (r - r.mean() for r in ranks)
+    return (first * second).sum() / np.sqrt((first**2).sum() * (second**2).sum())
+
+
+def test_layouts_that_are_measured_go_from_the_best_to_the_worst():
+    found = cheapest(job(8, batch=8), config(batch=8), 100)[0]
+    some = spread(found, 4)
+    assert len(some) == 4 and some[0] is found[0] and some[-1] is found[-1]
+    assert spread(found, 1000) == found
+    lines = list(compare.report(some, [c.seconds * 2 for c in some], [c.memory / 2 for c in some]))
+    assert len(lines) == 4 + 4
+    assert all("2.00x" in line and "0.50x" in line for line in lines[1:5])
+    assert "Spearman): 1.00" in lines[5]
+    fastest = min(c.seconds for c in some)
+    assert f"{some[0].seconds / fastest:.2f} times as long" in lines[7]

@@ -1,0 +1,189 @@
+"""The search over layouts of every layer: brute force, conversions against arrays, course checks 51 to 54, K1 to K5."""
+
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from dtrain.collectives import run_threads, single
+from dtrain.graph import Graph, Leaf, Line
+from dtrain.launch.plan.layers import elimination
+from dtrain.launch.plan.layers.problem import Problem
+from dtrain.launch.plan.layers.recording import heads, recorded
+from dtrain.launch.plan.layers.runnable import Plan, candidates, costed
+from dtrain.launch.plan.layers.states import Devices, meshes
+from dtrain.launch.plan.machine import Machine
+from tests import training
+from tests.unit.test_tensor_parallel import TRAIN, compare
+
+MACHINE = Machine(cores=8, per_node=8, flops=5e10, bandwidth=5e9)
+SIZES = SimpleNamespace(vocabulary=256, features=64)
+GPT = {"kind": "gpt", "layers": 2, "dim": 64, "heads": 4, "sequence": 128}
+
+
+def leaf(name, *shape):
+    return Leaf(name, shape, "float32", 4 * int(np.prod(shape)), True)
+
+
+def line(number, op, inputs, shapes, shape, flops=10**6):
+    return Line(number, op, f"layer{number}", tuple(inputs), tuple(shapes), shape, "float32", flops,
+                4 * int(np.prod(shape)))  # fmt: skip
+
+
+def chain(rows, *widths):
+    """Products in a row, from a constant (rows, widths[0])."""
+    lines, source = [], Leaf("", (rows, widths[0]), "float32", 0, False)
+    for i, (k, n) in enumerate(itertools.pairwise(widths)):
+        weight = leaf(f"layer{i}.weight", n, k)
+        lines.append(line(i, "linear", [source, weight], [(rows, k), (n, k)], (rows, n), 2 * rows * k * n))
+        source = i
+    return Graph(tuple(lines))
+
+
+def residual():
+    """A product x = a(c); y = relu(x) + x; z = y w, w also the weight of x: a join, a shared parameter."""
+    weight = leaf("a.weight", 64, 64)
+    constant = Leaf("", (32, 64), "float32", 0, False)
+    return Graph((
+        line(0, "linear", [constant, weight], [(32, 64), (64, 64)], (32, 64)),
+        line(1, "relu", [0], [(32, 64)], (32, 64)),
+        line(2, "add", [1, 0], [(32, 64), (32, 64)], (32, 64)),
+        line(3, "linear", [2, weight], [(32, 64), (64, 64)], (32, 64)),
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize("graph", [chain(16, 64, 512, 8), residual()], ids=["chain", "residual"])
+@pytest.mark.parametrize("sizes", [(2,), (4,)])
+def test_the_search_equals_brute_force(graph, sizes):
+    problem = Problem.of(graph, Devices(sizes, MACHINE), 1, "adamw")
+    own, between = problem.costs()
+    everything = itertools.product(*(range(len(costs)) for costs in own))
+    least = min(elimination.value(own, between, chosen) for chosen in everything)
+    found = problem.solve()
+    assert found.seconds == pytest.approx(least, rel=1e-12)
+
+
+def test_elimination_equals_brute_force_on_any_graph():
+    """Also where every variable meets every other."""
+    rng = np.random.default_rng(0)
+    own = [rng.random(n) for n in (3, 2, 4, 3, 2)]
+    for pairs in (list(itertools.combinations(range(5), 2)), [(0, 3), (1, 3), (3, 4)], []):
+        between = {(v, w): rng.random((len(own[v]), len(own[w]))) for v, w in pairs}
+        total, chosen = elimination.cheapest(own, between)
+        all_of_them = itertools.product(*(range(len(costs)) for costs in own))
+        assert total == pytest.approx(min(elimination.value(own, between, each) for each in all_of_them))
+        assert total == pytest.approx(elimination.value(own, between, chosen))
+
+
+def calls(graph, sizes, wanted):
+    """The collectives between layers when ops are cut as `wanted` says."""
+    found = Problem.of(graph, Devices(sizes, MACHINE), 1, "adamw", lambda at, names: names == wanted[at.number]).solve()
+    steps = [s for e in found.problem.edges for s in found.problem.devices.steps(e.bytes, *found.ends(e))]
+    return [step.kind for step in steps if not step.backward]
+
+
+def test_redistributions_that_are_inserted():
+    """Check 52: (4,1) then (1,4) one all_gather; column then row no gather, one all_reduce where the sum is needed."""
+    graph = chain(16, 64, 64, 64, 64)
+    assert calls(graph, (4,), [("samples",), ("columns",), ("-",)])[:1] == ["all_gather"]
+    assert calls(chain(16, 64, 64, 64), (4,), [("samples",), ("columns",)]) == ["all_gather"]
+    assert calls(graph, (4,), [("columns",), ("rows",), ("-",)]) == ["all_reduce"]
+    two = Devices((2, 2), MACHINE)  # check 51: from any of the four layouts of a matrix to any other
+    layouts = [("R", "R"), ("S0", "R"), ("R", "S1"), ("S0", "S1")]
+    for a, b in itertools.product(layouts, layouts):
+        forward = [step.kind for step in two.steps(1024, a, b) if not step.backward]
+        assert forward == ["all_gather"] * sum(x != "R" and y == "R" for x, y in zip(a, b, strict=True))
+
+
+def test_a_graph_of_another_batch_and_length_is_the_one_that_would_be_recorded():
+    here = training.config(model=GPT, train={"dtype": "float32", "global_batch": 3, "micro_batch": 3})
+    trainer = training.trainer(single(), model=GPT, train={"dtype": "float32", "global_batch": 3, "micro_batch": 3})
+    found = recorded(here, trainer.data, 3)
+    from dtrain.graph import capture, tracing
+
+    batch, _ = next(trainer.microbatches())
+    with tracing():
+        expected = capture(trainer.model.loss(batch))
+    assert [(a.op, a.shape, a.flops, a.bytes) for a in found.lines] == [
+        (b.op, b.shape, b.flops, b.bytes) for b in expected.lines
+    ]
+    assert found.num_parameters == expected.num_parameters
+
+
+def search(config, ranks, data=SIZES):
+    graph = recorded(config, data, config.train.global_batch)
+    best = min((Problem.of(graph, d, heads(config), "adamw").solve() for d in meshes(ranks, MACHINE)),
+               key=lambda each: each.seconds)  # fmt: skip
+    plans = [(p, costed(p, graph, MACHINE, heads(config), "adamw")) for p in candidates(graph, ranks, 16)]
+    return best, [(plan, each) for plan, each in plans if each is not None]
+
+
+def head_cut(found):
+    """How the last product is cut."""
+    return next(
+        c.names for v, c in reversed(list(zip(found.problem.variables, found.choices, strict=True)))
+        if v.line is not None and v.line.op == "linear"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("classes", "cut"), [(131072, True), (None, False)])
+def test_a_huge_head_is_cut_and_a_small_one_is_not(classes, cut):
+    """Check 54."""
+    model = {"kind": "mlp", "hidden": [512, 64], "classes": classes}
+    here = training.config(
+        model=model, data={"kind": "images", "path": "digits"}, train={"dtype": "float32", "global_batch": 16}
+    )
+    data = training.trainer(single(), model={"kind": "mlp"}, data={"kind": "images", "path": "digits"}).data
+    best, plans = search(here, 8, data)
+    chosen, cheapest = min(plans, key=lambda each: each[1].seconds)
+    assert ("head" in chosen.styles) == cut
+    replicated = next(each for plan, each in plans if plan.tp == 1)
+    if cut:
+        assert head_cut(best) == ("columns",) * len(best.problem.devices.sizes)
+        assert cheapest.seconds < 0.6 * replicated.seconds
+    assert best.seconds <= cheapest.seconds * (1 + 1e-12)
+
+
+def test_plans_that_run_are_never_cheaper_than_the_search():
+    best, plans = search(training.config(model=GPT, train={"dtype": "float32", "global_batch": 16}), 4)
+    assert len(plans) > 10
+    assert all(each.seconds >= best.seconds * (1 - 1e-12) for _, each in plans)
+
+
+def test_megatrons_plan_has_its_collectives():
+    """Two all_reduces forward and two backward per block, of b·s·h each."""
+    here = training.config(model=GPT, train={"dtype": "float32", "global_batch": 16})
+    graph = recorded(here, SIZES, 16)
+    from dtrain.strategies.tensor.plans import PLANS
+
+    full = {pattern: style for pattern, style in PLANS["transformer"].items() if style != "moe"}
+    found = costed(Plan(1, 4, full), graph, MACHINE, 4, "adamw")
+    steps = [s for e in found.problem.edges for s in found.problem.devices.steps(e.bytes, *found.ends(e))]
+    whole = 16 * 128 * 64 * 4
+    assert all(step.kind == "all_reduce" and step.bytes == whole for step in steps)
+    blocks = [sum(step.backward is way for step in steps) for way in (False, True)]
+    assert blocks == [2 * 2 + 1, 2 * 2 + 1]  # and one for the embedding forward, one for the head backward
+
+
+def test_the_chosen_plan_trains_with_equal_loss():
+    """Found for four ranks by the search; run by the strategies; compared with one process in float64."""
+    model = {"kind": "mlp", "hidden": [32, 8], "classes": 5000}
+    sections = {"model": model, "data": {"kind": "images", "path": "digits"}}
+    here = training.config(**sections, train={**TRAIN, "dtype": "float64"})
+    data = training.trainer(single(), **sections).data
+    _, plans = search(here, 4, data)
+    chosen, _ = min(plans, key=lambda each: each[1].seconds)
+    assert chosen.styles
+    parallel = {"dp": chosen.dp, "tp": chosen.tp, "plan": dict(chosen.styles)}
+
+    def train(comm, parallel):
+        micro = TRAIN | {"micro_batch": TRAIN["global_batch"] // chosen.dp}
+        return training.losses(list(training.trainer(comm, **sections, train=micro, parallel=parallel).run()))
+
+    for losses in run_threads(4, train, parallel):
+        np.testing.assert_allclose(losses, train(single(), {}), rtol=1e-10)
+
+
+def test_a_plan_of_a_transformer_trains_with_equal_loss():
+    compare(2, "llama", tp=2, plan={"embedding": "vocabulary", "head": "head", r"blocks\.\d+\.mlp": "mlp"})
