@@ -2,13 +2,11 @@
 
 Whether a plan can be trusted is whether it orders layouts as the machine does: Spearman's rank correlation, 1 where the
 order is the same, 0 where it is no better than chance. Every layout is a launch of its own, as `dtrain bench step`: the
-median step of the slowest rank, and the largest peak of memory. All are run once before any is run again, so that a
-machine that gets slower does so for all; the median of the rounds is told.
+median step of the slowest rank, and the largest peak of memory.
 """
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,7 +24,7 @@ from dtrain.launch.plan.costs import Cost
 from dtrain.launch.plan.report import mesh, seconds, size
 from dtrain.launch.plan.search import applied
 
-STEPS, ROUNDS = 6, 2
+STEPS = 8
 
 
 def compare(config: Config, found: Sequence[Cost], ranks: int, count: int) -> None:
@@ -36,19 +34,17 @@ def compare(config: Config, found: Sequence[Cost], ranks: int, count: int) -> No
     if len(found) < 2:
         raise UserError(f"--measure: {len(found)} layouts fit; a comparison needs 2 or more")
     chosen = spread(found, count)
-    times: list[list[float]] = [[] for _ in chosen]
-    memory = [0.0] * len(chosen)
-    launcher = mpirun()
+    times, memory, launcher = [], [], mpirun()
     with tempfile.TemporaryDirectory(prefix="dtrain-plan-") as name:
-        for turn in range(ROUNDS):
-            for number, each in enumerate(chosen):
-                folder = Path(name) / f"{turn}-{number}"
-                folder.mkdir()
-                started, reports = launch_dtrain(launcher, _short(config, each, ranks), ranks, folder, LIMIT)
-                one = measured(reports, started, WARMUP, tokens_per_step(config))
-                times[number].append(tokens_per_step(config) / one.tokens_per_second)
-                memory[number] = max(memory[number], float(one.memory_bytes))
-    print("\n".join(report(chosen, [statistics.median(each) for each in times], memory)))
+        for number, each in enumerate(chosen):
+            folder = Path(name) / str(number)
+            folder.mkdir()
+            started, reports = launch_dtrain(launcher, _short(config, each, ranks), ranks, folder, LIMIT)
+            one = measured(reports, started, WARMUP, tokens_per_step(config))
+            times.append(tokens_per_step(config) / one.tokens_per_second)
+            memory.append(float(one.memory_bytes))
+            print(f"{number + 1}/{len(chosen)}  {mesh(each.layout)}: {seconds(times[-1])}", flush=True)
+    print("\n" + "\n".join(report(chosen, times, memory)))
 
 
 def spread(found: Sequence[Cost], count: int) -> list[Cost]:

@@ -3,7 +3,7 @@
     forward of a microbatch   FLOPs / speed + bytes / bandwidth + ops x overhead + collectives of tp, cp and ep
     backward                  twice the products and bytes, the same collectives; with recomputation a forward more
     pipeline                  the schedule's timeline at the pace of the slowest stage; ranks that wait leave their
-                              cores to others, and no node does more at once than it has cores
+                              cores to others: where n ranks work at once, they share the cores of their nodes
     step                      pipeline + gradients and parameters of the data axis + update
     overlap                   what ddp sums over a network while the last backward goes on is not counted; in a node the
                               cores that compute do the sums as well, and nothing is hidden
@@ -147,8 +147,10 @@ def cost(job: Job, layout: Layout, known: Work) -> Cost | None:
     busy = [m * (f + b) for f, b in zip(known.forward, known.backward, strict=True)]
     if layout.pp > 1:
         f, b = (max(each) / layout.chunks for each in (known.forward, known.backward))
+        how = layout.schedule, layout.pp, m, round(2 * b / f) / 2, round(known.transfer / f, 1)
         try:
-            shape = pace(layout.schedule, layout.pp, m, round(2 * b / f) / 2, round(known.transfer / f, 1))
+            # While few ranks work they have the cores, while many do they share them.
+            shape = sum(max(time, _crowded(job, layout, ranks * time)) for ranks, time in concurrency(*how))
         except ScheduleError:
             return None
         length = max(shape * f, max(busy))
@@ -257,6 +259,22 @@ def pace(schedule: str, ranks: int, microbatches: int, backward: float, transfer
     if schedule == "zb_v" and microbatches > played:  # its pattern waits where F, I and W differ
         each = (Timeline(_programs(schedule, ranks, played + ranks), seconds, transfer).length - length) / ranks
     return length + (microbatches - played) * each
+
+
+@cache
+def concurrency(
+    schedule: str, ranks: int, microbatches: int, backward: float, transfer: float
+) -> tuple[tuple[int, float], ...]:
+    """(how many ranks work at once, for how long in all) of the timeline whose length `pace` tells."""
+    seconds = {"F": 1.0, "B": backward, "I": backward / 2, "W": backward / 2}
+    timeline = Timeline(_programs(schedule, ranks, _played(ranks, microbatches)), seconds, transfer)
+    ends = [(span.start, 1) for span in timeline.spans] + [(span.stop, -1) for span in timeline.spans]
+    times, working, before = [0.0] * (ranks + 1), 0, 0.0
+    for moment, change in sorted(ends):
+        times[working] += moment - before
+        working, before = working + change, moment
+    times[ranks] += pace(schedule, ranks, microbatches, backward, transfer) - timeline.length
+    return tuple((number, time) for number, time in enumerate(times) if time > 0)
 
 
 @cache

@@ -21,7 +21,7 @@ from dtrain.launch import configuration, plan
 from dtrain.launch.assembly import planned
 from dtrain.launch.plan import compare, report
 from dtrain.launch.plan.compare import spearman, spread
-from dtrain.launch.plan.costs import BUCKET, cost, held, pace, work
+from dtrain.launch.plan.costs import BUCKET, concurrency, cost, held, pace, work
 from dtrain.launch.plan.layout import Job, Layout
 from dtrain.launch.plan.machine import Machine
 from dtrain.launch.plan.profile import profile, total
@@ -63,17 +63,27 @@ def meshes(costs):
     return list(best.values())
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize(("ranks", "memory"), [(1, 1e12), (6, 1e12), (8, 103 << 20)])
+@pytest.mark.parametrize(
+    ("model", "ranks", "memory"),
+    [
+        ("gpt", 6, 1e12),
+        ("llama", 8, 103 << 20),
+        ("bert", 4, 1e12),
+        ("mlp", 8, 1e12),
+        ("moe", 4, 103 << 20),
+        ("moe", 1, 1e12),
+    ],
+)
 def test_the_search_equals_brute_force(model, ranks, memory):
     here, batch = config(model, 48), 48
     task = job(ranks, model, batch, memory=memory)
-    fitting = [c for c in everything(task, here) if c.memory <= memory]
+    every = everything(task, here)
+    fitting = [c for c in every if c.memory <= memory]
     found, smallest, costed = cheapest(task, here, 4)
     assert found == meshes(fitting)[:4]
-    assert costed <= len(everything(task, here))
+    assert costed <= len(every)
     if not fitting:
-        assert smallest.memory == min(c.memory for c in everything(task, here))
+        assert smallest.memory == min(c.memory for c in every)
 
 
 def test_every_candidate_is_legal():
@@ -140,6 +150,10 @@ def test_counted_timelines_are_those_that_are_played(schedule, backward):
         whole = Timeline(programs(schedule, ranks, microbatches), seconds)
         assert pace(schedule, ranks, microbatches, backward, 0.0) == pytest.approx(whole.length, rel=0.03)
         assert list(held(schedule, ranks, microbatches)) == whole.in_flight()
+        busy = sum(span.stop - span.start for span in whole.spans)
+        parts = concurrency(schedule, ranks, microbatches, backward, 0.0)
+        assert sum(number * time for number, time in parts) == pytest.approx(busy, rel=0.03)
+        assert sum(time for _, time in parts) == pytest.approx(whole.length, rel=0.03)
 
 
 @pytest.mark.parametrize("model", MODELS)
