@@ -31,7 +31,7 @@ from dtrain.collectives.conveyor import DEPTH, HierarchyWork, Portion, Steps, pi
 from dtrain.collectives.dtypes import OPERATIONS, Array, accumulator, cut, starts
 from dtrain.collectives.levels import SLOT_BYTES, Levels
 from dtrain.collectives.node import Node
-from dtrain.collectives.window import owned, reduce_into
+from dtrain.collectives.sums import owned, reduce_into
 
 # Of one message where the data lies in the window. Two hosts of 4 ranks, 1 Gbit/s, 16 MiB: 128 KiB reach 96 % of the
 # wire, 512 KiB 93 %: a message waits behind all that was sent before it.

@@ -12,7 +12,7 @@ from dtrain.collectives.counters import Volume
 from dtrain.collectives.dtypes import accumulator, cut
 from dtrain.collectives.hierarchy import PIECE_BYTES
 from dtrain.collectives.levels import SLOT_BYTES, Levels
-from dtrain.collectives.window import owned
+from dtrain.collectives.sums import owned
 
 if TYPE_CHECKING:
     from dtrain.collectives.call import Call

@@ -19,7 +19,8 @@ from dtrain.collectives.call import Call
 from dtrain.collectives.counters import Volume
 from dtrain.collectives.dtypes import Array, address
 from dtrain.collectives.movement import Movement
-from dtrain.collectives.prepared import PREPARED, Run
+from dtrain.collectives.prepared import PREPARED
+from dtrain.collectives.prepared_window import Run
 from dtrain.collectives.progress import Progress
 from dtrain.collectives.reductions import Reductions
 from dtrain.collectives.staged import SMALL_BYTES

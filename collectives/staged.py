@@ -14,7 +14,8 @@ import numpy as np
 
 from dtrain.collectives.dtypes import OPERATIONS, Array, starts
 from dtrain.collectives.node import STAGE_BYTES, Node
-from dtrain.collectives.window import WindowWork, owned, reduce_into
+from dtrain.collectives.sums import owned, reduce_into
+from dtrain.collectives.window import WindowWork
 
 # Up to here one synchronisation and p reads by everybody beat two synchronisations.
 SMALL_BYTES = 4096

@@ -11,7 +11,7 @@ from dtrain.collectives.counters import Volume
 from dtrain.collectives.dtypes import cut
 from dtrain.collectives.node import STAGE_BYTES
 from dtrain.collectives.staged import SMALL_BYTES
-from dtrain.collectives.window import owned
+from dtrain.collectives.sums import owned
 
 if TYPE_CHECKING:
     from dtrain.collectives.algorithms import Call
