@@ -4,7 +4,8 @@ Each rank writes only its own part of the control segment, and everybody reads a
 
     word 0       ARRIVED   number of the last collective to which this rank has brought its data
     word 16      REDUCED   number of the last collective whose part this rank has computed and written
-    word 32 ..   records   a ring: what collective number n is (name, operation, dtype, count, place)
+    word 32      bell      of rank 0 alone; with the two above in `flags.py`
+    word 48 ..   records   a ring: what collective number n is (name, operation, dtype, count, place)
     then         texts     a ring: who called it, of the first collectives, or of all with DTRAIN_DEBUG=1
     then         staging   two halves, for arrays that do not lie in the arena
 
@@ -19,6 +20,8 @@ Collectives of a communicator are numbered 1, 2, 3, ... in program order, the sa
 
 import threading
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,27 +29,19 @@ import numpy as np
 from dtrain.collectives import records
 from dtrain.collectives.arena import Arena, Place
 from dtrain.collectives.dtypes import Array
+from dtrain.collectives.flags import ARRIVED, FREE, REDUCED, Flags, Peers
+from dtrain.collectives.machine_code import machine_code
 from dtrain.collectives.progress import Progress
 from dtrain.collectives.records import ASIDE, NO_PLACE, RECORD_WORDS, RING, SIGNATURE, TEXT_BYTES, Record
 from dtrain.collectives.transport import Segment, Transport
-from dtrain.collectives.waiting import (
-    CHECKED,
-    ORDERED_STORES,
-    CollectiveMismatch,
-    CollectiveTimeout,
-    Patience,
-    debugging,
-)
+from dtrain.collectives.waiting import CHECKED, CollectiveMismatch, CollectiveTimeout, Patience, debugging
 from dtrain.collectives.work import Request
 
-ARRIVED, REDUCED, RECORDS = 0, 16, 32
+RECORDS = FREE
 IN_FLIGHT = 64  # works started and not finished; far below RING, so that no record is overwritten that a peer may read
 STAGE_BYTES = 512 * 1024
 TEXTS = 8 * (RECORDS + RING * RECORD_WORDS)
 STAGE_OFFSET = -(-(TEXTS + RING * TEXT_BYTES) // 4096) * 4096 + 2048  # as `arena.SKEW`: no slow copies
-
-# Some of the other ranks, with their words.
-Peers = list[tuple[int, memoryview]]
 
 
 class Pending(Protocol):
@@ -91,14 +86,13 @@ class Node:
         self.rank = transport.rank
         self.size = transport.size
         self._segment = segment
-        self._patience = patience
         self._together = together
-        self._fence = None if ORDERED_STORES else segment.fence
-        self._words = [part[:STAGE_OFFSET].cast("q") for part in segment.parts]
-        self._mine = self._words[self.rank]
+        self._flags = Flags(segment, self.rank, STAGE_OFFSET, patience)
+        self._words = self._flags.words
+        self._mine = self._flags.mine
+        self.peers = self._flags.peers
         self._octets = segment.parts[self.rank]
         self._octets[:STAGE_OFFSET] = bytes(STAGE_OFFSET)
-        self.peers: Peers = [(rank, words) for rank, words in enumerate(self._words) if rank != self.rank]
         self._halves: dict[tuple[int, np.dtype[Any]], list[Array]] = {}
         self._half = 0
         self._used = [-1, -1]  # the collective in which each half was used last
@@ -122,7 +116,11 @@ class Node:
             return least
 
         self.arena = Arena(self.rank, share, agree)
-        transport.barrier()  # everybody's flags are zero before anybody's is one
+        code = machine_code()
+        bell = np.array([code is not None and code.raise_flag is not None], np.uint8)
+        transport.all_reduce(bell.copy(), bell, "min")  # everybody's flags are zero before anybody's is one
+        if bell[0]:
+            self._flags.ring(segment)
         together.queues.append(self)
 
     def finish(self) -> None:
@@ -139,10 +137,7 @@ class Node:
             self._together.queues.remove(self)
             self._pending.clear()
         self._halves.clear()
-        self.peers.clear()
-        for words in self._words:
-            words.release()
-        self._mine.release()
+        self._flags.close()
         self._octets.release()
         self._segment.free()
 
@@ -182,21 +177,14 @@ class Node:
 
     def arrive(self, number: int) -> None:
         """Publish: my data for this collective may be read."""
-        if self._fence is not None:
-            self._fence()
-        self._mine[ARRIVED] = number
+        self._flags.put(ARRIVED, number)
 
     def await_arrived(self, number: int, peers: Peers | None = None) -> None:
         """Return when the peers (default: all) have brought their data; CollectiveMismatch if one brought other."""
         slot = RECORDS + RECORD_WORDS * (number % RING) + SIGNATURE
-        signature = self._mine[slot]
-        for rank, words in self.peers if peers is None else peers:
-            if words[ARRIVED] < number:
-                self._wait(rank, words, ARRIVED, number)
-            if words[slot] != signature:
-                raise self._mismatch(rank, number)
-        if self._fence is not None:
-            self._fence()
+        other = self._await(ARRIVED, number, peers, slot)
+        if other is not None:
+            raise self._mismatch(other, number)
         if self._alike < self.traced:
             self._compare()
 
@@ -216,17 +204,11 @@ class Node:
 
     def reduced(self, number: int) -> None:
         """Publish: I neither read nor write any more for collectives up to this one."""
-        if self._fence is not None:
-            self._fence()
-        self._mine[REDUCED] = number
+        self._flags.put(REDUCED, number)
 
     def await_reduced(self, number: int, peers: Peers | None = None) -> None:
         """Return when the peers (default: all) neither read nor write any more for collectives up to this one."""
-        for rank, words in self.peers if peers is None else peers:
-            if words[REDUCED] < number:
-                self._wait(rank, words, REDUCED, number)
-        if self._fence is not None:
-            self._fence()
+        self._await(REDUCED, number, peers)
 
     def have_reduced(self, number: int, peers: Peers | None = None) -> bool:
         """Whether `await_reduced` would return at once, with this rank's own part."""
@@ -239,9 +221,7 @@ class Node:
         number = self.begin(name, algorithm, op, array, extra=extra)
         self.arrive(number)
         if number % (RING // 4) == 0:  # nobody here waits for anybody: a peer's record must not be overwritten unread
-            for rank, words in self.peers:
-                if words[ARRIVED] < number - RING // 2:
-                    self._wait(rank, words, ARRIVED, number - RING // 2)
+            self._await(ARRIVED, number - RING // 2)
         return number
 
     def check(self, number: int, peer: int | None = None) -> None:
@@ -309,9 +289,8 @@ class Node:
         """The number of the half for this collective, once mine may be written."""
         half = self._half = 1 - self._half
         used = self._used[half]
-        for rank, words in self.peers:
-            if words[ARRIVED] <= used:
-                self._wait(rank, words, ARRIVED, used + 1)
+        if any(words[ARRIVED] <= used for _, words in self.peers):
+            self._await(ARRIVED, used + 1)
         self._used[half] = number
         return half
 
@@ -327,11 +306,17 @@ class Node:
 
     # Waiting and its report
 
-    def _wait(self, rank: int, words: memoryview, index: int, goal: int) -> None:
-        check = self._together.poll if self._together.busy() else None
+    def _await(self, index: int, goal: int, peers: Peers | None = None, slot: int = 0) -> int | None:
+        late = partial(self._late, index, goal)
+        if peers is None or peers is self.peers:
+            return self._flags.wait(index, goal, self._check, late, slot)
+        return self._flags.wait_for(peers, index, goal, self._check, late, slot)
+
+    def _check(self) -> Callable[[], None] | None:
+        """What a long wait calls again and again."""
         if self._alike < self.traced:
-            check = self._compare_and_poll
-        self._patience.wait(words, index, goal, check, lambda waited: self._late(index, goal, waited), self._fence)
+            return self._compare_and_poll
+        return self._together.poll if self._together.busy() else None
 
     def _compare(self) -> None:
         """The first collectives to which everybody has come: where not all wait for all, others may differ."""

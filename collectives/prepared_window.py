@@ -12,7 +12,8 @@ from dtrain.collectives.arena import Place
 from dtrain.collectives.call import Call
 from dtrain.collectives.copying import copy
 from dtrain.collectives.dtypes import OPERATIONS, Array, accumulator, address, starts
-from dtrain.collectives.node import Node, Peers
+from dtrain.collectives.flags import Peers
+from dtrain.collectives.node import Node
 from dtrain.collectives.records import NO_PLACE, Record
 from dtrain.collectives.sums import block_elements, owned, reduce_into
 

@@ -19,7 +19,8 @@ import numpy as np
 
 from dtrain.collectives.arena import Place
 from dtrain.collectives.dtypes import Array, address, starts
-from dtrain.collectives.node import Node, Peers
+from dtrain.collectives.flags import Peers
+from dtrain.collectives.node import Node
 from dtrain.collectives.records import NO_PLACE
 from dtrain.collectives.waiting import CollectiveMismatch
 from dtrain.collectives.window import WindowWork

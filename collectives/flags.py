@@ -1,0 +1,120 @@
+"""The flags by which the ranks of a node tell each other how far they are, and the waiting for them.
+
+    word 0     ARRIVED   ┐ on cache lines of their own in the part of each rank; who owns them writes, all read
+    word 16    REDUCED   ┘
+    word 32    bell      in the part of rank 0 alone: how often it rang, how many sleep
+
+A wait for all peers is one call of machine code: it spins while every rank has a core, yields, and sleeps until the
+last one rings (`machine_code.py`). With more ranks than cores this is what counts: who waits by looking keeps a core
+from those who are waited for, and who naps oversleeps. Waits for some of the peers, and all waits where there is no
+machine code, look, yield and nap (`waiting.py`).
+"""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from dtrain.collectives.dtypes import address
+from dtrain.collectives.machine_code import Function, crew_words, machine_code
+from dtrain.collectives.transport import Segment
+from dtrain.collectives.waiting import ORDERED_STORES, Patience
+
+ARRIVED, REDUCED, BELL, FREE = 0, 16, 32, 48  # words; FREE: the first one that is not used here
+SLEEP, SHORT_SLEEP = 20_000_000, 100_000  # ns without a look: where nothing waits to be helped along, and where it does
+
+# Some of the other ranks, with their words.
+Peers = list[tuple[int, memoryview]]
+Late = Callable[[float], Exception]
+
+
+class Flags:
+    """One rank's flags and its view of those of its peers."""
+
+    def __init__(self, segment: Segment, rank: int, end: int, patience: Patience) -> None:
+        """`end`: bytes of each part that are words."""
+        self._patience = patience
+        self._fence = None if ORDERED_STORES else segment.fence
+        self.words = [part[:end].cast("q") for part in segment.parts]
+        self.mine = self.words[rank]
+        self.peers: Peers = [(other, words) for other, words in enumerate(self.words) if other != rank]
+        self._raise: Function | None = None
+        self._await: Function | None = None
+
+    def ring(self, segment: Segment) -> None:
+        """From now on wait in machine code, and wake who sleeps there; all ranks or none."""
+        code = machine_code()
+        assert code is not None
+        places = [address(np.frombuffer(part, np.uint8)) for part in segment.parts]
+        self._at = address(np.frombuffer(self.mine, np.int64))
+        others = [place for place in places if place != self._at]
+        bell = places[0] + 8 * BELL
+        crews = [crew_words(others, bell, *tries) for tries in (self._patience.tries, (0, 0))]
+        self._tables = np.array(crews, np.int64)
+        self._crew = address(self._tables[0])
+        self._tired_crew = address(self._tables[1])  # has looked often enough: sleeps at once
+        self._raise, self._await = code.raise_flag, code.await_flags
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        self._raise = self._await = None
+        self.peers.clear()
+        for words in self.words:
+            words.release()
+        self.mine.release()
+
+    def put(self, index: int, number: int) -> None:
+        """My flag is `number` from now on: after all that I wrote before."""
+        if self._raise is not None:
+            self._raise(self._crew, self._at + 8 * index, 8 * index, number)
+            return
+        if self._fence is not None:
+            self._fence()
+        self.mine[index] = number
+
+    def wait(
+        self, index: int, number: int, check: Callable[[], Callable[[], None] | None], late: Late, slot: int = 0
+    ) -> int | None:
+        """Return when the flags of all peers are at `number`; then the first peer whose word `slot` is not as mine.
+
+        check(): what to call between the looks in a long wait, if anything; `late(seconds)`: the exception after the
+        time limit.
+        """
+        if self._await is None:
+            return self.wait_for(self.peers, index, number, check, late, slot)
+        signature = self.mine[slot]
+        found = self._await(self._crew, 8 * index, number, 8 * slot, signature, 0)
+        if found < 0:
+            began = time.monotonic()
+            help_along = check()
+            sleep = SLEEP if help_along is None else SHORT_SLEEP
+            while True:
+                if help_along is not None:
+                    help_along()
+                found = self._await(self._tired_crew, 8 * index, number, 8 * slot, signature, sleep)
+                if found >= 0:
+                    break
+                waited = time.monotonic() - began
+                if waited > self._patience.timeout:
+                    raise late(waited)
+        return self.peers[found - 1][0] if found else None
+
+    def wait_for(
+        self,
+        peers: Peers,
+        index: int,
+        number: int,
+        check: Callable[[], Callable[[], None] | None],
+        late: Late,
+        slot: int = 0,
+    ) -> int | None:
+        """`wait` for some of the peers."""
+        signature = self.mine[slot]
+        for rank, words in peers:
+            if words[index] < number:
+                self._patience.wait(words, index, number, check(), late, self._fence)
+            if slot and words[slot] != signature:
+                return rank
+        if self._fence is not None:
+            self._fence()
+        return None
