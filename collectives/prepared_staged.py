@@ -131,8 +131,7 @@ def staged_reduce_scatter(call: Call) -> Run:
             first, length = rank * portion, lengths[rank]
             parts = [slot[first : first + length] for slot in slots]
             parts[rank] = source[offsets[rank] + begin : offsets[rank] + begin + length]
-            with np.errstate(all="ignore"):
-                reduce_into(ufunc, parts, 0, length, [target[begin : begin + length]])
+            reduce_into(ufunc, parts, 0, length, [target[begin : begin + length]])
 
     return run
 
@@ -168,8 +167,7 @@ def staged_all_reduce(call: Call) -> Run | None:
             if mine.start < mine.stop:
                 parts = [slot[mine] for slot in slots]
                 parts[rank] = own[mine]
-                with np.errstate(all="ignore"):
-                    reduce_into(ufunc, parts, 0, mine.stop - mine.start, [room[mine], result[mine]])
+                reduce_into(ufunc, parts, 0, mine.stop - mine.start, [room[mine], result[mine]])
             node.reduced(number)
             node.await_reduced(number)
             for other, cut in others:

@@ -9,13 +9,14 @@ import numpy as np
 
 from dtrain.collectives import records
 from dtrain.collectives.arena import Place
+from dtrain.collectives.caches import last_level_cache
 from dtrain.collectives.call import Call
 from dtrain.collectives.copying import copy
-from dtrain.collectives.dtypes import OPERATIONS, Array, accumulator, address, starts
+from dtrain.collectives.dtypes import OPERATIONS, Array, address, starts
 from dtrain.collectives.flags import Peers
 from dtrain.collectives.node import Node
 from dtrain.collectives.records import NO_PLACE, Record
-from dtrain.collectives.sums import block_elements, owned, reduce_into
+from dtrain.collectives.sums import Sum, owned
 
 Run = Callable[[Array, Array], None]
 Part = Callable[[int, Array, Array], None]  # number of the collective, source, target
@@ -47,41 +48,31 @@ def _windowed(
 # Reductions in the window
 
 
-def add_in_place(ufunc: np.ufunc, parts: list[Array], start: int, stop: int) -> Callable[[], None]:
-    """What `window.reduce_in_place` does, with all blocks cut before."""
-    dtype = parts[0].dtype
-    if accumulator(dtype) != dtype:
-        slices = [part[start:stop] for part in parts]
-        return lambda: reduce_into(ufunc, parts, start, stop, slices)
-    step = block_elements(dtype, len(parts))
-    first, others = parts[0], parts[1:]
-    blocks = []
-    for begin in range(start, stop, step):
-        end = min(begin + step, stop)
-        blocks.append((first[begin:end], [part[begin:end] for part in others]))
-
-    def add() -> None:
-        for total, rest in blocks:
-            for block in rest:
-                ufunc(total, block, total)
-            for block in rest:
-                block[...] = total
-
-    return add
-
-
 def window_all_reduce(call: Call) -> Run:
     """All ranks' arrays at one place become their sum."""
     node, place = call.window
     parts = node.arena.parts(place, call.source.size, call.source.dtype)
-    add = add_in_place(OPERATIONS[call.op], parts, *owned(call.source.size, node.rank, node.size))
+    add = Sum(OPERATIONS[call.op], parts, *owned(call.source.size, node.rank, node.size))
 
     def part(number: int, source: Array, target: Array) -> None:
-        with np.errstate(all="ignore"):
-            add()
+        add.in_place()
 
     dtype, count = call.source.dtype, call.source.size
     return _windowed(node, records.record("all_reduce", "window", call.op, dtype, count, place, 0), part)
+
+
+def window_all_reduce_shared(node: Node, place: Place, op: str, result: Array) -> Callable[[], None]:
+    """The sum of all ranks' arrays at this place is written once, into `result`, the same memory on all."""
+    dtype, count = result.dtype, result.size
+    start, stop = owned(count, node.rank, node.size)
+    add = Sum(OPERATIONS[op], node.arena.parts(place, count, dtype), start, stop)
+    into = [result[start:stop]]
+
+    def part(number: int, source: Array, target: Array) -> None:
+        add.into(into)
+
+    run = _windowed(node, records.record("all_reduce_shared", "window", op, dtype, count, place, 0), part)
+    return lambda: run(result, result)
 
 
 def window_reduce_scatter(call: Call) -> Run:
@@ -90,12 +81,10 @@ def window_reduce_scatter(call: Call) -> Run:
     dtype, count = call.source.dtype, call.source.size
     parts = node.arena.parts(place, count, dtype)
     start = sum(call.counts[: node.rank])
-    stop = start + call.counts[node.rank]
-    ufunc = OPERATIONS[call.op]
+    add = Sum(OPERATIONS[call.op], parts, start, start + call.counts[node.rank])
 
     def part(number: int, source: Array, target: Array) -> None:
-        with np.errstate(all="ignore"):
-            reduce_into(ufunc, parts, start, stop, [target])
+        add.into([target])
 
     extra = hash(tuple(call.counts))
     return _windowed(node, records.record("reduce_scatter", "window", call.op, dtype, count, place, extra), part)
@@ -118,14 +107,15 @@ def window_all_gather(call: Call) -> Run:
     lengths = [count * item for count in call.counts]
     blocks = [slice(start, start + length) for start, length in zip(starts(lengths), lengths, strict=True)]
     others = [(mine + step) % node.size for step in range(1, node.size)]
+    past = (node.size + 1) * sum(lengths) > last_level_cache()
 
     def part(number: int, source: Array, target: Array) -> None:
         target = target.view(np.uint8)
         own = target[blocks[mine]]
         if len(own) and address(own) != address(source):
-            copy(own, source.view(np.uint8))
+            copy(own, source.view(np.uint8), past)
         for rank in others:
-            copy(target[blocks[rank]], _view(node, rank, number, 0, lengths[rank]))
+            copy(target[blocks[rank]], _view(node, rank, number, 0, lengths[rank]), past)
 
     extra = hash((item, *call.counts))
     return _windowed(node, records.record("all_gather", "window", "", None, 0, NO_PLACE, extra), part, place)
@@ -141,12 +131,13 @@ def window_all_to_all(call: Call) -> Run | None:
     length = call.counts[mine] * item
     own = slice(begins[mine], begins[mine] + length)
     others = [(mine + step) % node.size for step in range(1, node.size)]
+    past = 2 * node.size * node.size * length > last_level_cache()
 
     def part(number: int, source: Array, target: Array) -> None:
         target = target.view(np.uint8)
-        copy(target[mine * length : (mine + 1) * length], source.view(np.uint8)[own])
+        copy(target[mine * length : (mine + 1) * length], source.view(np.uint8)[own], past)
         for rank in others:
-            copy(target[rank * length : (rank + 1) * length], _view(node, rank, number, begins[mine], length))
+            copy(target[rank * length : (rank + 1) * length], _view(node, rank, number, begins[mine], length), past)
 
     extra = hash((item, *call.counts))
     return _windowed(node, records.record("all_to_all", "window", "", None, 0, NO_PLACE, extra), part, place)
@@ -161,7 +152,9 @@ def window_broadcast(call: Call) -> Run:
     if node.rank == root:
         return _windowed(node, record, lambda number, source, target: None, place, sources=[])
 
+    past = node.size * length > last_level_cache()
+
     def part(number: int, source: Array, target: Array) -> None:
-        copy(target.view(np.uint8), _view(node, root, number, 0, length))
+        copy(target.view(np.uint8), _view(node, root, number, 0, length), past)
 
     return _windowed(node, record, part, place, sources=node.only(root), users=[])

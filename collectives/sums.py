@@ -1,4 +1,5 @@
-"""Who adds up which slice in shared memory, and how: in blocks that stay in the cache, in rank order.
+"""Who adds up which slice in shared memory, and how: in one pass of machine code, or by NumPy in blocks of the size of
+the cache; in rank order either way, with equal bits.
 
     slices   | rank 0 | rank 1 | rank 2 |     owned: whole cache lines, so no two owners write one
     block    x0 + x1 + x2 -> every result while the block is in the cache
@@ -11,9 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from dtrain.collectives.dtypes import Array, accumulator
+from dtrain.collectives.caches import last_level_cache
+from dtrain.collectives.dtypes import Array, accumulator, address
+from dtrain.collectives.machine_code import machine_code
 
 LINE = 64  # elements; slices begin on multiples of it, so no two owners write one cache line
+FEW = 8192  # elements of all parts together: below, NumPy is as fast as a call of machine code
 
 
 def owned(count: int, rank: int, size: int) -> tuple[int, int]:
@@ -27,11 +31,57 @@ def block_elements(dtype: np.dtype[Any], streams: int) -> int:
     return max(16 * 1024, min(128 * 1024, 512 * 1024 // streams)) // accumulator(dtype).itemsize
 
 
+class Sum:
+    """The sum of parts[*][start:stop] in rank order, prepared: in machine code where it knows dtype and operation."""
+
+    def __init__(self, ufunc: np.ufunc, parts: Sequence[Array], start: int, stop: int) -> None:
+        self._what = ufunc, parts, start, stop
+        dtype, code = parts[0].dtype, machine_code()
+        self._add = None
+        if code is not None and ufunc is np.add and dtype.isnative and (stop - start) * len(parts) >= FEW:
+            self._add = code.sums.get(dtype.char)
+        if self._add is not None:
+            self._bytes = (stop - start) * dtype.itemsize
+            self._table = np.array([address(part) for part in parts], np.int64) + start * dtype.itemsize
+            self._inputs = address(self._table), len(parts)
+            # Of all ranks together, each with a slice like mine.
+            self._past_caches = (len(parts) + 1) * len(parts) * self._bytes > last_level_cache()
+
+    def in_place(self) -> None:
+        """parts[*][start:stop] = the sum."""
+        if self._add is not None:
+            self._add(*self._inputs, *self._inputs, self._bytes, False)
+        else:
+            with np.errstate(all="ignore"):  # beyond the largest number is infinity, as in MPI; never a warning
+                _blocks_in_place(*self._what)
+
+    def into(self, results: Sequence[Array]) -> None:
+        """results[*][0 : stop - start] = the sum; a result may be a part."""
+        if self._add is not None:
+            places = [address(result) for result in results]
+            table = np.array(places, np.int64)
+            past = self._past_caches and not any(place % 64 for place in places)
+            self._add(*self._inputs, address(table), len(places), self._bytes, past)
+        else:
+            with np.errstate(all="ignore"):
+                _blocks_into(*self._what, results)
+
+
 def reduce_in_place(ufunc: np.ufunc, parts: Sequence[Array], start: int, stop: int) -> None:
+    """parts[*][start:stop] = the sum of all parts there, in rank order."""
+    Sum(ufunc, parts, start, stop).in_place()
+
+
+def reduce_into(ufunc: np.ufunc, parts: Sequence[Array], start: int, stop: int, results: Sequence[Array]) -> None:
+    """results[*][0 : stop - start] = the sum of parts[*][start:stop], in rank order; a result may be a part."""
+    Sum(ufunc, parts, start, stop).into(results)
+
+
+def _blocks_in_place(ufunc: np.ufunc, parts: Sequence[Array], start: int, stop: int) -> None:
     """parts[*][start:stop] = the sum of all parts there, in rank order."""
     dtype = parts[0].dtype
     if accumulator(dtype) != dtype:
-        reduce_into(ufunc, parts, start, stop, [part[start:stop] for part in parts])
+        _blocks_into(ufunc, parts, start, stop, [part[start:stop] for part in parts])
         return
     step = block_elements(dtype, len(parts))
     first, others = parts[0], parts[1:]
@@ -45,7 +95,7 @@ def reduce_in_place(ufunc: np.ufunc, parts: Sequence[Array], start: int, stop: i
             block[...] = total
 
 
-def reduce_into(ufunc: np.ufunc, parts: Sequence[Array], start: int, stop: int, results: Sequence[Array]) -> None:
+def _blocks_into(ufunc: np.ufunc, parts: Sequence[Array], start: int, stop: int, results: Sequence[Array]) -> None:
     """results[*][0 : stop - start] = the sum of parts[*][start:stop], in rank order; a result may be a part."""
     dtype = parts[0].dtype
     wide = accumulator(dtype)

@@ -15,8 +15,6 @@ Idea: direct-load reductions as in XHC, YHCCL (SC 23), DPML (SC 17).
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from dtrain.collectives.arena import Place
 from dtrain.collectives.dtypes import OPERATIONS, Array
 from dtrain.collectives.flags import Peers
@@ -48,10 +46,7 @@ class WindowWork:
 
     def compute(self) -> None:
         """This rank's part."""
-        with np.errstate(
-            all="ignore"
-        ):  # a sum beyond the largest number is infinity, as in MPI; never an exception here
-            self._compute()
+        self._compute()
 
     def test(self) -> bool:
         """Has everybody finished? Computes this rank's parts of the works that are ready; never waits."""
@@ -75,15 +70,6 @@ def start_all_reduce(node: Node, source: Array, place: Place, op: str) -> Window
     start, stop = owned(source.size, node.rank, node.size)
     number = node.begin("all_reduce", "window", op, source, place)
     return WindowWork(node, number, lambda: reduce_in_place(OPERATIONS[op], parts, start, stop))
-
-
-def start_all_reduce_shared(node: Node, source: Array, place: Place, op: str, result: Array) -> WindowWork:
-    """The sum of all ranks' arrays at this place is written once, into `result`, the same memory on all."""
-    parts = node.arena.parts(place, source.size, source.dtype)
-    start, stop = owned(source.size, node.rank, node.size)
-    number = node.begin("all_reduce_shared", "window", op, source, place)
-    into = result[start:stop]
-    return WindowWork(node, number, lambda: reduce_into(OPERATIONS[op], parts, start, stop, [into]))
 
 
 def start_reduce_scatter(

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from dtrain.collectives import Array, Communicator
+from dtrain.collectives.caches import last_level_cache
 from dtrain.errors import UserError
 
 PAGE = 4096
@@ -31,16 +32,6 @@ def region_bytes(comm: Communicator, largest: int, cold: bool) -> int:
     if not cold:
         return whole
     return max(2 * whole, (-(-2 * last_level_cache() // (comm.local_size * PAGE)) + 1) * PAGE)
-
-
-def last_level_cache() -> int:
-    """Bytes of the largest cache that Linux tells of; 32 MiB where it does not."""
-    sizes = []
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        number = path.read_text().strip().removesuffix("K")
-        if number.isdecimal():
-            sizes.append(int(number) << 10)
-    return max(sizes, default=32 << 20)
 
 
 def check_room(comm: Communicator, largest: int, cold: bool, private: bool) -> None:

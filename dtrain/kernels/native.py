@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.cache import cache_folder
+from dtrain.collectives.machine_code import let_go_of
 from dtrain.kernels.compiled.signatures import SIGNATURES
 
 WAIT = 300.0  # seconds that a rank gives a compilation, its own or another's (8 s alone, 50 s on a crowded core)
 RETRY = 60.0  # seconds after which a failed compilation is tried again
-MADV_DONTNEED = 4  # of madvise(2)
 CHECKSUM = 32  # bytes of SHA-256 in front of the object code
 FOLDER = Path(__file__).parent
 ARGUMENTS = {
@@ -65,24 +65,8 @@ def load(bits: int) -> dict[str, Function]:
     for name, signature in SIGNATURES.items():
         kinds = [ARGUMENTS[kind] for kind in signature.replace(" ", "")]
         functions[name] = ctypes.CFUNCTYPE(None, *kinds)(engine.get_function_address(f"dtrain_{name}"))
-    _let_go_of("libllvmlite")
+    let_go_of("libllvmlite")
     return functions
-
-
-def _let_go_of(library: str) -> None:
-    """Give back the pages of a library's code: 30 MB of LLVM that only linking needed. A page used again comes back.
-
-    Code is never written to, so its pages are those of the file. Linux only: elsewhere there is no list of them.
-    """
-    try:
-        maps = Path("/proc/self/maps").read_text().splitlines()
-        madvise = ctypes.CDLL(None).madvise
-    except (OSError, AttributeError):
-        return
-    for line in maps:
-        if library in line and " r-xp " in line:
-            start, _, end = line.split()[0].partition("-")
-            madvise(ctypes.c_void_p(int(start, 16)), ctypes.c_size_t(int(end, 16) - int(start, 16)), MADV_DONTNEED)
 
 
 _engines: list[Any] = []  # they own the code that the functions point into: kept for the life of the process
