@@ -425,6 +425,28 @@ def bench_layouts(
     bench_layouts(loaded, names, ranks, peer, steps, rounds, json_path, peer_python)
 
 
+@bench.command(
+    "experts",
+    help="Train a mixture of experts and the dense model of as many operations per token on the same samples, and "
+    f"print their validation losses and times. On any number of ranks.\n\n{_CONFIG}",
+)
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
+@click.option("--seeds", default=3, show_default=True, type=click.IntRange(1), help="How often, from `seed` on.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all numbers to this file too.")
+def bench_experts_command(config: Path, overrides: tuple[str, ...], seeds: int, json_path: Path | None) -> None:
+    """Train both."""
+    from dtrain.launch import configuration
+
+    loaded = configuration.load(config, overrides)
+    from dtrain.collectives import world
+    from dtrain.launch.bench_experts import bench_experts
+
+    comm = world()
+    environment.check_world(comm.size)
+    bench_experts(loaded, comm, seeds, json_path)
+
+
 @cli.group()
 def checkpoint() -> None:
     """List, check, compare and export checkpoints; one process, no MPI.

@@ -7,6 +7,9 @@ DTRAIN_BATTERY=all python -m pytest tests/unit/test_battery.py -q runs all of th
 third of twelve parts; without it a covering part runs over 2 steps, on threads and, for their number of ranks, under
 mpirun. `make battery` runs all in parts.
 
+All five axes, with cp or ep among them and mixtures of experts as a fourth model, are `wide_cases()` on 8 ranks; of
+them a covering part runs in `make battery`, and its first eight otherwise.
+
 What comes along: several microbatches per rank, fewer of them than stages (SHORT), one block more than stages, heads
 and vocabulary that tp does not divide or has fewer of, dropout, tied and untied ends, AdamW with clipping.
 """
@@ -39,7 +42,11 @@ MODELS: dict[str, dict[str, Any]] = {
         "kv_heads": 2, "hidden": 13, **SMALL,
     },
     "bert": {"kind": "bert", "mask_fraction": 0.4, **SMALL},
+    "moe": {
+        "kind": "moe_gpt", "dropout": 0.1, "moe": {"top": 2, "capacity": 1.0, "noise": 0.3, "z_loss": 0.01}, **SMALL,
+    },
 }  # fmt: skip
+DENSE = ("gpt", "llama", "bert")
 DATA = [
     ("naive", False), ("ddp", False), *((f"zero{stage}", copies) for stage in (1, 2, 3) for copies in (False, True))
 ]  # fmt: skip
@@ -56,21 +63,25 @@ class Case(NamedTuple):
     tensor: str | None
     recompute: bool
     model: str
+    cp: int = 1
+    ep: int = 1
+    context: str | None = None
 
     @property
     def ranks(self) -> int:
-        return self.dp * self.tp * self.pp
+        return self.dp * self.tp * self.pp * self.cp * self.ep
 
     def __str__(self) -> str:
         data = "" if self.data is None else f" {self.data[0]}{' copies' if self.data[1] else ''}"
         more = [f" {self.schedule}"] * (self.pp > 1) + [f" {self.tensor}"] * (self.tensor is not None)
-        more += [" recompute"] * self.recompute
+        more += [" recompute"] * self.recompute + [f" cp{self.cp} {self.context}"] * (self.cp > 1)
+        more += [f" ep{self.ep}"] * (self.ep > 1)
         return f"dp{self.dp} tp{self.tp} pp{self.pp}{data}{''.join(more)} {self.model}"
 
     @property
     def options(self) -> list[tuple[str, Any]]:
-        sizes = [min(size, 3) for size in (self.dp, self.tp, self.pp)]
-        return list(zip(self._fields, [*sizes, *self[3:]], strict=True))
+        shown = self._replace(**{axis: min(getattr(self, axis), 3) for axis in ("dp", "tp", "pp", "cp", "ep")})
+        return list(zip(self._fields, shown, strict=True))
 
 
 def all_cases(ranks: Sequence[int] = range(2, RANKS + 1)) -> list[Case]:
@@ -84,7 +95,24 @@ def all_cases(ranks: Sequence[int] = range(2, RANKS + 1)) -> list[Case]:
         for schedule in (SCHEDULES if pp > 1 else [None])
         for tensor in (TENSOR if tp > 1 else [None])
         for recompute in (False, True)
-        for model in MODELS
+        for model in DENSE
+    ]
+
+
+def wide_cases(ranks: int = RANKS) -> list[Case]:
+    """Those on so many ranks that have cp or ep, in a fixed order."""
+    sizes = [size for size in range(1, ranks + 1) if ranks % size == 0]
+    return [
+        Case(dp, tp, pp, data, schedule, tensor, recompute, model, cp, ep, context)
+        for dp, tp, pp, cp, ep in itertools.product(sizes, repeat=5)
+        if dp * tp * pp * cp * ep == ranks and cp * ep > 1
+        for data in (DATA if dp * ep > 1 else [None])
+        for schedule in (SCHEDULES if pp > 1 else [None])
+        for tensor in (("1d", "sequence") if tp > 1 else [None])
+        for recompute in (False, True)
+        for model in (MODELS if ep == 1 else ["moe"])
+        for context in (("ring", "ulysses") if cp > 1 else [None])
+        if context != "ulysses" or cp * tp <= SMALL["heads"]
     ]
 
 
@@ -117,17 +145,18 @@ def sections(case: Case) -> dict[str, Any]:
     """The configuration of a case."""
     batch = 20 if 5 in (case.dp, case.pp) else 28 if 7 in (case.dp, case.pp) else 24
     stages = case.pp * (SCHEDULES[case.schedule].chunks if case.schedule else 1)
-    share = batch // case.dp
+    share = batch // (case.dp * case.ep)
     count = next(n for n in (2, 3, 5, 7, 1) if share % n == 0)
     if case.pp > 1 and case.schedule not in SHORT:
         count = case.pp
-    parallel: dict[str, Any] = {"dp": case.dp, "tp": case.tp, "pp": case.pp, "bucket_mb": 0.01}
+    axes = {axis: getattr(case, axis) for axis in ("dp", "tp", "pp", "cp", "ep")}
+    parallel: dict[str, Any] = {**axes, "context": case.context or "ring", "bucket_mb": 0.01}
     if case.data is not None:
         parallel |= {"data_parallel": case.data[0], "replicate": case.data[1]}
     if case.tensor is not None:
         parallel |= TENSOR[case.tensor]
     return {
-        "model": {**MODELS[case.model], "layers": stages + 1},
+        "model": {**MODELS[case.model], "layers": stages + 1, "sequence": max(SMALL["sequence"], case.cp)},
         "data": {"kind": "text", "path": argparse.__file__},
         "train": {
             "steps": STEPS, "global_batch": batch, "micro_batch": share // count, "dtype": "float64",
@@ -139,10 +168,10 @@ def sections(case: Case) -> dict[str, Any]:
 
 
 @cache
-def _reference(model: str, layers: int, batch: int) -> Reference:
+def _reference(model: str, layers: int, sequence: int, batch: int) -> Reference:
     """Recomputation and microbatches are the layout's: the reference has neither."""
     config = training.config(
-        model={**MODELS[model], "layers": layers},
+        model={**MODELS[model], "layers": layers, "sequence": sequence},
         data={"kind": "text", "path": argparse.__file__},
         train={"steps": STEPS, "global_batch": batch, "micro_batch": batch, "dtype": "float64"},
     )
@@ -152,7 +181,8 @@ def _reference(model: str, layers: int, batch: int) -> Reference:
 def reference(case: Case) -> Reference:
     """One process on the data and the model of a case; kept."""
     changed = sections(case)
-    return _reference(case.model, changed["model"]["layers"], changed["train"]["global_batch"])
+    model = changed["model"]
+    return _reference(case.model, model["layers"], model["sequence"], changed["train"]["global_batch"])
 
 
 def run(comm: Communicator, case: Case) -> Report:

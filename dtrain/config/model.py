@@ -59,8 +59,9 @@ class MoEConfig(Section, frozen=True, kw_only=True):
     router: Literal["top", "expert_choice"] = "top"
     """top: every token takes its best experts; expert_choice: every expert takes its best tokens of a sequence, also by
     what comes later in it."""
-    top: int = 1
-    """Experts per token; 1 is Switch, 2 GShard. expert_choice: on average."""
+    top: int = 2
+    """Experts per token; 1 is Switch, 2 GShard. From 2 on the gates of a token add up to 1; a single one is the
+    probability itself, near 1 / experts at first, which makes a short training worse. expert_choice: on average."""
     capacity: float | None = 1.25
     """Rows that an expert takes of a sequence, relative to its even share; what is above is dropped and goes on through
     the residual alone. null: no limit (dropless)."""

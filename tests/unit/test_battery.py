@@ -16,7 +16,8 @@ from tests.battery import Case
 ALL = battery.all_cases()
 ASKED = os.environ.get("DTRAIN_BATTERY")
 COVERING = battery.covering(ALL)
-CHOSEN = battery.piece(ALL, ASKED) if ASKED else COVERING
+WIDE = battery.covering(battery.wide_cases())
+CHOSEN = battery.piece(ALL + WIDE, ASKED) if ASKED else COVERING + WIDE[:8]
 
 
 @pytest.mark.parametrize("case", CHOSEN, ids=str)
@@ -30,6 +31,18 @@ def test_all_combinations_are_there() -> None:
     single = 7 * (8 + 6 + 3)  # one axis: dp by strategies, pp by schedules, tp in three ways
     pairs = 5 * (8 * 6 + 8 * 3 + 6 * 3)  # (2,2) (2,3) (3,2) (2,4) (4,2)
     assert len(ALL) == len(set(ALL)) == (single + pairs + 8 * 6 * 3) * 2 * 3
+
+
+def test_all_meshes_with_context_and_expert_parallelism_are_there() -> None:
+    """Of 2³ ranks on five axes there are 35, of which 10 have neither."""
+    cases = battery.wide_cases()
+    meshes = {tuple(getattr(case, axis) for axis in ("dp", "tp", "pp", "cp", "ep")) for case in cases}
+    assert len(meshes) == 35 - 10 and len(cases) == len(set(cases))
+    met = {pair for case in WIDE for pair in itertools.combinations(case.options, 2)}
+    assert met == {pair for case in cases for pair in itertools.combinations(case.options, 2)}
+    short = WIDE[:8]
+    assert {case.cp for case in short} >= {1, 2} and {case.ep for case in short} >= {1, 2}
+    assert {case.model for case in short} == set(battery.MODELS), short
 
 
 def test_the_covering_part_covers() -> None:
