@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from dtrain.collectives import run_threads, single
+from dtrain.errors import UserError
 from dtrain.graph import Graph, Leaf, Line
+from dtrain.launch import plan
 from dtrain.launch.plan.layers import elimination
 from dtrain.launch.plan.layers.problem import Problem
 from dtrain.launch.plan.layers.recording import heads, recorded
@@ -187,3 +189,27 @@ def test_the_chosen_plan_trains_with_equal_loss():
 
 def test_a_plan_of_a_transformer_trains_with_equal_loss():
     compare(2, "llama", tp=2, plan={"embedding": "vocabulary", "head": "head", r"blocks\.\d+\.mlp": "mlp"})
+
+
+def test_what_is_printed(capsys):
+    """The huge head is proposed as arguments of a run; a row per op, blocks that are alike in one."""
+    head = training.config(
+        model={"kind": "mlp", "hidden": [64], "classes": 131072},
+        data={"kind": "images", "path": "digits"},
+        train={"dtype": "float32", "global_batch": 16},
+    )
+    plan.plan(head, 4, None, None, 4, 5e10, None, False, 3, layers=True)
+    told = capsys.readouterr().out
+    assert '"parallel.plan={head: head}"' in told.splitlines()[-1]
+    assert "runs: dp=4 tp=1" in told and "any layouts" in told
+    with pytest.raises(UserError, match=r"--memory: 101MiB per rank; no plan of layers fits. The least is"):
+        plan.plan(head, 4, 101 << 20, None, 4, 5e10, None, False, 3, layers=True)
+
+    gpt = training.config(model={**GPT, "layers": 5}, train={"dtype": "float32", "global_batch": 16})
+    lines = {}
+    for explain in (False, True):
+        plan.plan(gpt, 4, None, None, 4, 5e10, None, explain, 3, layers=True)
+        lines[explain] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("blocks.")]
+    assert len(lines[True]) >= 5 * 10 > len(lines[False])
+    with pytest.raises(UserError, match=r"model.kind: moe_gpt; --layers knows the ops of gpt, bert, mlp, dlrm"):
+        plan.plan(training.config(model={**GPT, "kind": "moe_gpt"}), 2, None, None, 2, 1e10, None, False, 3, True)
