@@ -267,13 +267,19 @@ def concurrency(
 ) -> tuple[tuple[int, float], ...]:
     """(how many ranks work at once, for how long in all) of the timeline whose length `pace` tells."""
     seconds = {"F": 1.0, "B": backward, "I": backward / 2, "W": backward / 2}
-    timeline = Timeline(_programs(schedule, ranks, _played(ranks, microbatches)), seconds, transfer)
+    played = _played(ranks, microbatches)
+    timeline = Timeline(_programs(schedule, ranks, played), seconds, transfer)
     ends = [(span.start, 1) for span in timeline.spans] + [(span.stop, -1) for span in timeline.spans]
-    times, working, before = [0.0] * (ranks + 1), 0, 0.0
+    times, working, before = [0.0] * (ranks + 2), 0, 0.0
     for moment, change in sorted(ends):
         times[working] += moment - before
         working, before = working + change, moment
-    times[ranks] += pace(schedule, ranks, microbatches, backward, transfer) - timeline.length
+    more = pace(schedule, ranks, microbatches, backward, transfer) - timeline.length
+    if more > 0:  # of the middle only how many work on average is known: all, but for zb_v
+        mean = (microbatches - played) * SCHEDULES[schedule].chunks * (1 + backward) * ranks / more
+        fewer = min(ranks, int(mean))
+        times[fewer] += more * (fewer + 1 - mean)
+        times[fewer + 1] += more * (mean - fewer)
     return tuple((number, time) for number, time in enumerate(times) if time > 0)
 
 
