@@ -90,9 +90,10 @@ class Grid:
         """The rows as lines of text, with the axes that are longer than 1; then the groups along each of these."""
         columns = ["rank", *[axis for axis in self.axes if self.sizes[axis] > 1 or axis == "dp"], "host"]
         yield "mesh   " + " ".join(f"{axis}={size}" for axis, size in self.sizes.items())
-        yield "       " + "".join(f"{column:<6}" for column in columns).rstrip()
+        widths = {column: max(6, len(column) + 2) for column in columns}
+        yield "       " + "".join(f"{column:<{width}}" for column, width in widths.items()).rstrip()
         for row in self.rows(hosts)[:shown]:
-            yield "       " + "".join(f"{row[column]!s:<6}" for column in columns).rstrip()
+            yield "       " + "".join(f"{row[column]!s:<{width}}" for column, width in widths.items()).rstrip()
         if self.num_ranks > shown:
             yield f"       … and {self.num_ranks - shown} more ranks"
         for axis in columns[1:-1] if len(columns) > 3 else ():

@@ -1,5 +1,6 @@
 """What only the number of ranks decides: whether mesh and batch fit, and the size of the data axis."""
 
+import itertools
 import math
 from collections.abc import Mapping
 
@@ -92,16 +93,29 @@ def filled(sizes: Mapping[str, int], num_ranks: int) -> dict[str, int]:
     for axis in ("dp", "tp", "cp", "ep", "pp"):
         rest, left = divmod(num_ranks, product // max(1, sizes[axis]))
         if not left and (sizes[axis] > 1 or (axis == "dp" and not free)):
+            legal = divisors(rest) if free else [rest]
+            fitting = " or ".join(map(str, sorted(sorted(legal, key=lambda size: abs(size - sizes[axis]))[:2])))
             break
     else:
-        axis, rest = next(axis for axis in ("tp", "cp", "ep", "pp", "dp") if sizes[axis] > 1), num_ranks
-        free = True
-    legal = [size for size in range(1, rest + 1) if rest % size == 0] if free else [rest]
-    nearest = sorted(sorted(legal, key=lambda size: abs(size - sizes[axis]))[:2])
+        axis = next(axis for axis in ("tp", "cp", "ep", "pp", "dp") if sizes[axis] > 1)
+        fitting = " or ".join(
+            _nearest_meshes({name: size for name, size in sizes.items() if size > 1}, num_ranks, free)
+        )
     more = -(-num_ranks // product) * product if sizes["dp"] == -1 else product
     others = " x ".join(f"{name}={size}" for name, size in sizes.items() if size > 1 and name != axis)
     raise ValueError(
         f"parallel.{axis}: {sizes[axis]}; does not fit {num_ranks} ranks{' with ' + others if others else ''}: "
-        f"the sizes of all axes multiply to the number of ranks. Nearest that can: {' or '.join(map(str, nearest))}"
+        f"the sizes of all axes multiply to the number of ranks. Nearest that can: {fitting}"
         f"{', or -1' if axis == 'dp' else ''}; or start {more} ranks"
     )
+
+
+def _nearest_meshes(sizes: Mapping[str, int], num_ranks: int, free: bool) -> list[str]:
+    """The two meshes of these axes nearest to their sizes that fit; free: dp takes what they leave."""
+    found = [
+        mesh
+        for mesh in itertools.product(divisors(num_ranks), repeat=len(sizes))
+        if (num_ranks % math.prod(mesh) == 0 if free else math.prod(mesh) == num_ranks)
+    ]
+    found.sort(key=lambda mesh: sum(abs(math.log(new / old)) for new, old in zip(mesh, sizes.values(), strict=True)))
+    return [" x ".join(f"{axis}={size}" for axis, size in zip(sizes, mesh, strict=True)) for mesh in found[:2]]

@@ -132,7 +132,8 @@ IMPOSSIBLE = [
     (
         8,
         {"dp": -1, "pp": 3, "tp": 3},
-        "parallel.tp: 3; does not fit 8 ranks with pp=3: ALL. Nearest that can: 2 or 4; or start 9 ranks",
+        "parallel.tp: 3; does not fit 8 ranks with pp=3: ALL. Nearest that can: pp=2 x tp=4 or pp=4 x tp=2; or start 9 "
+        "ranks",
     ),
     (4, {"dp": -2}, "parallel.dp: -2; must be 1 or more, or -1 for what the other axes leave (4 ranks)"),
     (4, {"tp": 0}, "parallel.tp: 0; must be 1 or more (4 ranks)"),
