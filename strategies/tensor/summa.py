@@ -33,6 +33,7 @@ import numpy as np
 
 from dtrain.arrays import Array
 from dtrain.collectives import Communicator
+from dtrain.collectives.dtypes import accumulator
 from dtrain.op import Op, Shape
 from dtrain.ops.common import matmul, rows
 from dtrain.tensor import Tensor, apply
@@ -96,17 +97,17 @@ def panels(by_column: Sequence[int], by_row: Sequence[int]) -> Panels:
 
 def product(a: Array, b: Array, over: Panels, grid: Grid) -> Array:
     """C = A B: a (m, k of my column), b (k of my row, n) -> (m, n); over: k."""
-    c = np.zeros((len(a), b.shape[1]), a.dtype)
+    c = np.zeros_like(a, shape=(len(a), b.shape[1]), dtype=accumulator(a.dtype))
     for panel in over:
         left = _broadcast(a[:, panel.in_column], (len(a), panel.width), grid.along_row, panel.column)
         right = _broadcast(b[panel.in_row], (panel.width, b.shape[1]), grid.along_column, panel.row)
         c += matmul(left, right)
-    return c
+    return c.astype(a.dtype, copy=False)
 
 
 def product_bt(a: Array, b: Array, over: Panels, grid: Grid) -> Array:
     """C = A Bᵀ: a (m, k), b (n of my row, k) -> (m, n of my column); over: n."""
-    c = np.zeros((len(a), _width(over, grid.column)), a.dtype)
+    c = np.zeros_like(a, shape=(len(a), _width(over, grid.column)))
     for panel in over:
         right = _broadcast(b[panel.in_row], (panel.width, b.shape[1]), grid.along_column, panel.row)
         total = grid.along_row.reduce(matmul(a, right.T), root=panel.column)
@@ -117,7 +118,7 @@ def product_bt(a: Array, b: Array, over: Panels, grid: Grid) -> Array:
 
 def product_at(a: Array, b: Array, over: Panels, grid: Grid) -> Array:
     """C = Aᵀ B: a (m, k of my column), b (m, n) -> (k of my row, n); over: k."""
-    c = np.zeros((_height(over, grid.row), b.shape[1]), a.dtype)
+    c = np.zeros_like(a, shape=(_height(over, grid.row), b.shape[1]))
     for panel in over:
         left = _broadcast(a[:, panel.in_column], (len(a), panel.width), grid.along_row, panel.column)
         total = grid.along_column.reduce(matmul(left.T, b), root=panel.row)
@@ -129,7 +130,7 @@ def product_at(a: Array, b: Array, over: Panels, grid: Grid) -> Array:
 def _broadcast(mine: Array, shape: Shape, comm: Communicator, root: int) -> Array:
     if comm.size == 1:
         return mine
-    return comm.broadcast(mine if comm.rank == root else np.empty(shape, mine.dtype), root)
+    return comm.broadcast(mine if comm.rank == root else np.empty_like(mine, shape=shape), root)
 
 
 def _width(over: Panels, column: int) -> int:

@@ -154,6 +154,14 @@ def test_models_equal_one_process(name, ranks):
     compare(ranks, name, tp=ranks)
 
 
+@pytest.mark.parametrize(("dtype", "apart"), [("float32", 1e-6), ("bfloat16", 1e-3)])
+def test_panels_of_half_precision_are_added_up_in_float32(dtype, apart):
+    sections = {"model": {**GPT, "dropout": 0.0}, "train": {**TRAIN, "dtype": dtype}}
+    expected, *_ = train(single(), sections)
+    for losses, *_ in run_threads(4, train, {**sections, "parallel": {"tp": 4, "tensor": "2d"}}):
+        np.testing.assert_allclose(losses[:, 0], expected[:, 0], rtol=apart)
+
+
 @pytest.mark.parametrize(
     ("name", "parallel", "changed"),
     [

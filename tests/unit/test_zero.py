@@ -156,9 +156,17 @@ def test_all_stages_have_the_bits_of_ddp():
         np.testing.assert_array_equal(losses(f"zero{stage}"), ddp)
 
 
-@pytest.mark.parametrize(
-    ("ranks", "expected"), [(1, (16, 16, 16)), (2, (10, 9, 8)), (4, (7, 5.5, 4)), (8, (5.5, 3.75, 2))]
-)
+PAPER = {1: (16, 16, 16), 2: (10, 9, 8), 4: (7, 5.5, 4), 8: (5.5, 3.75, 2), 64: (4.1875, 2.21875, 0.25)}
+
+
+def test_the_numbers_of_the_paper():
+    """Checks 26 and 27: 2 bytes of parameter, 2 of gradient, 12 of optimizer; 7.5 billion parameters, in GB."""
+    for n, expected in PAPER.items():
+        assert (4 + 12 / n, 2 + 14 / n, 16 / n) == expected
+    assert [round(7.5 * each, 1) for each in (PAPER[1][0], *PAPER[64])] == [120.0, 31.4, 16.6, 1.9]
+
+
+@pytest.mark.parametrize(("ranks", "expected"), [(n, PAPER[n]) for n in (1, 2, 4, 8)])
 def test_bytes_per_parameter_are_those_of_the_paper(ranks, expected):
     """Mixed precision: 2 bytes of parameter and of gradient, 12 of optimizer (master copy and two moments)."""
 
