@@ -7,16 +7,18 @@ Checks of the course: 45 (interleaving sends v times as much), 46 (all schedules
 import functools
 import itertools
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from dtrain import models
 from dtrain.collectives import run_threads, single
 from dtrain.errors import UserError
 from dtrain.strategies.pipeline import PipelineParallel
 from dtrain.strategies.pipeline.schedules import SCHEDULES, programs
-from dtrain.strategies.pipeline.stages import Absent
+from dtrain.strategies.pipeline.stages import Absent, costs
 from dtrain.strategies.pipeline.user import to_csv
 from tests import training
 
@@ -175,3 +177,29 @@ def test_what_does_not_fit_is_refused(sections, message):
     sections = {**BASE, **sections, "parallel": {"pp": 2}}
     with pytest.raises(UserError, match=message):
         run_threads(2, lambda comm: training.trainer(comm, **sections))
+
+
+def test_blocks_cost_what_a_token_is_multiplied_with():
+    """By hand: 12 d² of the matrices and 2 T d of attention; a head of V rows at the end, no embedding."""
+    d, tokens, rows = 32, 16, 300
+    sizes = SimpleNamespace(vocabulary=rows, features=0, tables=())
+    model = models.outline(training.config(model=GPT).model, sizes)
+    block = 12 * d * d + 2 * tokens * d
+    assert costs(model) == [block] * 3 + [block + rows * d]
+    mixture = {**GPT, "kind": "moe_gpt", "moe": {"experts": 8, "every": 2, "top": 2}}
+    model = models.outline(training.config(model=mixture).model, sizes)
+    own = 2 * 2 * d * 2 * d  # two experts of width 2 d, up and down
+    moe = 4 * d * d + own + 8 * d + 2 * tokens * d  # and the router
+    assert costs(model) == [block, moe, block, moe + rows * d]
+
+
+def test_the_balance_of_the_stages_is_told():
+    def notes(comm):
+        trainer = training.trainer(comm, **BASE, parallel={"pp": 2}, pipeline={"cut": [1, 3]})
+        return next(s for s in trainer.strategies if isinstance(s, PipelineParallel)).notes()
+
+    _, first, second, balance = run_threads(2, notes)[0]
+    block, head = 12 * 32 * 32 + 2 * 16 * 32, 256 * 32
+    share = block / (4 * block + head)
+    assert f"{share:.1%} of the products" in first and f"{1 - share:.1%} of the products" in second
+    assert f"the fullest rank has {2 * (1 - share):.2f} times an even share" in balance
