@@ -162,6 +162,12 @@ class Group:
         if self._progress.watchdog is not None:
             self._progress.watchdog.folder = os.path.abspath(folder)
 
+    def rest(self) -> None:
+        """Stop the threads that call the transport beside this one: for who goes on without it."""
+        for thread in (self._progress.watchdog, self._progress.background):
+            if thread is not None:
+                thread.stop()
+
     def use_progress_thread(self, on: bool) -> None:
         """Switch the thread of `background.py` on or off, on this rank, for all communicators of its world."""
         if self._progress.background is not None:

@@ -90,7 +90,10 @@ class Progress:
     def test(self, request: Request) -> bool:
         """Has the request finished? Never waits."""
         with self._lock:
-            return request.test()
+            finished = request.test()
+            if finished and request in self._requests:  # whoever asks may never wait
+                self._requests.remove(request)
+            return finished
 
     def wait(self, request: Request) -> None:
         """Return when the request has finished; meanwhile the rest goes on."""
