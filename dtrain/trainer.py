@@ -61,6 +61,8 @@ class StepRecord:
     """Steps until now, this one included, whose gradients overflowed; None where the loss scale is no dynamic one."""
     details: dict[str, Any] = field(default_factory=dict)
     """What the model tells of the step, such as the loads of experts."""
+    measures: dict[str, float] = field(default_factory=dict)
+    """What the validation found beside the loss."""
 
 
 class Trainer:
@@ -136,7 +138,10 @@ class Trainer:
         skipped = getattr(self.scaler, "skipped", None)
         mean, targets = loss / count, int(count)
         validation = self.validation()
-        return StepRecord(self.step, mean, norm, learning_rate, seconds, targets, validation, used, skipped, details)
+        measures = {} if validation is None else self.model.after_validation(self.mesh)
+        return StepRecord(
+            self.step, mean, norm, learning_rate, seconds, targets, validation, used, skipped, details, measures
+        )
 
     # The parts of a step
 

@@ -18,6 +18,7 @@ import os
 import sys
 import time
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TextIO
@@ -68,6 +69,10 @@ class Record(Protocol):
     @property
     def validation_loss(self) -> float | None:
         """None where it was not measured."""
+
+    @property
+    def measures(self) -> Mapping[str, float]:
+        """What else was measured then."""
 
 
 class Progress:
@@ -125,7 +130,8 @@ class Progress:
         if self.tells(record.step):
             self.note(step_line(record, self.total_steps, speed, remaining, self.unit))
         if record.validation_loss is not None:
-            self.note(f"{_place(record.step, self.total_steps)}  validation loss {record.validation_loss:.4f}")
+            more = "".join(f"  {name} {value:.4f}" for name, value in record.measures.items())
+            self.note(f"{_place(record.step, self.total_steps)}  validation loss {record.validation_loss:.4f}{more}")
         if self._bar is not None:
             self._draw(record, speed, remaining)
 

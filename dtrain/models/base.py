@@ -83,6 +83,10 @@ class Model(Module):
         all ranks. Collective over the mesh."""
         return {}
 
+    def after_validation(self, mesh: Mesh) -> dict[str, float]:
+        """After a validation: what it found beside the loss, the same on all ranks. Collective over the mesh."""
+        return {}
+
     def state(self) -> list[Piece]:
         """What a checkpoint must hold beside the parameters, the same on all ranks."""
         return []

@@ -22,9 +22,12 @@ import numpy as np
 
 import dtrain.functional as F
 from dtrain.arrays import Array
+from dtrain.autograd import mode
 from dtrain.config import DLRMConfig
 from dtrain.errors import UserError
-from dtrain.models.base import Model, Sizes
+from dtrain.mesh import BATCH_AXES, Mesh
+from dtrain.models.auc import auc
+from dtrain.models.base import IGNORED, Model, Sizes
 from dtrain.models.mlp import Layer, initial_std
 from dtrain.modules import Context, Embedding, Linear, Module
 from dtrain.tensor import Tensor
@@ -50,6 +53,8 @@ class DLRM(Model):
         widths = [config.dim + len(self.first), *config.top]
         self.blocks = [Layer(widths[i], widths[i + 1], config, dtype) for i in range(len(config.top))]
         self.head = Linear(widths[-1], 1, config.bias, initial_std(widths[-1], "head"), dtype)
+        self.judged: list[tuple[Array, Array]] = []
+        """Scores and targets of the validation that is under way."""
         self.assign_names()
 
     def forward(self, dense: Array, ids: Array, context: Context | None = None) -> Tensor:  # type: ignore[override]
@@ -59,7 +64,21 @@ class DLRM(Model):
     def loss(self, batch: Mapping[str, Array], context: Context | None = None) -> Tensor:
         """The SUM of the logistic losses (nats) of all targets."""
         x = self.meet(batch["inputs"], batch["ids"], context)
-        return self.loss_from(self.through_blocks(x, context), batch)
+        logits = self.leave(self.through_blocks(x, context))
+        if not mode.grad:  # a validation
+            counts = batch["targets"] != IGNORED
+            self.judged.append((logits.data[counts, 1].astype(np.float64), batch["targets"][counts]))
+        return self.cross_entropy(logits, batch["targets"])
+
+    def after_validation(self, mesh: Mesh) -> dict[str, float]:
+        """The area under the ROC curve, exact: of all samples on all ranks."""
+        scores, targets = (np.concatenate([each[i] for each in self.judged] or [np.empty(0)]) for i in range(2))
+        self.judged.clear()
+        comm = mesh[BATCH_AXES]
+        with comm.counters.purpose("validation"):
+            counts = comm.all_gather(np.array([len(scores)], np.int64)).tolist()
+            everyone = comm.all_gather(np.stack([scores, targets.astype(np.float64)], axis=1), counts=counts)
+        return {"auc": auc(everyone[:, 0], everyone[:, 1])} if len(everyone) else {}
 
     def meet(self, dense: Array, ids: Array, context: Context | None = None) -> Tensor:
         """What goes into the top MLP: the bottom MLP's vector, and the products of all pairs of vectors."""

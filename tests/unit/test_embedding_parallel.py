@@ -12,6 +12,7 @@ import pytest
 
 import dtrain.functional as F
 from dtrain.collectives import run_threads, single
+from dtrain.models.auc import auc
 from dtrain.strategies.embedding.plan import PLANS
 from dtrain.tensor import Tensor
 from tests import training
@@ -187,6 +188,32 @@ def test_the_model_is_the_paper_s(table):
     logit = (z @ p["head.weight"].T + p["head.bias"])[:, 0]
     signs = np.where(batch["targets"] == 1, 1, -1)
     assert trainer.model.loss(batch).item() == pytest.approx(np.log1p(np.exp(-signs * logit)).sum(), rel=1e-12)
+
+
+def test_validation_tells_the_area_under_the_roc_curve(table):
+    """Exact over all ranks: as counted over all pairs of a "yes" and a "no"."""
+    given = sections(table)
+
+    def run(comm: Any) -> Any:
+        trainer = training.trainer(comm, **given)
+        return trainer, list(trainer.run())[-1].measures
+
+    trainer, found = run(single())
+    batch = trainer.data.validation.batch(np.arange(TRAIN["global_batch"]))
+    scores = trainer.model(batch["inputs"], batch["ids"]).data[:, 1]
+    yes, no = scores[batch["targets"] == 1][:, None], scores[batch["targets"] == 0]
+    expected = float(np.mean((yes > no) + 0.5 * (yes == no)))
+    assert found == {"auc": pytest.approx(expected, rel=1e-12)}
+    for _, measures in run_threads(3, run):
+        assert measures == {"auc": pytest.approx(expected, rel=1e-12)}
+
+
+def test_the_area_with_ties_is_that_of_scikit_learn():
+    metrics = pytest.importorskip("sklearn.metrics")
+    random = np.random.default_rng(0)
+    scores, targets = random.integers(0, 20, 500) / 20, random.integers(0, 2, 500)
+    assert auc(scores, targets) == pytest.approx(metrics.roc_auc_score(targets, scores), rel=1e-12)
+    assert np.isnan(auc(scores, np.ones(500)))
 
 
 def test_the_survey_in_statsmodels_is_learned():
