@@ -83,12 +83,12 @@ def _handle_signals() -> None:
     if environment.job().size > 1:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        threading.Thread(target=_end_with, args=(os.getppid(),), name="launcher", daemon=True).start()
+        threading.Thread(target=end_with, args=(os.getppid(),), name="launcher", daemon=True).start()
     else:
         signal.signal(signal.SIGTERM, _terminate)
 
 
-def _end_with(launcher: int) -> None:
+def end_with(launcher: int) -> None:
     """End this rank when the process that started it is gone; one that was killed could not end its ranks.
 
     Not all launchers see to it (Open MPI's does not), and a rank that waits for another one waits for ever.

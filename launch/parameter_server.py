@@ -5,8 +5,9 @@
                                elsewhere; all servers write their range to a checkpoint
 
 A worker that fails in a mode that can go on without it tells the lead why and waits for the end. Where one has fallen
-silent, the others end the job when they are done, as MPI's own end would wait for it. (A process that is killed takes
-the job with it: mpirun sees to that. The run goes on from its checkpoint.)
+silent or is gone, the others end the job when they are done, as MPI's own end would wait for it. A process that is
+killed takes the job with it, unless `transport: sockets`: then nobody calls MPI any more after the start, and a worker
+has somebody who stands in for it (`stand_in.py`).
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from dtrain import __version__, kernels
-from dtrain.collectives import Communicator
+from dtrain.collectives import Communicator, sockets, world
 from dtrain.config import Config
 from dtrain.errors import UserError
-from dtrain.launch import assembly, environment, failures, pictures
+from dtrain.launch import assembly, environment, failures, pictures, stand_in
 from dtrain.launch.configuration import for_ranks
 from dtrain.launch.progress import Progress
 from dtrain.launch.run import RunFolder
@@ -32,10 +33,20 @@ from dtrain.trainer import StepRecord, Trainer
 ENDING = 2.0  # seconds that the survivors have to leave before the job is ended
 
 
-def run_served(config: Config, source: Path, comm: Communicator) -> None:
+def run_served(config: Config, source: Path, comm: Communicator | None = None) -> None:
     """Train on workers and servers. Collective over `comm`, all ranks of the job."""
+    rank = None
+    if comm is None:
+        if config.parameter_server.transport == "sockets" and environment.job().size > 1:
+            rank = stand_in.begin()
+        comm = world()
+        environment.check_world(comm.size)
     config = for_ranks(config, comm.size)
     data, model = assembly.parts(config, comm)
+    if config.parameter_server.transport == "sockets":
+        comm = sockets.connect(comm)
+        if rank is not None and comm.rank < comm.size - config.parameter_server.servers:
+            rank.replaceable()
     first_server = comm.size - config.parameter_server.servers
     mine = comm.split(int(comm.rank >= first_server), name="workers" if comm.rank < first_server else "servers")
     assert mine is not None
@@ -54,7 +65,10 @@ def work(worker: Worker) -> bool:
     options = worker.options
     try:
         return worker.work()
-    except (UserError, ServerLost):
+    except ServerLost:
+        time.sleep(ENDING)  # a server that has ended the job has told why; only else this is news
+        raise
+    except UserError:
         raise
     except Exception as error:
         if options.mode in ("sync", "local_sgd") and options.quorum == 1:

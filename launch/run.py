@@ -40,13 +40,13 @@ from dtrain.trainer import StepRecord, Trainer
 
 def run(config: Config, source: Path, comm: Communicator | None = None) -> None:
     """Train `config` (read from `source`) to its last step on all ranks of the job, or of `comm`. Collective."""
-    if comm is None:
-        comm = world()
-        environment.check_world(comm.size)
     if config.parameter_server.servers:
         from dtrain.launch.parameter_server import run_served
 
         return run_served(config, source, comm)
+    if comm is None:
+        comm = world()
+        environment.check_world(comm.size)
     config, why = assembly.planned(config, comm)
     trainer = assembly.assemble(config, comm)
     folder = RunFolder(Path(config.output) / config.name, trainer)
@@ -220,6 +220,7 @@ class RunFolder:
             row |= {"loss_scale": record.loss_scale, "skipped_steps": record.skipped_steps}
         if record.validation_loss is not None:
             row["validation_loss"] = record.validation_loss
+            row |= {name: value if math.isfinite(value) else None for name, value in record.measures.items()}
         if record.details:
             row["experts"] = record.details
         self._since.clear()

@@ -7,13 +7,20 @@ from typing import Any
 
 import numpy as np
 
-from dtrain.collectives import Communicator
+from dtrain.collectives import Communicator, sockets
+from dtrain.config import Config
+from dtrain.data import Data
 from dtrain.launch import assembly
 from dtrain.launch.configuration import for_ranks
 from dtrain.mesh import Mesh
+from dtrain.models import Model
 from dtrain.strategies.parameter_server import Lead, Serve, Server, Worker, needs_whole
 from dtrain.trainer import StepRecord, Trainer
 from tests import training
+
+
+class Killed(BaseException):
+    """What a worker raises to end as a killed process does: its sockets are closed, and that is all."""
 
 
 @dataclass
@@ -48,8 +55,29 @@ def serve(
     """Run to the end. `prepare` may change a worker before it begins, `watch` the lead; `folder`: for checkpoints;
     `records`: the list to fill; `tells`: a worker that fails tells the lead, as in a run of the command line."""
     config = for_ranks(training.config(**sections), comm.size)
-    servers = config.parameter_server.servers
     data, model = assembly.parts(config, comm)
+    if config.parameter_server.transport == "sockets":
+        comm = sockets.connect(comm)
+    try:
+        return _serve(comm, config, data, model, prepare, folder, resume, records, watch, tells)
+    finally:  # so that the others notice when this rank has failed
+        if comm.transport.name == "sockets":
+            comm.transport.close()
+
+
+def _serve(
+    comm: Communicator,
+    config: Config,
+    data: Data,
+    model: Model,
+    prepare: Callable[[Worker], None],
+    folder: Path | None,
+    resume: Path | None,
+    records: list[StepRecord] | None,
+    watch: Callable[[Lead], None],
+    tells: bool,
+) -> Served:
+    servers = config.parameter_server.servers
     mine = comm.split(int(comm.rank >= comm.size - servers))
     assert mine is not None
     done = Served(records=[] if records is None else records)
@@ -63,6 +91,8 @@ def serve(
             if not tells:
                 raise
             worker.fail(error)
+        except Killed:
+            return done
     else:
         trainer = Trainer(config, Mesh(mine, dp=-1), data, model, [Serve(needs_whole(config.optimizer.kind))])
         if resume is not None:

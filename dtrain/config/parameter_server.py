@@ -26,6 +26,8 @@ class ParameterServerConfig(Section, frozen=True, kw_only=True):
     """Names of embeddings (such as embedding) whose rows are pulled and pushed only where a batch has their ids."""
     timeout: float = 60.0
     """Seconds of silence after which a worker that should compute is taken for dead. Longer than a microbatch takes."""
+    transport: Literal["mpi", "sockets"] = "mpi"
+    """What carries the messages. sockets: TCP beside MPI, which goes on when a worker is killed."""
     slow: tuple[float, ...] = ()
     """For experiments: worker i takes slow[i] times as long to compute as it needs."""
 

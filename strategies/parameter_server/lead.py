@@ -16,6 +16,7 @@ import numpy as np
 
 from dtrain.arrays import Array
 from dtrain.collectives import Communicator
+from dtrain.collectives.connections import PeerLost
 from dtrain.strategies.parameter_server.ledger import Ledger
 from dtrain.strategies.parameter_server.messages import ANSWER, BODY, ORDER, Header, Kind
 from dtrain.strategies.parameter_server.server import Condition, Push, Server
@@ -113,6 +114,11 @@ class Lead(Server):
                 self.tell(1)
         else:
             self.pushes[worker] = push
+
+    def gone(self, worker: int, lost: PeerLost) -> None:
+        """At once, without a time limit; one that has told why it failed is lost already."""
+        if not self.ledger.workers[worker].dead and not self.over:
+            self.lose(worker, str(lost).partition(": ")[2])
 
     # The course of the run
 

@@ -7,6 +7,7 @@
     PUSH step version ──────►       tally, arrays, rows             (the same)
     EVALUATED, FAILED ──────►       tally | text                    APPLY mask | SAVE | STOP  ◄── lead
 
+They travel over MPI, or over sockets beside it (`collectives/sockets.py`), which survive the death of a worker.
 Nobody waits inside the MPI library: all messages are started, asked after, and slept over for a fraction of a
 millisecond, so that many ranks live on few cores; and every wait has an end.
 """

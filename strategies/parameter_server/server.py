@@ -24,6 +24,7 @@ import numpy as np
 from dtrain import optimizers
 from dtrain.arrays import Array
 from dtrain.collectives import Communicator, Work
+from dtrain.collectives.connections import PeerLost
 from dtrain.collectives.dtypes import OPERATIONS, reduce_rows
 from dtrain.optimizers import Optimizer
 from dtrain.strategies.parameter_server.messages import (
@@ -113,10 +114,16 @@ class Server:
 
     def _begin(self, source: int, session: Session) -> None:
         self._waiting.pop(source, None)
-        for ready in session:
-            if not ready():
-                self._waiting[source] = session, ready
-                return
+        try:
+            for ready in session:
+                if not ready():
+                    self._waiting[source] = session, ready
+                    return
+        except PeerLost as lost:
+            if lost.rank != source or source == self.num_workers:  # another server: nobody has its range
+                raise
+            self.lost.add(source)
+            self.gone(source, lost)
 
     def start(self) -> None:
         """Listen to the lead."""
@@ -124,6 +131,9 @@ class Server:
 
     def tick(self) -> None:
         """Between two rounds."""
+
+    def gone(self, worker: int, lost: PeerLost) -> None:
+        """The process of a worker has ended."""
 
     # Messages
 
@@ -167,8 +177,7 @@ class Server:
 
     def receive_push(self, worker: int, header: Header) -> Session:
         """Receive all that belongs to a push, and use it."""
-        tally = np.empty((header.steps, 3))
-        yield from self.receive([tally, *self.inbox[worker]], worker, BODY)
+        yield from self.receive(self.inbox[worker], worker, BODY)
         rows = []
         if self.shard.tables:
             counts = np.empty(len(self.shard.tables), np.int64)
@@ -178,6 +187,8 @@ class Server:
                 ids, values = np.empty(count, np.int64), np.empty((count, width), dtype)
                 yield from self.receive([ids, values], worker, BODY)
                 rows.append((ids, values))
+        tally = np.empty((header.steps, 3))
+        yield from self.receive([tally], worker, BODY)
         self.seen[worker] += 1
         self.take(worker, Push(header, tally, self.inbox[worker], rows))
 

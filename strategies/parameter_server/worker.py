@@ -20,6 +20,7 @@ from dtrain import optimizers
 from dtrain.arrays import Array
 from dtrain.autograd import no_grad
 from dtrain.collectives import Communicator, Work, single
+from dtrain.collectives.connections import PeerLost
 from dtrain.collectives.waiting import timeout_seconds
 from dtrain.config import Config
 from dtrain.data import Data, share
@@ -160,6 +161,7 @@ class Worker(Trainer):
             for portion in portions:
                 tally[0, :2] += self.evaluate([portion])
                 self.beat()
+        self.model.after_validation(self.mesh)  # of this part alone: forgotten
         self.request(self.lead, header._replace(kind=Kind.EVALUATED), [tally])
 
     def dawdle(self, seconds: float) -> None:
@@ -231,7 +233,7 @@ class Worker(Trainer):
                 )
         sending: list[tuple[int, list[Work]]] = []
         for server, (shard, arrays) in enumerate(zip(self.shards, self.pushed, strict=True)):
-            body = [tally, *arrays]
+            body = list(arrays)
             picked = []
             for table in shard.tables:
                 ids = self.rows[table.name].ids
@@ -240,8 +242,10 @@ class Worker(Trainer):
             if shard.tables:
                 body += [np.array([each.size for each in picked[::2]], np.int64), *picked]
             sending.append((server, self.start_request(self.lead + server, header._replace(kind=Kind.PUSH), body)))
-        for server, works in sending:
+        for server, works in reversed(sending):
             self.wait(works, self.lead + server)
+            # The end of a push. The lead's comes last: what the lead has counted, all servers have.
+            self.wait(send_all(self.comm, [tally], self.lead + server, BODY), self.lead + server)
         self.told = time.monotonic()
 
     def beat(self) -> None:
@@ -276,8 +280,11 @@ class Worker(Trainer):
     def wait(self, works: Sequence[Work], server: int, limit: float | None = None) -> None:
         """Until the works with this server are done."""
         limit = self.limit if limit is None else limit
-        late = f"rank {server}, a parameter server on {self.comm.hosts[server]}, does not answer for {limit:.0f} s"
-        wait(works, limit, lambda: ServerLost(f"worker {self.comm.rank}: {late}"))
+        who = f"worker {self.comm.rank}: rank {server}, a parameter server on {self.comm.hosts[server]}"
+        try:
+            wait(works, limit, lambda: ServerLost(f"{who}, does not answer for {limit:.0f} s"))
+        except PeerLost as lost:
+            raise ServerLost(f"{who}, is gone: {str(lost).partition(': ')[2]}") from None
 
 
 def check_sparse(model: Model, modules: Mapping[str, object], name: str) -> Embedding:

@@ -56,6 +56,35 @@ def test_a_worker_that_is_stopped(mode, tmp_path, text):
     program.wait_for(lambda: not program.processes(str(config)), 20, "the end of all ranks")
 
 
+@pytest.mark.parametrize("mode", ["async", "ssp", "sync"])
+def test_a_worker_that_is_killed(mode, tmp_path, text):
+    """Its connection closes, that is the notice: `timeout` is far away. mpirun needs no option for it."""
+    section = {"servers": 1, "mode": mode, "transport": "sockets", "timeout": 600.0}
+    config = program.write_config(
+        tmp_path, text, name=f"killed-{mode}", train={**TRAIN, "steps": 40, "validate": {"every": 20}},
+        checkpoint={"every": 20}, parameter_server=section, sample={"tokens": 0},
+    )  # fmt: skip
+    job = Process(on(4, "dtrain", "run", config))
+    program.wait_for(lambda: "step    3/" in job.words()[0], what="the third step")
+    of_rank_1 = [process for process, _ in program.processes(str(config)) if rank_of(process) == 1]
+    worker = next(process for process in of_rank_1 if parent_of(process) in of_rank_1)  # the other one stands in
+    os.kill(worker, signal.SIGKILL)
+    ended = job.finish()
+    said = ended.out + ended.err
+    if mode == "sync":
+        assert "worker 1 of 3: " in said and "sync needs 3 of 3 workers, 2 are left" in said
+        assert "dtrain: rank 3 of 4 on" in said and "failed, the job ends" in said and ended.code == 1
+    else:
+        assert ended.code == 0, said
+        assert "worker 1 (rank 1 on " in ended.out and "; 2 go on" in ended.out
+        assert "trained 40 steps" in ended.out, said
+        found = json.loads((tmp_path / "runs" / config.stem / "summary.json").read_text())["parameter_server"]
+        assert list(found["lost"]) == ["1"]
+        assert found["updates"] == sum(found["gradients_by_worker"]) == 120
+        assert "Traceback" not in said
+    program.wait_for(lambda: not program.processes(str(config)), 20, "the end of all ranks")
+
+
 def rank_of(process: int) -> int | None:
     """The rank that the launcher gave to a process; None for those that have none."""
     try:
@@ -65,3 +94,8 @@ def rank_of(process: int) -> int | None:
         return None
     name = next((name for name in ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK") if name in words), None)
     return None if name is None else int(words[name])
+
+
+def parent_of(process: int) -> int:
+    with open(f"/proc/{process}/stat") as file:
+        return int(file.read().rpartition(")")[2].split()[1])

@@ -18,6 +18,7 @@ from dtrain.config import ParameterServerConfig
 from dtrain.errors import UserError
 from dtrain.flat import FlatBuffers
 from dtrain.strategies.parameter_server import Ledger, WorkersLost
+from dtrain.strategies.parameter_server.messages import Kind
 from dtrain.strategies.parameter_server.shards import borders, shards
 from tests import served, training
 
@@ -56,10 +57,11 @@ def compare(results: list[served.Served], workers: int, tolerance: float = 1e-10
 # --- synchronous = one process ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("transport", ["mpi", "sockets"])  # "mpi": what brought the communicator, here threads
 @pytest.mark.parametrize(("workers", "servers"), [(1, 1), (1, 3), (3, 1), (3, 2), (5, 3)])
-def test_synchronous_equals_one_process(workers, servers):
+def test_synchronous_equals_one_process(workers, servers, transport):
     """Also where the shares of a batch are uneven: 12 samples on 5 workers."""
-    results = run(workers, servers)
+    results = run(workers, servers, options={"transport": transport})
     compare(results, workers)
     assert results[workers].lead.ledger.staleness == {0: 3 * workers}
     assert results[workers].notes == []
@@ -96,9 +98,10 @@ def test_half_precision_has_its_master_copies_on_the_servers():
     assert set(served.whole(results, parameters)) == set(parameters)
 
 
+@pytest.mark.parametrize("transport", ["mpi", "sockets"])
 @pytest.mark.parametrize("mode", ["async", "ssp", "local_sgd"])
-def test_one_worker_is_one_process_in_every_mode(mode):
-    compare(run(1, 2, mode), 1)
+def test_one_worker_is_one_process_in_every_mode(mode, transport):
+    compare(run(1, 2, mode, {"transport": transport}), 1)
 
 
 def test_a_run_is_the_same_again_bit_for_bit():
@@ -292,6 +295,30 @@ def test_local_sgd_is_the_mean_of_separate_runs(kind):
     assert len(results[2].records) == 4 and results[2].lead.version == 2
 
 
+# --- traffic ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_the_link_of_a_server_grows_with_the_workers_and_a_ring_does_not(workers):
+    """Course, E5: 2 W Ψ per step through one server; through a rank of a ring 2 (W - 1) / W Ψ each way, below 2 Ψ."""
+    sections = {**BASE, "train": {**BASE["train"], "validate": {"every": 0}}}
+    result = run_threads(
+        workers + 1, lambda comm: served.serve(comm, **sections, parameter_server={"servers": 1, "mode": "sync"})
+    )[workers]
+    steps, size = 3, training.trainer(single(), **sections).num_parameters
+    pulled = steps * workers * size * 8
+    rest = steps * workers * 1000  # headers and tallies, far below the arrays
+    assert pulled <= result.sent <= pulled + rest and pulled <= result.received <= pulled + rest
+
+    def ring(comm: Any) -> int:
+        comm.counters.reset()
+        comm.all_reduce(np.zeros(size), algorithm="ring")
+        return int(comm.counters.volume().sent)
+
+    sent = run_threads(workers, ring)
+    assert max(sent) <= (2 * (workers - 1) / workers * size + 2 * workers) * 8 < 2 * size * 8
+
+
 # --- rows of embeddings -----------------------------------------------------------------------------------------------
 
 
@@ -376,6 +403,61 @@ def test_the_rest_go_on_when_a_worker_dies(mode):
     assert "MemoryError: no more" in book.workers[1].dead
     assert any("worker 1" in note and "lost" in note for note in results[3].notes)
     assert results[3].records[-1].validation_loss is not None
+
+
+def killed_in(part: str) -> Any:
+    """Worker 1 is gone: in its second forward, or in the middle of its first push, when one of two servers has it."""
+
+    def prepare(worker):
+        if worker.comm.rank != 1:
+            return
+        if part == "forward":
+            execute, calls = worker.execute, []
+
+            def fail(microbatches: Any) -> Any:
+                calls.append(worker.step)
+                if len(calls) > 1:
+                    raise served.Killed
+                return execute(microbatches)
+
+            worker.execute = fail
+        else:
+            start, wait, pushing = worker.start_request, worker.wait, []
+
+            def push(server: int, header: Any, body: Any) -> Any:
+                pushing.extend([server] if header.kind == Kind.PUSH else [])
+                return start(server, header, body)
+
+            def end(works: Any, server: int, limit: float | None = None) -> None:
+                if pushing and server == worker.lead:
+                    raise served.Killed
+                wait(works, server, limit)
+
+            worker.start_request, worker.wait = push, end
+
+    return prepare
+
+
+@pytest.mark.parametrize("part", ["forward", "push"])
+@pytest.mark.parametrize("options", [{"mode": "async"}, {"mode": "ssp"}, {"mode": "sync", "quorum": 0.6}], ids=str)
+def test_the_rest_go_on_when_a_worker_is_gone(options, part):
+    """No time limit has to pass (it is 60 s), and all updates are made."""
+    section = {"servers": 2, "staleness": 1, "transport": "sockets", **options}
+    prepare = killed_in(part)
+    results = run_threads(5, lambda comm: served.serve(comm, prepare, **{**BASE, "parameter_server": section}))
+    book = results[3].lead.ledger
+    assert book.version == (3 if options["mode"] == "sync" else 9)
+    assert len(results[3].records) == 3 and results[3].records[-1].validation_loss is not None
+    assert any("worker 1 (rank 1 on " in note and "is lost: " in note for note in results[3].notes)
+    assert "1" in results[3].lead.summary()["lost"]
+
+
+@pytest.mark.parametrize("part", ["forward", "push"])
+def test_synchronous_ends_with_a_report_when_a_worker_is_gone(part):
+    section = {"servers": 2, "mode": "sync", "transport": "sockets"}
+    prepare = killed_in(part)
+    with pytest.raises(WorkersLost, match=r"worker 1 of 3: .*sync needs 3 of 3 workers, 2 are left"):
+        run_threads(5, lambda comm: served.serve(comm, prepare, **{**BASE, "parameter_server": section}))
 
 
 def test_the_rest_go_on_when_a_worker_falls_silent():
