@@ -136,18 +136,25 @@ class Mesh(Grid):
         self.comm, self.reproducible = comm, reproducible
         self.coordinates = self.coordinates_of(comm.rank)
         self._communicators: dict[tuple[Any, ...], Communicator | None] = {}
-        longer = [axis for axis in self.axes if self.sizes[axis] > 1]
+        longer = self._longer(self.axes)
         if len(longer) == 1:  # then the ranks of this axis are all ranks
             comm.name = longer[0]
 
     def __getitem__(self, axes: str | tuple[str, ...]) -> Communicator:
-        """The ranks that differ from mine along these axes only, in the order of rank. Collective the first time."""
-        names = self.sorted((axes,) if isinstance(axes, str) else axes)
+        """The ranks that differ from mine along these axes only, in the order of rank. Collective the first time.
+
+        An axis of size 1 changes nothing: mesh["dp", "ep"] is mesh["dp"] then, and arrays of its windows are at home.
+        """
+        names = self._longer((axes,) if isinstance(axes, str) else axes)
         if names not in self._communicators:
             self._communicators[names] = self._make(names)
         found = self._communicators[names]
         assert found is not None
         return FixedTree.over(found) if self.reproducible and found.size > 1 else found
+
+    def _longer(self, axes: Sequence[str]) -> tuple[str, ...]:
+        """Those of the axes that have more than one rank, slowest first."""
+        return tuple(axis for axis in self.sorted(axes) if self.sizes[axis] > 1)
 
     def communicators(self) -> list[Communicator]:
         """`comm` and those that were made for axes until now, each once; those of one rank are left out."""

@@ -208,3 +208,10 @@ def test_tp_may_be_a_grid_of_two_axes():
         assert mine["tp_row"] == [first + column, first + 3 + column]
         assert held == (slice(2 * row, 2 * row + 2), slice(2 * column, 2 * column + 2))
         assert table[0] == "mesh   pp=1 dp=2 ep=1 cp=1 tp=6 tp_row=2 tp_column=3"
+
+
+def test_axes_of_one_rank_change_nothing():
+    # Else arrays would have their home in another communicator's memory than the one that sums them.
+    same = on_ranks(4, lambda mesh: mesh["dp", "ep"] is mesh["dp"] and mesh["cp", "dp"] is mesh["dp"], dp=2, tp=2)
+    assert same == [True] * 4
+    assert on_ranks(4, lambda mesh: mesh["ep", "cp"].size, dp=2, tp=2) == [1] * 4
