@@ -84,6 +84,8 @@ def test_equals_one_process(name, ep):
         {"ep": 2, "pp": 2, "dp": 2, "data_parallel": "zero2"},
         {"tp": 2, "sequence": True},
         {"pp": 2},
+        {"ep": 4, "tp": 2, "data_parallel": "zero1"},
+        {"ep": 8, "data_parallel": "zero2"},
     ],
     ids=lambda parallel: "-".join(f"{key}{value}" for key, value in parallel.items()),
 )
