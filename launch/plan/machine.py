@@ -4,7 +4,8 @@
 
 A collective of n bytes over p ranks costs what a ring costs, steps·α + factor·n·β, at the outermost level that the
 group reaches over (all_reduce: 2(p-1) steps, factor 2(p-1)/p; all_gather, reduce_scatter, all_to_all: half of it).
-Where more ranks than cores share a node, waiting for one another costs that many times α.
+Where more ranks than cores share a node, a call waits for ranks that have no core at the moment: α counts that many
+times, and to every call comes a time slice of the system for each rank more than one on a core (SLICE).
 Reference: Hockney, Parallel Computing 20 (1994); the algorithms: `dtrain show collective`.
 """
 
@@ -21,6 +22,7 @@ from dtrain.collectives.schedules.simulator import Cluster, Level
 # Memory shared within a node, and Ethernet of 10 Gb/s: what is assumed without a cluster file.
 NODE = Level("node", 10e-6, 0.15e-9)
 NETWORK = Level("network", 40e-6, 0.8e-9)
+SLICE = 4e-3  # seconds: measured, 4 ranks on 2 cores take 4 to 7 ms more per call than the bytes do (docs/plan.md)
 PROGRAM = 100 << 20  # bytes: Python, NumPy, MPI and the kernels of a rank, before there is a model
 
 
@@ -75,7 +77,8 @@ class Machine:
         alpha = level.alpha * max(1.0, self.per_node / self.cores) if inside else level.alpha
         # Groups that lie beside one another send at once, over the same links.
         crowd = 1.0 if inside or not level.links else max(1.0, min(stride, self.per_node) / level.links)
-        return rounds * (size - 1) * (alpha + nbytes / size * level.beta * crowd), inside
+        waiting = SLICE * max(0.0, self.per_node / self.cores - 1) if inside else 0.0
+        return waiting + rounds * (size - 1) * (alpha + nbytes / size * level.beta * crowd), inside
 
     def message(self, stride: int, nbytes: float) -> float:
         """Seconds of one message to the rank that is `stride` farther."""

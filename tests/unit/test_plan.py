@@ -23,7 +23,7 @@ from dtrain.launch.plan import compare, report
 from dtrain.launch.plan.compare import spearman, spread
 from dtrain.launch.plan.costs import BUCKET, concurrency, cost, held, pace, work
 from dtrain.launch.plan.layout import Job, Layout
-from dtrain.launch.plan.machine import Machine
+from dtrain.launch.plan.machine import NETWORK, NODE, SLICE, Machine
 from dtrain.launch.plan.profile import profile, total
 from dtrain.launch.plan.search import applied, cheapest, degrees, everything, rank
 from dtrain.launch.plan.stages import stages
@@ -286,3 +286,13 @@ def test_layouts_that_are_measured_go_from_the_best_to_the_worst():
     assert "Spearman): 1.00" in lines[5]
     fastest = min(c.seconds for c in some)
     assert f"{some[0].seconds / fastest:.2f} times as long" in lines[7]
+
+
+def test_a_call_waits_for_ranks_without_a_core():
+    """A time slice for each rank more than one on a core; over a network the cores do not matter."""
+    seconds = [
+        Machine(cores=cores, per_node=4).collective("all_gather", 4, 1, 0.0)[0] - 3 * NODE.alpha * max(1, 4 / cores)
+        for cores in (8, 4, 2, 1)
+    ]
+    assert seconds == pytest.approx([0, 0, SLICE, 3 * SLICE])
+    assert Machine(cores=1, per_node=1).collective("all_gather", 4, 1, 0.0)[0] == pytest.approx(3 * NETWORK.alpha)
