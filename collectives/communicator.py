@@ -4,6 +4,7 @@
     Reductions     all_reduce, reduce_scatter, ...        reductions.py
     Movement       all_gather, broadcast, ...             movement.py
     Plans          the same again, prepared               plans.py
+    Shortcuts      what is short, prepared                shortcuts.py
     Communicator   their non-blocking twins, messages     here
 
 One rule for all collectives: arrays go in unchanged and a new array comes out, unless `out=` says where the result
@@ -26,7 +27,7 @@ from dtrain.collectives.device import ON_GPU, on_gpu
 from dtrain.collectives.dtypes import Array
 from dtrain.collectives.forms import NOTHING, as_rows, check_pair, deliver, destination, flat, target_of
 from dtrain.collectives.group import BARRIER
-from dtrain.collectives.plans import Plans
+from dtrain.collectives.shortcuts import Shortcuts
 from dtrain.collectives.window import WindowWork
 from dtrain.collectives.work import Request, Watched, Work
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from dtrain.collectives.scheduled import Own
 
 
-class Communicator(Plans):
+class Communicator(Shortcuts):
     """`size` ranks, of which this process is number `rank`."""
 
     # Non-blocking twins: the same arguments, a `Work` as the result

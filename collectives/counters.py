@@ -12,7 +12,8 @@ messages or read from other ranks' memory. A step is one synchronisation or one 
 
 A purpose keeps what is no part of the work apart: within `with comm.counters.purpose("loss"):` everything that this
 communicator, its parent and those split from it do is counted under that name. Cost of counting: one dict look-up and
-four additions per call; the purpose costs something only where it changes.
+four additions per call; calls that are prepared have a `Tally`, one addition, and the rest is reckoned when somebody
+reads. The purpose costs something only where it changes.
 """
 
 from collections import deque
@@ -59,12 +60,22 @@ class _Family:
     def __init__(self) -> None:
         self.members: WeakSet[Counters] = WeakSet()
         self.purpose = ""
-        self.finished = 0.0
 
     def turn(self, purpose: str) -> None:
         self.purpose = purpose
         for member in self.members:
             member.turn(purpose)
+
+
+class Tally:
+    """How often one prepared call ran since it was last added to the sums."""
+
+    __slots__ = ("calls", "last", "volume")
+
+    def __init__(self, last: tuple[str, str, int], volume: Volume) -> None:
+        self.calls = 0
+        self.last = last
+        self.volume = volume
 
 
 class Counters:
@@ -73,16 +84,22 @@ class Counters:
     def __init__(self) -> None:
         self._by_purpose: dict[str, _Sums] = {}
         self._sums: _Sums = {}
-        self.last: tuple[str, str, int] | None = None
+        self.volume_of_last = Volume(0, 0, 0)  # that was added one by one
         self.recent: deque[tuple[float, tuple[str, str, int]]] = deque(maxlen=RECENT)
         """When and what, for the report of a job that hangs."""
+        self._tallies: list[Tally] = []
         self._family = _Family()
         self.follow(self)
 
     @property
+    def last(self) -> tuple[str, str, int] | None:
+        """Collective, algorithm and bytes of the last call."""
+        return self.recent[-1][1] if self.recent else None
+
+    @property
     def finished(self) -> float:
-        """When (`monotonic`) this communicator, its parent or one split from it last finished or started a call."""
-        return self._family.finished
+        """When (`monotonic`) this communicator last finished or started a call; 0.0: never."""
+        return self.recent[-1][0] if self.recent else 0.0
 
     def follow(self, parent: "Counters") -> None:
         """Count for the purposes of `parent` from now on, and it for mine."""
@@ -92,6 +109,7 @@ class Counters:
 
     def turn(self, purpose: str) -> None:
         """Count under this name from now on."""
+        self._gather()
         self._sums = self._by_purpose.setdefault(purpose, {})
 
     @contextmanager
@@ -108,24 +126,47 @@ class Counters:
 
     def add(self, collective: str, algorithm: str, nbytes: int, volume: Volume) -> None:
         """Count one call."""
-        self.last = last = (collective, algorithm, nbytes)
-        self._family.finished = now = monotonic()
-        self.recent.append((now, last))
-        sums = self._sums.get((collective, algorithm))
+        last = (collective, algorithm, nbytes)
+        self.volume_of_last = volume
+        self.recent.append((monotonic(), last))
+        self._add(last, 1, volume)
+
+    def _add(self, what: tuple[str, str, int], calls: int, volume: Volume) -> None:
+        sums = self._sums.get(what[:2])
         if sums is None:
-            sums = self._sums[collective, algorithm] = [0, 0, 0, 0]
-        sums[0] += 1
-        sums[1] += volume[0]
-        sums[2] += volume[1]
-        sums[3] += volume[2]
+            sums = self._sums[what[:2]] = [0, 0, 0, 0]
+        sums[0] += calls
+        sums[1] += calls * volume[0]
+        sums[2] += calls * volume[1]
+        sums[3] += calls * volume[2]
+
+    def tally(self, collective: str, algorithm: str, nbytes: int, volume: Volume) -> Tally:
+        """For a call that is prepared, which does `calls += 1` and `recent.append((monotonic(), last))` itself."""
+        made = Tally((collective, algorithm, nbytes), volume)
+        self._tallies.append(made)
+        return made
+
+    def _gather(self) -> None:
+        """Add the tallies to the sums of the purpose they were counted for."""
+        for tally in self._tallies:
+            if tally.calls:
+                self._add(tally.last, tally.calls, tally.volume)
+                tally.calls = 0
+
+    def forget(self) -> None:
+        """No call is prepared any more."""
+        self._gather()
+        self._tallies.clear()
 
     def reset(self) -> None:
         """Begin again at zero."""
+        self._gather()
         for sums in self._by_purpose.values():
             sums.clear()
 
     def totals(self) -> Totals:
         """All sums, sorted by name."""
+        self._gather()
         found: Totals = {
             Key(*names, purpose): tuple(sums)
             for purpose, rows in self._by_purpose.items()

@@ -160,10 +160,6 @@ class Node:
         dtype, count = (None, 0) if array is None else (array.dtype, array.size)
         return self.begin_record(records.record(name, algorithm, op, dtype, count, place, extra), aside)
 
-    def record(self, name: str, algorithm: str, op: str, dtype: np.dtype[Any], count: int, extra: int = 0) -> Record:
-        """What `begin_record` takes, for collectives that run often."""
-        return records.record(name, algorithm, op, dtype, count, NO_PLACE, extra)
-
     def begin_record(self, record: Record, aside: Place = NO_PLACE) -> int:
         """`begin` with a prepared record."""
         if len(self._pending) >= IN_FLIGHT:

@@ -29,8 +29,6 @@ from dtrain.collectives.forms import (
 from dtrain.collectives.group import Group
 from dtrain.collectives.prepared_window import window_all_reduce_shared
 from dtrain.collectives.progress import Progress
-from dtrain.collectives.small import SmallAllReduce
-from dtrain.collectives.staged import SMALL_BYTES
 from dtrain.collectives.transport import Transport
 from dtrain.collectives.volumes import window_shared
 
@@ -45,7 +43,6 @@ class Reductions(Group):
 
     def __init__(self, transport: Transport, timeout: float | None = None, progress: Progress | None = None) -> None:
         super().__init__(transport, timeout, progress)
-        self._small: dict[tuple[tuple[int, ...], np.dtype[Any], str], SmallAllReduce] = {}
         self._shared_results: dict[tuple[Place | None, int, np.dtype[Any]], tuple[Array, Array]] = {}
         self._shared_runs: dict[tuple[Place, int, np.dtype[Any], str], SharedSum] = {}
 
@@ -54,35 +51,18 @@ class Reductions(Group):
 
         Drop the arrays of `empty` before: their memory goes only when no rank has any of them any more.
         """
-        self._small.clear()
         self._shared_results.clear()
         self._shared_runs.clear()
         super().close()
 
     def all_reduce(self, array: Any, op: str = "sum", out: Array | None = None, algorithm: str = "auto") -> Array:
         """The sum over ranks of array (any shape), of the same shape and dtype, on every rank."""
-        if type(array) is np.ndarray and algorithm == "auto":
-            small = self._small.get((array.shape, array.dtype, op))
-            if small is not None:
-                if out is None:
-                    out = np.empty(array.shape, array.dtype)
-                else:
-                    destination(out, array.shape, array.dtype)
-                if self._deferred:
-                    self._settle()
-                small.run(array, out)
-                self.counters.add("all_reduce", "staged", small.nbytes, small.volume)
-                return out
         if type(array) is not np.ndarray and on_gpu(array):
             return self.gpu.all_reduce(array, op, out, algorithm)  # type: ignore[no-any-return]
         array = np.asarray(array)
         call, result = self._all_reduce_call(array, op, out)
         self._settle()
         self._run("all_reduce", algorithms.ALL_REDUCE, algorithm, call)
-        if 0 < array.nbytes <= SMALL_BYTES and self.node is not None and len(self._small) < _KNOWN_FORMS:
-            key = (array.shape, array.dtype, op)
-            if array.dtype.isnative and key not in self._small:
-                self._small[key] = SmallAllReduce(self.node, *key)
         return deliver(call.target, result)
 
     def all_reduce_shared(self, array: Any, op: str = "sum") -> Array:

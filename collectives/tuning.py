@@ -156,8 +156,8 @@ class Tuning:
         self, collective: str, several_nodes: bool, private: bool, in_place: bool, bits: int
     ) -> tuple[str, ...]:
         """For the lengths above 2^(bits - 1) and up to 2^bits bytes."""
-        if collective == "all_reduce" and 1 << bits <= SMALL_BYTES and not several_nodes:
-            return ()  # few numbers have a way of their own (`small.py`)
+        if 1 << bits <= SMALL_BYTES and not several_nodes:
+            return ()  # what is short has a way of its own (`shortcuts.py`)
         place = "private" if private else "apart" if collective == "all_reduce" and not in_place else "window"
         middle = bits - 0.5
         wanted = collective, self.ranks, self.nodes, place

@@ -1,0 +1,237 @@
+"""The way of short calls: from the arguments straight to a prepared form (`small.py`), past `Call` and the choice.
+
+    first call   arguments -> Call -> choose -> run -> volume          the general way; if it went through the staging,
+    from then    (name, shape, dtype, op) -> form -> run(array, out)   its form is kept
+
+A form stands for the built-in choice, which for so few bytes does not depend on where the arrays lie; a table of
+`dtrain bench tune` is not asked about them (`Tuning.order`). So it does not matter which ranks have a form already.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from time import monotonic
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from numpy import ndarray
+
+from dtrain.collectives import small
+from dtrain.collectives.dtypes import Array, cut
+from dtrain.collectives.forms import destination
+from dtrain.collectives.node import Node
+from dtrain.collectives.plans import Plans
+from dtrain.collectives.progress import Progress
+from dtrain.collectives.staged import SMALL_BYTES
+from dtrain.collectives.transport import Transport
+
+if TYPE_CHECKING:
+    from dtrain.collectives.scheduled import Own
+
+KNOWN_FORMS = 4096
+Form = Callable[[Any, Array | None], Any]
+Result = TypeVar("Result", Array, Array | None)
+
+
+class Shortcuts(Plans):
+    """Plans, and prepared forms of what is short."""
+
+    def __init__(self, transport: Transport, timeout: float | None = None, progress: Progress | None = None) -> None:
+        super().__init__(transport, timeout, progress)
+        self._forms: dict[Hashable, Form] = {}
+
+    def forget(self) -> None:
+        """Drop all forms and plans: what `auto` chooses has changed, on all ranks."""
+        self._forms.clear()
+        self.counters.forget()
+        super().forget()
+
+    def close(self) -> None:
+        """Give all memory and handles back; the communicator is not used afterwards.
+
+        Drop the arrays of `empty` before: their memory goes only when no rank has any of them any more.
+        """
+        self._forms.clear()
+        super().close()
+
+    def all_reduce(self, array: Any, op: str = "sum", out: Array | None = None, algorithm: str = "auto") -> Array:
+        """The sum over ranks of array (any shape), of the same shape and dtype, on every rank."""
+        if algorithm != "auto" or type(array) is not ndarray:
+            return super().all_reduce(array, op, out, algorithm)
+        key = "all_reduce", array.shape, array.dtype, op
+        form = self._forms.get(key)
+        if form is not None:
+            return form(array, out)  # type: ignore[no-any-return]
+        result = super().all_reduce(array, op, out)
+        return self._keep(key, array, result, lambda node: small.all_reduce(node, array.shape, array.dtype, op))
+
+    def reduce(
+        self, array: Any, op: str = "sum", root: int = 0, out: Array | None = None, algorithm: str = "auto"
+    ) -> Array | None:
+        """The sum over ranks of array (any shape) on rank root; None on the others."""
+        if algorithm != "auto" or type(array) is not ndarray:
+            return super().reduce(array, op, root, out, algorithm)
+        key = "reduce", array.shape, array.dtype, op, root
+        form = self._forms.get(key)
+        if form is not None:
+            return form(array, out)  # type: ignore[no-any-return]
+        result = super().reduce(array, op, root, out)
+        return self._keep(key, array, result, lambda node: small.all_reduce(node, array.shape, array.dtype, op, root))
+
+    def reduce_scatter(
+        self,
+        array: Any,
+        op: str = "sum",
+        out: Array | None = None,
+        algorithm: str = "auto",
+        counts: Sequence[int] | None = None,
+    ) -> Array:
+        """My block of the sum over ranks of array (n, ...), cut along the first dim: result (n_rank, ...).
+
+        counts: the lengths of all blocks; by default n // size, and one more for the first n % size ranks.
+        """
+        if algorithm != "auto" or counts is not None or type(array) is not ndarray:
+            return super().reduce_scatter(array, op, out, algorithm, counts)
+        key = "reduce_scatter", array.shape, array.dtype, op
+        form = self._forms.get(key)
+        if form is not None:
+            return form(array, out)  # type: ignore[no-any-return]
+        result = super().reduce_scatter(array, op, out)
+
+        def make(node: Node) -> small.Run:
+            return small.reduce_scatter(node, array.shape, array.dtype, op, cut(len(array), node.size))
+
+        return self._keep(key, array, result, make)
+
+    def all_gather(
+        self, array: Any, out: Array | None = None, counts: Sequence[int] | None = None, algorithm: str = "auto"
+    ) -> Array:
+        """The arrays of all ranks, in rank order along dim 0: (n, ...) on each rank gives (n * size, ...).
+
+        counts: the first dims of all ranks, where they differ.
+        """
+        if algorithm != "auto" or counts is not None or type(array) is not ndarray:
+            return super().all_gather(array, out, counts, algorithm)
+        key = "all_gather", array.shape, array.dtype
+        form = self._forms.get(key)
+        if form is not None:
+            return form(array, out)  # type: ignore[no-any-return]
+        result = super().all_gather(array, out)
+        return self._keep(key, array, result, lambda node: small.all_gather(node, array.shape, array.dtype))
+
+    def gather(
+        self,
+        array: Any,
+        root: int = 0,
+        out: Array | None = None,
+        counts: Sequence[int] | None = None,
+        algorithm: str = "auto",
+    ) -> Array | None:
+        """The arrays of all ranks along dim 0, as `all_gather`, on rank root; None on the others."""
+        if algorithm != "auto" or counts is not None or type(array) is not ndarray:
+            return super().gather(array, root, out, counts, algorithm)
+        key = "gather", array.shape, array.dtype, root
+        form = self._forms.get(key)
+        if form is not None:
+            return form(array, out)  # type: ignore[no-any-return]
+        result = super().gather(array, root, out)
+        return self._keep(key, array, result, lambda node: small.all_gather(node, array.shape, array.dtype, root))
+
+    def all_to_all(
+        self,
+        array: Any,
+        out: Array | None = None,
+        counts: Sequence[int] | None = None,
+        out_counts: Sequence[int] | None = None,
+        algorithm: str = "auto",
+    ) -> Array:
+        """Block i of array (n, ...) goes to rank i; the result is what came, in rank order: (m, ...).
+
+        counts: rows for each rank; by default n // size, and one more for the first n % size ranks (then n must be
+        the same on all ranks). out_counts: rows from each rank; asked of the others when counts is given without it.
+        """
+        if algorithm != "auto" or counts is not None or out_counts is not None or type(array) is not ndarray:
+            return super().all_to_all(array, out, counts, out_counts, algorithm)
+        key = "all_to_all", array.shape, array.dtype
+        form = self._forms.get(key)
+        if form is not None:
+            return form(array, out)  # type: ignore[no-any-return]
+        result = super().all_to_all(array, out)
+
+        def make(node: Node) -> small.Run:
+            return small.all_to_all(node, (len(array) // node.size, *array.shape[1:]), array.dtype)
+
+        return self._keep(key, array, result, make)
+
+    def broadcast(self, array: Any, root: int = 0, out: Array | None = None, algorithm: str = "auto") -> Array:
+        """The array of rank root on every rank; the others pass one of its shape and dtype to be ignored."""
+        if algorithm != "auto" or type(array) is not ndarray:
+            return super().broadcast(array, root, out, algorithm)
+        key = "broadcast", array.shape, array.dtype, root
+        form = self._forms.get(key)
+        if form is not None:
+            return form(array, out)  # type: ignore[no-any-return]
+        result = super().broadcast(array, root, out)
+        return self._keep(key, array, result, lambda node: small.broadcast(node, array.shape, array.dtype, root))
+
+    def barrier(self, algorithm: "str | Own" = "auto") -> None:
+        """Return when all ranks have come here."""
+        form = self._forms.get("barrier")
+        if form is not None and algorithm == "auto":
+            form(None, None)
+            return
+        super().barrier(algorithm)
+        if self.node is not None and form is None and algorithm == "auto":
+            self._forms["barrier"] = self._barrier_form(self.node)
+
+    def _keep(self, key: tuple[Any, ...], array: Array, result: Result, make: Callable[[Node], small.Run]) -> Result:
+        """The result; its form is kept if the call was short and went through the staging."""
+        last = self.counters.last
+        nbytes = array.nbytes * (self.size if key[0] in ("all_gather", "gather") else 1)
+        if self._node is None or last is None or last[:2] != (key[0], "staged") or not 0 < nbytes <= SMALL_BYTES:
+            return result
+        if not array.dtype.isnative or len(self._forms) >= KNOWN_FORMS:
+            return result
+        run, deferred, settle, note = make(self._node), self._deferred, self._settle, self.counters.recent.append
+        tally = self.counters.tally(*last, self.counters.volume_of_last)
+        dtype, shape = array.dtype, array.shape if result is None else result.shape
+        other = shape != array.shape
+
+        def form(array: Array, out: Array | None) -> Array:
+            if out is None:
+                out = np.empty(shape, dtype)
+            elif other or out is not array:
+                if type(out) is not ndarray or out.shape != shape or out.dtype is not dtype:
+                    destination(out, shape, dtype)
+            if deferred:
+                settle()
+            run(array, out)
+            tally.calls += 1
+            note((monotonic(), last))
+            return out
+
+        def without_result(array: Array, out: Array | None) -> None:
+            if deferred:
+                settle()
+            run(array, array)
+            tally.calls += 1
+            note((monotonic(), last))
+
+        if result is None:
+            self._forms[key] = without_result
+        else:
+            self._forms[key] = form
+        return result
+
+    def _barrier_form(self, node: Node) -> Form:
+        run, deferred, settle, note = small.barrier(node), self._deferred, self._settle, self.counters.recent.append
+        assert self.counters.last is not None
+        last = self.counters.last
+        tally = self.counters.tally(*last, self.counters.volume_of_last)
+
+        def form(array: Any, out: Array | None) -> None:
+            if deferred:
+                settle()
+            run()
+            tally.calls += 1
+            note((monotonic(), last))
+
+        return form
