@@ -67,6 +67,7 @@ def dtype_name(dtype: np.dtype[Any]) -> str:
     return repr(np.lib.format.dtype_to_descr(dtype))
 
 
+@lru_cache(maxsize=64)
 def dtype_from_name(name: str) -> np.dtype[Any]:
     """The inverse of `dtype_name`."""
     found: np.dtype[Any]

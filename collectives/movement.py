@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dtrain.collectives import algorithms, device
+from dtrain.collectives import algorithms, device, volumes
 from dtrain.collectives.call import Call
 from dtrain.collectives.device import ON_GPU, on_gpu
 from dtrain.collectives.dtypes import Array, address, dtype_from_name, dtype_name, starts
@@ -27,10 +27,13 @@ from dtrain.collectives.forms import (
     target_of,
 )
 from dtrain.collectives.group import Group
+from dtrain.collectives.letters import ROOM, Letter
 
 
 class Movement(Group):
     """A group that hands around."""
+
+    _letter: Letter | None = None
 
     def all_gather(
         self, array: Any, out: Array | None = None, counts: Sequence[int] | None = None, algorithm: str = "auto"
@@ -98,11 +101,14 @@ class Movement(Group):
         algorithm: str = "auto",
     ) -> Array:
         """My block of the array (n, ...) of rank root, cut along dim 0 as in `reduce_scatter`; others may pass None."""
-        form = self._scatter_form(array, root, counts)
+        form = self._scatter_form(array, root, counts, algorithm == "auto")
         if form[3] == ON_GPU:
             return self.gpu.scatter(array, root, out, form)  # type: ignore[no-any-return]
         call, result = self._scatter_call(array, root, out, form)
-        self._run("scatter", algorithms.SCATTER, algorithm, call, empty=not sum(call.counts))
+        if form[4]:
+            self._take_from_letter(call)
+        else:
+            self._run("scatter", algorithms.SCATTER, algorithm, call, empty=not sum(call.counts))
         return deliver(call.target, result)
 
     # Small Python values: dict, list, str, int, float, bool, None; they travel as JSON
@@ -180,25 +186,55 @@ class Movement(Group):
         call.target_place = self._place(target)
         return call, result
 
-    def _scatter_form(self, array: Any | None, root: int, counts: Sequence[int] | None) -> list[Any]:
-        """What root tells the others: rows per rank, the shape of one, the dtype, where the array lies."""
+    def _scatter_form(self, array: Any | None, root: int, counts: Sequence[int] | None, enclose: bool) -> list[Any]:
+        """What root tells the others: rows per rank, the shape of one, the dtype, where the array lies, and whether
+        it is enclosed in the letter, if it may be.
+        """
         check_rank("root", root, self.size)
         self._settle()
+        if self._letter is None:
+            self._letter = Letter()
+        letter = self._letter
         form: list[Any] | None = None
-        place: Any = None
         if self.rank == root:
+            place: Any = None
             if type(array) is not np.ndarray and on_gpu(array):
                 array, place = device.as_rows(array), ON_GPU
             else:
                 array = as_rows(array)
                 place = self.node and self._place(array)
-            rows = rows_per_rank("counts", counts, len(array), self.size)
-            form = [rows, list(array.shape[1:]), dtype_name(np.dtype(array.dtype)), place]
-        told: list[Any] = self.broadcast_object(form, root)
-        return told
+            enclose = enclose and place != ON_GPU and 0 < array.nbytes <= ROOM and self.size > 1
+            given = None if counts is None else tuple(counts)
+            form = letter.write(
+                (array.shape, array.dtype, given, place, enclose),
+                lambda: [
+                    rows_per_rank("counts", counts, len(array), self.size),
+                    list(array.shape[1:]),
+                    dtype_name(np.dtype(array.dtype)),
+                    place,
+                    enclose,
+                ],
+            )
+            if enclose:
+                letter.enclose(flat(array))
+        self.broadcast(letter.octets, root, letter.octets)
+        if self.rank != root:
+            form = letter.read()
+        if form is None or not letter.octets[0]:
+            form = self.broadcast_object(form, root)
+        assert form is not None
+        return form
+
+    def _take_from_letter(self, call: Call) -> None:
+        """My rows of an array that came with its form."""
+        item, own = call.target.itemsize, call.transport.rank
+        assert self._letter is not None
+        self._letter.enclosed(sum(call.counts[:own]) * item, call.target)
+        nbytes = max(call.source.nbytes, call.target.nbytes)
+        self.counters.add("scatter", "letter", nbytes, volumes.letter(call))
 
     def _scatter_call(self, array: Any | None, root: int, out: Array | None, form: list[Any]) -> tuple[Call, Array]:
-        rows, width, name, place = form
+        rows, width, name, place, _ = form
         result = destination(out, (rows[self.rank], *width), dtype_from_name(name))
         if self.rank == root:
             source, target = apart(as_rows(array), result, place is not None)

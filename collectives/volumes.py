@@ -136,6 +136,11 @@ def staged_broadcast(call: "Call") -> Volume:
     return Volume(_chunks(nbytes), nbytes if call.at_root else 0, 0 if call.at_root else nbytes)
 
 
+def letter(call: "Call") -> Volume:
+    """A short scatter: nothing but what is counted for the broadcast of the letter."""
+    return Volume(0, 0, 0)
+
+
 def staged_all_to_all(call: "Call") -> Volume:
     """Everything into the slot, the blocks for me from all others."""
     own = _own(call, call.counts)
