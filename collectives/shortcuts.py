@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from dtrain.collectives.scheduled import Own
 
 KNOWN_FORMS = 4096
+# Up to here the built-in choice is the staging wherever the arrays lie; where a table of `dtrain bench tune` is in use,
+# it is asked from SMALL_BYTES on. Longer sums take two synchronisations, as plans.
+MOVED_BYTES = 64 * 1024
 Form = Callable[[Any, Array | None], Any]
 Result = TypeVar("Result", Array, Array | None)
 
@@ -186,7 +189,8 @@ class Shortcuts(Plans):
         """The result; its form is kept if the call was short and went through the staging."""
         last = self.counters.last
         nbytes = array.nbytes * (self.size if key[0] in ("all_gather", "gather") else 1)
-        if self._node is None or last is None or last[:2] != (key[0], "staged") or not 0 < nbytes <= SMALL_BYTES:
+        limit = SMALL_BYTES if key[0] in ("all_reduce", "reduce") or self.tuning is not None else MOVED_BYTES
+        if self._node is None or last is None or last[:2] != (key[0], "staged") or not 0 < nbytes <= limit:
             return result
         if not array.dtype.isnative or len(self._forms) >= KNOWN_FORMS:
             return result

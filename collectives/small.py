@@ -5,7 +5,8 @@
 
 The same steps, records, slots and results as the functions of `staged.py`, so a rank that has a form prepared meets one
 that has not. What never changes from call to call is kept: views of the slots in the shape of the arrays, the record,
-the words of the peers. Everything goes through the own slot, so source and target may overlap, be one, or have strides.
+the words of the peers. All of the source is in the own slot before the target is written, so they may overlap, be one,
+or have strides.
 """
 
 import contextvars
@@ -118,12 +119,14 @@ def _adder(op: str, dtype: np.dtype[Any], size: int) -> Callable[[list[Array], A
     """Target = the sum of the parts, in their order. A sum beyond the largest number is infinity, as in MPI: never a
     warning on one rank.
     """
-    ufunc, wide = OPERATIONS[op], accumulator(dtype)
+    operation, wide = OPERATIONS[op], accumulator(dtype)
+    # Without the keyword it is 0.2 us faster; NumPy wants it for maximum and minimum.
+    ufunc: Callable[..., Any] = operation if op in ("sum", "prod") else lambda x, y, out: operation(x, y, out=out)
 
     def add_wide(parts: list[Array], target: Array) -> None:
         total = parts[0].astype(wide)
         for part in parts[1:]:
-            total = ufunc(total, part.astype(wide))
+            ufunc(total, part.astype(wide), total)
         target[...] = total
 
     def add(parts: list[Array], target: Array) -> None:
@@ -227,8 +230,9 @@ def all_gather(node: Node, shape: tuple[int, ...], dtype: np.dtype[Any], root: i
     begin, arrive, wait = meeting.begin, meeting.arrive, meeting.wait
     halves = [[_view(slot, 0, shape, dtype) for slot in node.slots(half, _OCTET)] for half in (0, 1)]
     cuts = [slice(rank * shape[0], (rank + 1) * shape[0]) for rank in range(node.size)]
-    pairs = [list(zip(cuts, slots, strict=True)) for slots in halves]
     mine, wanted = node.rank, root in (None, node.rank)
+    own = cuts[mine]
+    others = [[(cuts[rank], slots[rank]) for rank, _ in node.peers] for slots in halves]
 
     def run(source: Array, target: Array) -> None:
         number = begin()
@@ -236,8 +240,9 @@ def all_gather(node: Node, shape: tuple[int, ...], dtype: np.dtype[Any], root: i
         halves[half][mine][...] = source
         arrive(number)
         if wanted:
+            target[own] = source
             wait(number)
-            for cut, slot in pairs[half]:
+            for cut, slot in others[half]:
                 target[cut] = slot
 
     return run
@@ -254,17 +259,18 @@ def all_to_all(node: Node, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Run:
     for half in (0, 1):
         slots = node.slots(half, _OCTET)
         room = slots[node.rank][: size * portion].reshape(size, portion)[:, :length].view(dtype)
-        parts = [_view(slot, node.rank * portion, shape, dtype) for slot in slots]
-        halves.append((room, list(zip(cuts, parts, strict=True))))
-    form = (size, length // dtype.itemsize)
+        others = [(cuts[rank], _view(slots[rank], node.rank * portion, shape, dtype)) for rank, _ in node.peers]
+        halves.append((room, others))
+    form, own = (size, length // dtype.itemsize), cuts[node.rank]
 
     def run(source: Array, target: Array) -> None:
         number = begin()
-        room, parts = halves[node._half]
+        room, others = halves[node._half]
         room[...] = source.reshape(form)
         arrive(number)
+        target[own] = source[own]
         wait(number)
-        for cut, part in parts:
+        for cut, part in others:
             target[cut] = part
 
     return run
