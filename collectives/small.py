@@ -17,7 +17,8 @@ import numpy as np
 
 from dtrain.collectives import records
 from dtrain.collectives.dtypes import OPERATIONS, Array, accumulator, starts
-from dtrain.collectives.node import ARRIVED, IN_FLIGHT, RECORDS, STAGE_BYTES, TEXTS, Node, Peers
+from dtrain.collectives.flags import ARRIVED, Peers
+from dtrain.collectives.node import IN_FLIGHT, RECORDS, STAGE_BYTES, TEXTS, Node
 from dtrain.collectives.records import NO_PLACE, RECORD_WORDS, RING, SIGNATURE, Record
 
 Run = Callable[[Array, Array], None]
@@ -55,9 +56,9 @@ def _begin(node: Node, record: Record, staged: bool) -> Callable[[], int]:
         if staged:
             node._half = half = 1 - node._half
             last = used[half]
-            for rank, words in peers:
+            for _, words in peers:
                 if words[0] <= last:  # ARRIVED
-                    node._wait(rank, words, ARRIVED, last + 1)
+                    node._await(ARRIVED, last + 1)
             used[half] = number
         return number
 
@@ -65,19 +66,22 @@ def _begin(node: Node, record: Record, staged: bool) -> Callable[[], int]:
 
 
 def _arrive(node: Node) -> Callable[[int], None]:
-    words, fence = node._mine, node._fence
+    """`Node.arrive`."""
+    flags = node._flags
+    if flags._raise is None:
+        return node.arrive
+    wake, crew, at = flags._raise, flags._crew, flags._at + 8 * ARRIVED
 
     def arrive(number: int) -> None:
-        if fence is not None:
-            fence()
-        words[0] = number
+        wake(crew, at, 8 * ARRIVED, number)
 
     return arrive
 
 
 def _wait(node: Node, record: Record, peers: Peers) -> Callable[[int], None]:
     """`Node.await_arrived`."""
-    signature, fence, spins, traced = record[0], node._fence, range(node._patience.spins), node.traced
+    signature, fence, traced = record[0], node._flags._fence, node.traced
+    spins = range(node._flags._patience.spins)
     first, length, ring = RECORDS + SIGNATURE, RECORD_WORDS, RING
 
     def wait(number: int) -> None:
@@ -88,7 +92,8 @@ def _wait(node: Node, record: Record, peers: Peers) -> Callable[[int], None]:
                     if words[0] >= number:
                         break
                 else:
-                    node._wait(rank, words, ARRIVED, number)
+                    node.await_arrived(number, peers)
+                    return
             if words[slot] != signature:
                 raise node._mismatch(rank, number)
         if fence is not None:
