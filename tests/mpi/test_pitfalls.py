@@ -1,7 +1,7 @@
 """The classic mistakes of collective libraries, each a test: window, staging, MPI's own, exchange, and what auto takes.
 
     mistake                                            where it would show
-    sizes 1, 2, 3, 5, 6, 7, 9, 16                      this file (`mpirun -n P`); test_threads.py in threads
+    sizes 1, 2, 3, 5, 6, 7, 9, 16                      this file (`mpirun -n P`); test_every_size.py in threads
     counts 0, < p, < 2^k, not divisible, long          test_all_reduce_by_every_way, test_movement_..., test_reduce_...
     some ranks with nothing in uneven collectives      test_some_ranks_have_nothing; test_collectives.py `uneven`
     counts beyond 2^31 bytes                           test_collectives.py test_pieces; test_beyond_2_gib
