@@ -22,7 +22,9 @@ from dtrain.collectives.schedules.simulator import Cluster, Level
 # Memory shared within a node, and Ethernet of 10 Gb/s: what is assumed without a cluster file.
 NODE = Level("node", 10e-6, 0.15e-9)
 NETWORK = Level("network", 40e-6, 0.8e-9)
-SLICE = 4e-3  # seconds: measured, 4 ranks on 2 cores take 4 to 7 ms more per call than the bytes do (docs/plan.md)
+# Seconds that a call waits for each rank more than one on a core. They count as work of the rank, which shares its core
+# too: with 4 ranks on 2 cores 5 ms in all; measured were 4 to 7 (docs/plan.md).
+SLICE = 2.5e-3
 PROGRAM = 100 << 20  # bytes: Python, NumPy, MPI and the kernels of a rank, before there is a model
 
 
