@@ -4,10 +4,9 @@
     word 16    REDUCED   ┘
     word 32    bell      in the part of rank 0 alone: how often it rang, how many sleep
 
-A wait for all peers is one call of machine code: it spins while every rank has a core, yields, and sleeps until the
-last one rings (`machine_code.py`). With more ranks than cores this is what counts: who waits by looking keeps a core
-from those who are waited for, and who naps oversleeps. Waits for some of the peers, and all waits where there is no
-machine code, look, yield and nap (`waiting.py`).
+With more ranks than cores a wait for all peers is one call of machine code: it yields, and sleeps until the last one
+rings (`machine_code.py`). Who waits by looking keeps a core from those who are waited for, and who naps oversleeps. All
+other waits look, yield and nap (`waiting.py`): where every rank has a core, a call costs more than the look it saves.
 """
 
 import time
@@ -18,7 +17,7 @@ import numpy as np
 from dtrain.collectives.dtypes import address
 from dtrain.collectives.machine_code import Function, crew_words, machine_code
 from dtrain.collectives.transport import Segment
-from dtrain.collectives.waiting import ORDERED_STORES, Patience
+from dtrain.collectives.waiting import CROWDED_TRIES, ORDERED_STORES, Patience
 
 ARRIVED, REDUCED, BELL, FREE = 0, 16, 32, 48  # words; FREE: the first one that is not used here
 SLEEP, SHORT_SLEEP = 20_000_000, 100_000  # ns without a look: where nothing waits to be helped along, and where it does
@@ -49,7 +48,7 @@ class Flags:
         self._at = address(np.frombuffer(self.mine, np.int64))
         others = [place for place in places if place != self._at]
         bell = places[0] + 8 * BELL
-        crews = [crew_words(others, bell, *tries) for tries in (self._patience.tries, (0, 0))]
+        crews = [crew_words(others, bell, *tries) for tries in (CROWDED_TRIES, (0, 0))]
         self._tables = np.array(crews, np.int64)
         self._crew = address(self._tables[0])
         self._tired_crew = address(self._tables[1])  # has looked often enough: sleeps at once

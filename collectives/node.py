@@ -117,7 +117,7 @@ class Node:
 
         self.arena = Arena(self.rank, share, agree)
         code = machine_code()
-        bell = np.array([code is not None and code.raise_flag is not None], np.uint8)
+        bell = np.array([transport.crowded and code is not None and code.raise_flag is not None], np.uint8)
         transport.all_reduce(bell.copy(), bell, "min")  # everybody's flags are zero before anybody's is one
         if bell[0]:
             self._flags.ring(segment)

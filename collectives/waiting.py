@@ -16,10 +16,10 @@ import time
 from collections.abc import Callable
 
 SPINS = 400
-# In machine code: looks and yields before sleep, some 50 us and 1 ms. With more ranks than cores the late ones mostly
-# come after a few switches, which is cheaper than to sleep and to be woken (8 ranks on 2 cores, all_reduce of 256 KiB:
-# 0.83 ms without a yield, 0.68 with 20, 0.53 with 60 and with 300).
-TRIES, CROWDED_TRIES = (2000, 2000), (0, 100)
+# In machine code, with more ranks than cores: looks, then yields before sleep. The late ones mostly come after a few
+# switches, which is cheaper than to sleep and to be woken (8 ranks on 2 cores, all_reduce of 256 KiB: 0.83 ms without
+# a yield, 0.68 with 20, 0.53 with 60 and with 300).
+CROWDED_TRIES = (0, 100)
 YIELD_SECONDS = 1e-3
 NAPS = (50e-6, 200e-6)
 DEFAULT_TIMEOUT = 300.0
@@ -73,7 +73,6 @@ class Patience:
 
     def __init__(self, crowded: bool, timeout: float) -> None:
         self.spins = 0 if crowded else SPINS
-        self.tries = CROWDED_TRIES if crowded else TRIES
         self.timeout = timeout
 
     def wait(

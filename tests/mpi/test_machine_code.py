@@ -40,8 +40,8 @@ def test_with_and_without(comm: Communicator, monkeypatch: pytest.MonkeyPatch, w
         other.close()
 
 
-def test_it_is_there_with_llvmlite(comm: Communicator) -> None:
+def test_it_waits_where_ranks_share_cores(comm: Communicator) -> None:
     pytest.importorskip("llvmlite")
     code = machine_code()
     if comm.node is not None and code is not None and code.await_flags is not None:
-        assert comm.node._flags._await is not None
+        assert (comm.node._flags._await is not None) == comm.transport.crowded
