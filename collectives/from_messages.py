@@ -9,26 +9,30 @@ ranks, so results have equal bits everywhere. Started ones are done at once: all
 """
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dtrain.collectives.at_once import AtOnce
 from dtrain.collectives.dtypes import OPERATIONS, Array, reduce_rows, starts
-from dtrain.collectives.work import Finished, Request
+
+if TYPE_CHECKING:
+    from dtrain.collectives.work import Request
 
 COLLECTIVE_TAG = -1  # users' tags begin at 0
 
 
-class FromMessages:
+class FromMessages(AtOnce):
     """The half of a transport that `start_send` and `start_recv` suffice for."""
 
     rank: int
     size: int
 
-    def start_send(self, source: Array, destination: int, tag: int) -> Request:
-        raise NotImplementedError
+    if TYPE_CHECKING:  # what it is made from
 
-    def start_recv(self, target: Array, source: int, tag: int) -> Request:
-        raise NotImplementedError
+        def start_send(self, source: Array, destination: int, tag: int) -> Request: ...
+
+        def start_recv(self, target: Array, source: int, tag: int) -> Request: ...
 
     def send(self, source: Array, destination: int, tag: int) -> None:
         self.start_send(source, destination, tag).wait()
@@ -101,46 +105,6 @@ class FromMessages:
         self.gather(source, None if everyone is None else everyone.reshape(-1), [source.size] * self.size, root)
         if target is not None and everyone is not None:
             reduce_rows(OPERATIONS[op], list(everyone), target)
-
-    # Started
-
-    def start_all_reduce(self, source: Array, target: Array, op: str) -> Request:
-        self.all_reduce(source, target, op)
-        return Finished()
-
-    def start_reduce_scatter(self, source: Array, target: Array, counts: Sequence[int], op: str) -> Request:
-        self.reduce_scatter(source, target, counts, op)
-        return Finished()
-
-    def start_all_gather(self, source: Array, target: Array, counts: Sequence[int]) -> Request:
-        self.all_gather(source, target, counts)
-        return Finished()
-
-    def start_broadcast(self, buffer: Array, root: int) -> Request:
-        self.broadcast(buffer, root)
-        return Finished()
-
-    def start_barrier(self) -> Request:
-        self.barrier()
-        return Finished()
-
-    def start_reduce(self, source: Array, target: Array | None, op: str, root: int) -> Request:
-        self.reduce(source, target, op, root)
-        return Finished()
-
-    def start_all_to_all(
-        self, source: Array, target: Array, send_counts: Sequence[int], receive_counts: Sequence[int]
-    ) -> Request:
-        self.all_to_all(source, target, send_counts, receive_counts)
-        return Finished()
-
-    def start_gather(self, source: Array, target: Array | None, counts: Sequence[int], root: int) -> Request:
-        self.gather(source, target, counts, root)
-        return Finished()
-
-    def start_scatter(self, source: Array | None, target: Array, counts: Sequence[int], root: int) -> Request:
-        self.scatter(source, target, counts, root)
-        return Finished()
 
 
 def _blocks(flat: Array, counts: Sequence[int]) -> list[Array]:

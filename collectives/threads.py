@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from dtrain.collectives.at_once import AtOnce
 from dtrain.collectives.communicator import Communicator
 from dtrain.collectives.desync import Letters
 from dtrain.collectives.dtypes import OPERATIONS, Array, reduce_rows, starts
@@ -93,7 +94,7 @@ class _Post:
         return [letters.get_nowait() for _ in range(letters.qsize())]
 
 
-class Transport:
+class Transport(AtOnce):
     """The primitive operations between the threads of a room."""
 
     name = "threads"
@@ -182,44 +183,6 @@ class Transport:
             np.copyto(target, total)
 
     # Non-blocking: collectives meet at once (a thread always comes), messages are truly late.
-
-    def start_all_reduce(self, source: Array, target: Array, op: str) -> Request:
-        self.all_reduce(source, target, op)
-        return Finished()
-
-    def start_reduce_scatter(self, source: Array, target: Array, counts: Sequence[int], op: str) -> Request:
-        self.reduce_scatter(source, target, counts, op)
-        return Finished()
-
-    def start_all_gather(self, source: Array, target: Array, counts: Sequence[int]) -> Request:
-        self.all_gather(source, target, counts)
-        return Finished()
-
-    def start_broadcast(self, buffer: Array, root: int) -> Request:
-        self.broadcast(buffer, root)
-        return Finished()
-
-    def start_barrier(self) -> Request:
-        self.barrier()
-        return Finished()
-
-    def start_reduce(self, source: Array, target: Array | None, op: str, root: int) -> Request:
-        self.reduce(source, target, op, root)
-        return Finished()
-
-    def start_all_to_all(
-        self, source: Array, target: Array, send_counts: Sequence[int], receive_counts: Sequence[int]
-    ) -> Request:
-        self.all_to_all(source, target, send_counts, receive_counts)
-        return Finished()
-
-    def start_gather(self, source: Array, target: Array | None, counts: Sequence[int], root: int) -> Request:
-        self.gather(source, target, counts, root)
-        return Finished()
-
-    def start_scatter(self, source: Array | None, target: Array, counts: Sequence[int], root: int) -> Request:
-        self.scatter(source, target, counts, root)
-        return Finished()
 
     def start_send(self, source: Array, destination: int, tag: int) -> Request:
         self.send(source, destination, tag)
