@@ -1,6 +1,8 @@
 """Schedules as data, run by the interpreter and by the executor on threads, beside NumPy."""
 
-import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -84,17 +86,19 @@ def test_executor_has_the_bits_of_the_interpreter(collective, name):
 
 
 class LateSends:
-    """A transport whose messages are read only after a while on rank 0, as MPI may do it: until `wait`."""
+    """A transport whose messages are read only after a while on rank 0, as MPI may do it: until `wait`. In their order."""
 
     def __init__(self, transport):
         self.transport, self.rank, self.size = transport, transport.rank, transport.size
+        self.sender = ThreadPoolExecutor(1)
 
     def start_send(self, array, destination, tag):
-        thread = threading.Timer(0.03 if self.rank == 0 else 0.0, self.transport.send, (array, destination, tag))
-        thread.start()
-        thread.wait = thread.join
-        thread.test = lambda: not thread.is_alive()
-        return thread
+        def send():
+            time.sleep(0.03 if self.rank == 0 else 0.0)
+            self.transport.send(array, destination, tag)
+
+        sent = self.sender.submit(send)
+        return SimpleNamespace(wait=sent.result, test=sent.done)
 
     def start_recv(self, out, source, tag):
         return self.transport.start_recv(out, source, tag)
