@@ -86,7 +86,7 @@ def test_executor_has_the_bits_of_the_interpreter(collective, name):
 
 
 class LateSends:
-    """A transport whose messages are read only after a while on rank 0, as MPI may do it: until `wait`. In their order."""
+    """Messages of rank 0 are read only after a while, as MPI may do it: until `wait`. In the order of all sends."""
 
     def __init__(self, transport):
         self.transport, self.rank, self.size = transport, transport.rank, transport.size
