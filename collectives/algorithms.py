@@ -36,8 +36,9 @@ class Algorithm(NamedTuple):
 
 # Arrays from elsewhere: up to here through the staging, above by the MPI library, whose one copy through the kernel
 # beats two once they leave the caches. Measured with MPICH 5.0 at 2 and 8 ranks on 2 cores.
-STAGED_BYTES = 32 << 20  # all_reduce: all ranks' arrays together; reduce_scatter of more than two ranks: half of it
-STAGED_PAIR_BYTES = 4 << 20  # results that are moved between two ranks
+STAGED_BYTES = 128 << 20  # all_reduce: all ranks' arrays together
+STAGED_SCATTER_BYTES = 32 << 20  # reduce_scatter likewise; of more than two ranks half of it
+STAGED_PAIR_BYTES = 128 * 1024  # results that are moved between two ranks
 STAGED_PAIR_BROADCAST_BYTES = 64 * 1024  # one rank copies while the other waits
 STAGED_LONG_BYTES = 64 << 20  # between more: one copy into the staging serves all; and reduce, slow in the libraries
 STAGED_ALL_TO_ALL_BYTES = 512 * 1024
@@ -133,7 +134,7 @@ def _short_all_reduce(call: Call) -> bool:
 
 def _short_reduce_scatter(call: Call) -> bool:
     size = call.transport.size
-    return _through_staging(call, STAGED_BYTES // (size if size == 2 else 2 * size))
+    return _through_staging(call, STAGED_SCATTER_BYTES // (size if size == 2 else 2 * size))
 
 
 def _short_reduce(call: Call) -> bool:
