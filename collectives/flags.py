@@ -11,6 +11,7 @@ other waits look, yield and nap (`waiting.py`): where every rank has a core, a c
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -32,8 +33,8 @@ class Flags:
 
     def __init__(self, segment: Segment, rank: int, end: int, patience: Patience) -> None:
         """`end`: bytes of each part that are words."""
-        self._patience = patience
-        self._fence = None if ORDERED_STORES else segment.fence
+        self.patience = patience
+        self.fence = None if ORDERED_STORES else segment.fence
         self.words = [part[:end].cast("q") for part in segment.parts]
         self.mine = self.words[rank]
         self.peers: Peers = [(other, words) for other, words in enumerate(self.words) if other != rank]
@@ -67,9 +68,15 @@ class Flags:
         if self._raise is not None:
             self._raise(self._crew, self._at + 8 * index, 8 * index, number)
             return
-        if self._fence is not None:
-            self._fence()
+        if self.fence is not None:
+            self.fence()
         self.mine[index] = number
+
+    def putter(self, index: int) -> Callable[[int], object]:
+        """`put` for one flag, prepared."""
+        if self._raise is None:
+            return partial(self.put, index)
+        return partial(self._raise, self._crew, self._at + 8 * index, 8 * index)
 
     def wait(
         self, index: int, number: int, check: Callable[[], Callable[[], None] | None], late: Late, slot: int = 0
@@ -94,7 +101,7 @@ class Flags:
                 if found >= 0:
                     break
                 waited = time.monotonic() - began
-                if waited > self._patience.timeout:
+                if waited > self.patience.timeout:
                     raise late(waited)
         return self.peers[found - 1][0] if found else None
 
@@ -111,9 +118,9 @@ class Flags:
         signature = self.mine[slot]
         for rank, words in peers:
             if words[index] < number:
-                self._patience.wait(words, index, number, check(), late, self._fence)
+                self.patience.wait(words, index, number, check(), late, self.fence)
             if slot and words[slot] != signature:
                 return rank
-        if self._fence is not None:
-            self._fence()
+        if self.fence is not None:
+            self.fence()
         return None

@@ -87,10 +87,10 @@ class Node:
         self.size = transport.size
         self._segment = segment
         self._together = together
-        self._flags = Flags(segment, self.rank, STAGE_OFFSET, patience)
-        self._words = self._flags.words
-        self._mine = self._flags.mine
-        self.peers = self._flags.peers
+        self.flags = Flags(segment, self.rank, STAGE_OFFSET, patience)
+        self._words = self.flags.words
+        self._mine = self.flags.mine
+        self.peers = self.flags.peers
         self._octets = segment.parts[self.rank]
         self._octets[:STAGE_OFFSET] = bytes(STAGE_OFFSET)
         self._halves: dict[tuple[int, np.dtype[Any]], list[Array]] = {}
@@ -120,7 +120,7 @@ class Node:
         bell = np.array([transport.crowded and code is not None and code.raise_flag is not None], np.uint8)
         transport.all_reduce(bell.copy(), bell, "min")  # everybody's flags are zero before anybody's is one
         if bell[0]:
-            self._flags.ring(segment)
+            self.flags.ring(segment)
         together.queues.append(self)
 
     def finish(self) -> None:
@@ -137,7 +137,7 @@ class Node:
             self._together.queues.remove(self)
             self._pending.clear()
         self._halves.clear()
-        self._flags.close()
+        self.flags.close()
         self._octets.release()
         self._segment.free()
 
@@ -173,7 +173,7 @@ class Node:
 
     def arrive(self, number: int) -> None:
         """Publish: my data for this collective may be read."""
-        self._flags.put(ARRIVED, number)
+        self.flags.put(ARRIVED, number)
 
     def await_arrived(self, number: int, peers: Peers | None = None) -> None:
         """Return when the peers (default: all) have brought their data; CollectiveMismatch if one brought other."""
@@ -200,7 +200,7 @@ class Node:
 
     def reduced(self, number: int) -> None:
         """Publish: I neither read nor write any more for collectives up to this one."""
-        self._flags.put(REDUCED, number)
+        self.flags.put(REDUCED, number)
 
     def await_reduced(self, number: int, peers: Peers | None = None) -> None:
         """Return when the peers (default: all) neither read nor write any more for collectives up to this one."""
@@ -305,8 +305,8 @@ class Node:
     def _await(self, index: int, goal: int, peers: Peers | None = None, slot: int = 0) -> int | None:
         late = partial(self._late, index, goal)
         if peers is None or peers is self.peers:
-            return self._flags.wait(index, goal, self._check, late, slot)
-        return self._flags.wait_for(peers, index, goal, self._check, late, slot)
+            return self.flags.wait(index, goal, self._check, late, slot)
+        return self.flags.wait_for(peers, index, goal, self._check, late, slot)
 
     def _check(self) -> Callable[[], None] | None:
         """What a long wait calls again and again."""

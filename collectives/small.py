@@ -34,7 +34,7 @@ class Meeting:
 
     def __init__(self, node: Node, record: Record, staged: bool = True) -> None:
         """staged: it uses a half of the staging."""
-        self.begin, self.arrive = _begin(node, record, staged), _arrive(node)
+        self.begin, self.arrive = _begin(node, record, staged), node.flags.putter(ARRIVED)
         self.wait = _wait(node, record, node.peers)
         self.node = node
 
@@ -65,23 +65,10 @@ def _begin(node: Node, record: Record, staged: bool) -> Callable[[], int]:
     return begin
 
 
-def _arrive(node: Node) -> Callable[[int], None]:
-    """`Node.arrive`."""
-    flags = node._flags
-    if flags._raise is None:
-        return node.arrive
-    wake, crew, at = flags._raise, flags._crew, flags._at + 8 * ARRIVED
-
-    def arrive(number: int) -> None:
-        wake(crew, at, 8 * ARRIVED, number)
-
-    return arrive
-
-
 def _wait(node: Node, record: Record, peers: Peers) -> Callable[[int], None]:
     """`Node.await_arrived`."""
-    signature, fence, traced = record[0], node._flags._fence, node.traced
-    spins = range(node._flags._patience.spins)
+    signature, fence, traced = record[0], node.flags.fence, node.traced
+    spins = range(node.flags.patience.spins)
     first, length, ring = RECORDS + SIGNATURE, RECORD_WORDS, RING
 
     def wait(number: int) -> None:

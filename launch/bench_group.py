@@ -1,11 +1,15 @@
 """`dtrain bench`: the commands about training steps; those about collectives come from `bench_commands`."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
 from dtrain.launch import bench_commands, environment, failures
 from dtrain.launch.arguments import CONFIG
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @click.group()
@@ -52,6 +56,20 @@ def bench_pipeline_command(
     failures.on_rank_0(command)
 
 
+def _launches(command: F) -> F:
+    """The options of what launches jobs in turns."""
+    for option in (
+        click.option(
+            "--json", "json_path", type=click.Path(path_type=Path), help="Write all numbers to this file too."
+        ),
+        click.option("--rounds", default=3, show_default=True, type=click.IntRange(1), help="Launches of each."),
+        click.option("--steps", default=12, show_default=True, type=click.IntRange(1), help="Measured in each."),
+        click.option("--peer-python", help="The Python that has the peer; default: this one."),
+    ):
+        command = option(command)
+    return command
+
+
 @bench.command(
     "step",
     help="Measure the training step: tokens/s, time to the end of the first step, peak memory per rank, and the share "
@@ -65,10 +83,7 @@ def bench_pipeline_command(
     type=click.Choice(["torch", "torch-tuned"]),
     help="Run the same model there too, in turns, and print ratios; tuned: with a fused optimizer and DDP's options.",
 )
-@click.option("--peer-python", help="The Python that has the peer; default: this one.")
-@click.option("--steps", default=12, show_default=True, type=click.IntRange(1), help="Measured steps of each launch.")
-@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1), help="Launches of each side.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all numbers to this file too.")
+@_launches
 def bench_step(
     config: Path,
     overrides: tuple[str, ...],
@@ -98,10 +113,7 @@ def bench_step(
 @click.option("--ranks", default=8, show_default=True, type=click.IntRange(2), help="How many.")
 @click.option("--layouts", help="Names by commas; default: ddp,zero1,zero3,tp2,pp2,dp2tp2pp2.")
 @click.option("--peer", type=click.Choice(["torch", "torch-tuned"]), help="PyTorch's counterparts too, in turns.")
-@click.option("--peer-python", help="The Python that has the peer; default: this one.")
-@click.option("--steps", default=12, show_default=True, type=click.IntRange(1), help="Measured steps of each launch.")
-@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1), help="Launches of each.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all numbers to this file too.")
+@_launches
 def bench_layouts(
     config: Path,
     overrides: tuple[str, ...],

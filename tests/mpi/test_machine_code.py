@@ -35,7 +35,7 @@ def test_with_and_without(comm: Communicator, monkeypatch: pytest.MonkeyPatch, w
     assert other is not None
     try:
         assert results(other) == expected
-        assert other.node is None or other.node._flags._await is None, "sleeps where not everybody rings"
+        assert other.node is None or other.node.flags._await is None, "sleeps where not everybody rings"
     finally:
         other.close()
 
@@ -44,4 +44,4 @@ def test_it_waits_where_ranks_share_cores(comm: Communicator) -> None:
     pytest.importorskip("llvmlite")
     code = machine_code()
     if comm.node is not None and code is not None and code.await_flags is not None:
-        assert (comm.node._flags._await is not None) == comm.transport.crowded
+        assert (comm.node.flags._await is not None) == comm.transport.crowded
