@@ -12,11 +12,9 @@ import numpy as np
 
 from dtrain.collectives.dtypes import Array, address
 from dtrain.collectives.machine_code import machine_code
-from dtrain.collectives.machine_source import STEP
+from dtrain.collectives.machine_source import LINE, LONG, PAGE, SHORT
 
-_LONG = 1 << 16  # bytes: below, nothing is gained past the caches
-_SHORT = 2048  # bytes: below, memcpy needs no string instruction
-_PAGE, _LINE, _WORD = 4096, 64, 8
+_WORD = 8
 
 
 def copy(target: Array, source: Array, past: bool = False) -> None:
@@ -25,15 +23,10 @@ def copy(target: Array, source: Array, past: bool = False) -> None:
     past: past the caches, for what does not fit there or is one of many such copies.
     """
     nbytes = source.nbytes
-    code = machine_code() if past and nbytes >= _LONG else None
+    code = machine_code() if past and nbytes >= LONG else None
     if code is not None:
-        octets, into = source.view(np.uint8), target.view(np.uint8)
-        head = -address(target) % _LINE
-        end = head + (nbytes - head) // STEP * STEP
-        code.stream(address(into) + head, address(octets) + head, end - head)
-        into[:head] = octets[:head]
-        into[end:] = octets[end:]
-    elif nbytes > _SHORT and 0 < (address(target) - address(source)) % _PAGE < _LINE:
+        code.copy(address(target), address(source), nbytes, True)
+    elif nbytes > SHORT and 0 < (address(target) - address(source)) % PAGE < LINE:
         whole = nbytes // _WORD * _WORD
         octets, into = source.view(np.uint8), target.view(np.uint8)
         np.positive(octets[:whole].view(np.uint64), out=into[:whole].view(np.uint64))

@@ -18,9 +18,8 @@ import numpy as np
 from dtrain.collectives.dtypes import address
 from dtrain.collectives.machine_code import Function, crew_words, machine_code
 from dtrain.collectives.transport import Segment
-from dtrain.collectives.waiting import CROWDED_TRIES, ORDERED_STORES, Patience
+from dtrain.collectives.waiting import BELL, CROWDED_TRIES, ORDERED_STORES, TRIES, Patience
 
-ARRIVED, REDUCED, BELL, FREE = 0, 16, 32, 48  # words; FREE: the first one that is not used here
 SLEEP, SHORT_SLEEP = 20_000_000, 100_000  # ns without a look: where nothing waits to be helped along, and where it does
 
 # Some of the other ranks, with their words.
@@ -40,24 +39,32 @@ class Flags:
         self.peers: Peers = [(other, words) for other, words in enumerate(self.words) if other != rank]
         self._raise: Function | None = None
         self._await: Function | None = None
+        code = machine_code()
+        self.meet: Callable[..., int] | None = None
+        """(job, number, byte of the record, stage) of `machine_waiting.py`, where there is machine code."""
+        if code is not None and code.meet is not None:
+            self._prepare(segment, CROWDED_TRIES if patience.spins == 0 else TRIES)
+            self.meet = partial(code.meet, self._crew, self._at)
 
-    def ring(self, segment: Segment) -> None:
+    def ring(self) -> None:
         """From now on wait in machine code, and wake who sleeps there; all ranks or none."""
         code = machine_code()
         assert code is not None
+        self._raise, self._await = code.raise_flag, code.await_flags
+
+    def _prepare(self, segment: Segment, tries: tuple[int, int]) -> None:
+        """What machine code has to know of the ranks."""
         places = [address(np.frombuffer(part, np.uint8)) for part in segment.parts]
         self._at = address(np.frombuffer(self.mine, np.int64))
         others = [place for place in places if place != self._at]
         bell = places[0] + 8 * BELL
-        crews = [crew_words(others, bell, *tries) for tries in (CROWDED_TRIES, (0, 0))]
-        self._tables = np.array(crews, np.int64)
+        self._tables = np.array([crew_words(others, bell, *each) for each in (tries, (0, 0))], np.int64)
         self._crew = address(self._tables[0])
         self._tired_crew = address(self._tables[1])  # has looked often enough: sleeps at once
-        self._raise, self._await = code.raise_flag, code.await_flags
 
     def close(self) -> None:
         """Let go of the memory."""
-        self._raise = self._await = None
+        self._raise = self._await = self.meet = None
         self.peers.clear()
         for words in self.words:
             words.release()

@@ -3,9 +3,10 @@
 
     sum     y[i] = ((x0[i] + x1[i]) + x2[i]) + ...     256 bytes at a time in registers: each element is read once and
                                                       written once, where NumPy makes a pass over the cache per array
-    copy    non-temporal stores: what is longer than the last-level cache is not read before it is overwritten
+    copy    past the caches by non-temporal stores: what is longer than they are is not read before it is overwritten
     raise   flag = number; wake who sleeps, if with this the last one has come
     await   look at the flags of all -> spin -> yield -> sleep (futex) until somebody wakes us
+    meet    a whole collective: raise and await with the sums and copies between them (`meeting.py`)
 
 Written in LLVM's language and translated when the first communicator with shared memory is made, by llvmlite, which
 Numba brings along. Where that is missing, or DTRAIN_MACHINE_CODE=off, NumPy and Python do the same, slower. Sums have
@@ -21,13 +22,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dtrain.collectives.machine_source import source
+from dtrain.collectives.machine_source import loops
+from dtrain.collectives.machine_waiting import waiting
 
 FUTEX_CALL = {("linux", "x86_64"): 202, ("linux", "aarch64"): 98}  # numbers of the system call
 
 MADV_DONTNEED = 4  # of madvise(2)
 
 Function = Callable[..., int]
+Action = tuple[int, int, int, int, int, int, int]
+"""The address of a function of `MachineCode.parts`, and its six arguments."""
 
 
 class MachineCode(NamedTuple):
@@ -36,13 +40,19 @@ class MachineCode(NamedTuple):
     sums: dict[str, Function]
     """By the character of the dtype: (inputs, number, outputs, number, bytes, past the caches); addresses of tables of
     addresses."""
-    stream: Function
-    """(target, source, bytes): past the caches; the target at a multiple of 64, bytes of STEP."""
+    copy: Function
+    """(target, source, bytes, past the caches)."""
     raise_flag: Function | None
     """(crew, address of my flag, offset of the flags, number); None where there is no futex."""
     await_flags: Function | None
     """(crew, offset, goal, offset of the signatures or 0, signature, nanoseconds of sleep, 0: none) -> 0 all are there
     and have the signature, r + 1 rank r has another one, -1 not yet."""
+    meet: Function | None
+    """(crew, address of my words, job, number, byte of the record, stage, nanoseconds of sleep): see `meeting.py`."""
+    do: Function
+    """(job, word): one action of a job."""
+    parts: dict[str, int]
+    """Addresses of what a job may do, each with six arguments: the sums by the character of the dtype, and "copies"."""
 
 
 @cache
@@ -63,7 +73,8 @@ def machine_code() -> MachineCode | None:
     target = llvm.Target.from_default_triple()
     features = llvm.get_host_cpu_features().flatten()
     machine = target.create_target_machine(llvm.get_host_cpu_name(), features, opt=2)
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(source(futex)), machine)
+    text = loops() + (waiting(futex) if futex else "")
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(text), machine)
     engine.finalize_object()
     _engines.append(engine)
     let_go_of("libllvmlite")
@@ -73,12 +84,16 @@ def machine_code() -> MachineCode | None:
 
     return MachineCode(
         {"f": function("dtrain_sum_float", 6), "d": function("dtrain_sum_double", 6)},
-        function("dtrain_stream", 3),
+        function("dtrain_copy", 4),
         function("dtrain_raise", 4) if futex else None,
         function("dtrain_await", 6) if futex else None,
+        function("dtrain_meet", 7) if futex else None,
+        function("dtrain_do", 2),
+        {part: engine.get_function_address(f"dtrain_{name}") for part, name in _PARTS.items()},
     )
 
 
+_PARTS = {"f": "sum_float", "d": "sum_double", "copies": "copies"}
 _engines: list[Any] = []  # they own the code that the functions point into: kept for the life of the process
 
 

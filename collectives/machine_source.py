@@ -1,28 +1,18 @@
-"""The text of the functions of `machine_code.py`, in LLVM's language.
-
-Invariant of raise and await: no wake-up is lost. The sleeper counts itself, notes the bell, looks at the flags, and
-sleeps only if the bell is as noted; who raises a flag looks at the count afterwards (all sequentially consistent), so
-one of the two sees the other. Who lifts the smallest of all flags rings: nobody else can end a wait for all.
-"""
-
-import platform
+"""The text of the loops of `machine_code.py`, in LLVM's language: sums and copies."""
 
 STEP = 256  # bytes of each array in registers at once
+LONG = 1 << 16  # bytes: below, a copy gains nothing past the caches
+SHORT = 2048  # bytes: below, memcpy needs no string instruction
+PAGE, LINE = 4096, 64
 
 
-def source(futex: int | None) -> str:
-    """All functions; futex: the number of the system call, None: without those that need it."""
-    parts = [_sum("float", 4), _sum("double", 8), _STREAM]
-    if futex is not None:
-        pause = "call void @llvm.x86.sse2.pause()" if platform.machine() == "x86_64" else ""
-        parts.append(_WAITING.replace("FUTEX", str(futex)).replace("PAUSE", pause))
-        if pause:
-            parts.append("declare void @llvm.x86.sse2.pause()")
-    return "\n".join([*parts, "!0 = !{i32 1}"])
+def loops() -> str:
+    """All functions."""
+    return "\n".join([_sum("float", 4), _sum("double", 8), _COPY, _COPIES, _DO, "!0 = !{i32 1}"])
 
 
 def _sum(kind: str, item: int) -> str:
-    """Three loops: STEP bytes at a time past the caches, STEP bytes at a time, single elements for the rest."""
+    """Three loops: STEP bytes at a time, past the caches if every result begins a line; STEP bytes; single elements."""
     wide = f"<{STEP // item} x {kind}>"
     loops = [
         _sum_loop("s", wide, item, STEP, "%streamed", "store {0} %{1}.sum, ptr {2}, align 64, !nontemporal !0"),
@@ -33,7 +23,23 @@ def _sum(kind: str, item: int) -> str:
 define i64 @dtrain_sum_{kind}(ptr %in, i64 %p, ptr %out, i64 %q, i64 %bytes, i64 %stream) {{
 entry:
   %whole = and i64 %bytes, {-STEP}
-  %past = icmp ne i64 %stream, 0
+  br label %places
+places:
+  %o = phi i64 [ 0, %entry ], [ %o2, %place ]
+  %bits = phi i64 [ 0, %entry ], [ %bits2, %place ]
+  %unseen = icmp ult i64 %o, %q
+  br i1 %unseen, label %place, label %seen
+place:
+  %op = getelementptr i64, ptr %out, i64 %o
+  %oa = load i64, ptr %op
+  %bits2 = or i64 %bits, %oa
+  %o2 = add i64 %o, 1
+  br label %places
+seen:
+  %low = and i64 %bits, {LINE - 1}
+  %aligned = icmp eq i64 %low, 0
+  %wanted = icmp ne i64 %stream, 0
+  %past = and i1 %wanted, %aligned
   %streamed = select i1 %past, i64 %whole, i64 0
   br label %s
 {"".join(loops).replace("NEXT_s", "w").replace("NEXT_w", "e").replace("NEXT_e", "end")}
@@ -45,7 +51,7 @@ end:
 
 def _sum_loop(n: str, vector: str, item: int, step: int, limit: str, store: str) -> str:
     """Elements from where the loop before has stopped up to `limit`."""
-    before = {"s": "[ 0, %entry ]", "w": "[ %s.i, %s ]", "e": "[ %w.i, %w ]"}[n]
+    before = {"s": "[ 0, %seen ]", "w": "[ %s.i, %s ]", "e": "[ %w.i, %w ]"}[n]
     return f"""
 {n}:
   %{n}.i = phi i64 {before}, [ %{n}.i2, %{n}.done ]
@@ -85,151 +91,129 @@ def _sum_loop(n: str, vector: str, item: int, step: int, limit: str, store: str)
   br label %{n}"""
 
 
-_STREAM = f"""
-define i64 @dtrain_stream(ptr %target, ptr %source, i64 %bytes) {{
+# Past the caches from the first whole line on; by vectors where memcpy's string instruction is slow (`copying.py`).
+_COPY = f"""
+declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1)
+
+define i64 @dtrain_copy(ptr %target, ptr %source, i64 %bytes, i64 %past) {{
 entry:
-  br label %look
-look:
-  %i = phi i64 [ 0, %entry ], [ %i2, %body ]
-  %more = icmp ult i64 %i, %bytes
-  br i1 %more, label %body, label %end
-body:
+  %t = ptrtoint ptr %target to i64
+  %s = ptrtoint ptr %source to i64
+  %same = icmp eq i64 %t, %s
+  br i1 %same, label %end, label %choose
+choose:
+  %wanted = icmp ne i64 %past, 0
+  %long = icmp uge i64 %bytes, {LONG}
+  %stream = and i1 %wanted, %long
+  br i1 %stream, label %head, label %near
+head:
+  %negative = sub i64 0, %t
+  %h = and i64 %negative, {LINE - 1}
+  call void @llvm.memcpy.p0.p0.i64(ptr %target, ptr %source, i64 %h, i1 false)
+  %room = sub i64 %bytes, %h
+  %whole = and i64 %room, {-STEP}
+  %stop = add i64 %h, %whole
+  br label %past.look
+past.look:
+  %i = phi i64 [ %h, %head ], [ %i2, %past.body ]
+  %more = icmp ult i64 %i, %stop
+  br i1 %more, label %past.body, label %past.end
+past.body:
   %x = getelementptr i8, ptr %source, i64 %i
   %y = getelementptr i8, ptr %target, i64 %i
   %v = load <{STEP} x i8>, ptr %x, align 1
-  store <{STEP} x i8> %v, ptr %y, align 64, !nontemporal !0
+  store <{STEP} x i8> %v, ptr %y, align {LINE}, !nontemporal !0
   %i2 = add i64 %i, {STEP}
-  br label %look
-end:
+  br label %past.look
+past.end:
   fence seq_cst
-  ret i64 0
-}}"""
-
-# A crew is { ranks, bell, spins, yields, words of the first, words of the second, ... }, the bell { i32 rung, i32, i64
-# asleep }.
-_WAITING = """
-%Crew = type { i64, ptr, i64, i64, [0 x ptr] }
-declare i64 @syscall(i64, ...)
-declare i32 @sched_yield()
-
-define i64 @dtrain_least(ptr %crew, i64 %offset) {
-entry:
-  %p = load i64, ptr %crew
-  br label %look
-look:
-  %k = phi i64 [ 0, %entry ], [ %k2, %one ]
-  %least = phi i64 [ 9223372036854775807, %entry ], [ %least2, %one ]
-  %more = icmp ult i64 %k, %p
-  br i1 %more, label %one, label %end
-one:
-  %ak = getelementptr %Crew, ptr %crew, i64 0, i32 4, i64 %k
-  %words = load ptr, ptr %ak
-  %at = getelementptr i8, ptr %words, i64 %offset
-  %flag = load atomic i64, ptr %at seq_cst, align 8
-  %less = icmp slt i64 %flag, %least
-  %least2 = select i1 %less, i64 %flag, i64 %least
-  %k2 = add i64 %k, 1
-  br label %look
-end:
-  ret i64 %least
-}
-
-define i64 @dtrain_raise(ptr %crew, ptr %mine, i64 %offset, i64 %number) {
-entry:
-  %old = atomicrmw xchg ptr %mine, i64 %number seq_cst
-  %bp = getelementptr %Crew, ptr %crew, i64 0, i32 1
-  %bell = load ptr, ptr %bp
-  %sp = getelementptr i8, ptr %bell, i64 8
-  %asleep = load atomic i64, ptr %sp seq_cst, align 8
-  %nobody = icmp eq i64 %asleep, 0
-  br i1 %nobody, label %end, label %check
-check:
-  %least = call i64 @dtrain_least(ptr %crew, i64 %offset)
-  %last = icmp sgt i64 %least, %old
-  br i1 %last, label %ring, label %end
-ring:
-  %rung = atomicrmw add ptr %bell, i32 1 seq_cst
-  %woken = call i64 (i64, ...) @syscall(i64 FUTEX, ptr %bell, i64 1, i64 2147483647, i64 0, i64 0, i64 0)
+  br label %rest
+near:
+  %d = sub i64 %t, %s
+  %m = and i64 %d, {PAGE - 1}
+  %m1 = sub i64 %m, 1
+  %close = icmp ult i64 %m1, {LINE - 1}
+  %big = icmp ugt i64 %bytes, {SHORT}
+  %slow = and i1 %close, %big
+  %all = and i64 %bytes, {-STEP}
+  %limit = select i1 %slow, i64 %all, i64 0
+  br label %near.look
+near.look:
+  %j = phi i64 [ 0, %near ], [ %j2, %near.body ]
+  %more2 = icmp ult i64 %j, %limit
+  br i1 %more2, label %near.body, label %rest
+near.body:
+  %x2 = getelementptr i8, ptr %source, i64 %j
+  %y2 = getelementptr i8, ptr %target, i64 %j
+  %v2 = load <{STEP} x i8>, ptr %x2, align 1
+  store <{STEP} x i8> %v2, ptr %y2, align 1
+  %j2 = add i64 %j, {STEP}
+  br label %near.look
+rest:
+  %done = phi i64 [ %stop, %past.end ], [ %j, %near.look ]
+  %left = sub i64 %bytes, %done
+  %x3 = getelementptr i8, ptr %source, i64 %done
+  %y3 = getelementptr i8, ptr %target, i64 %done
+  call void @llvm.memcpy.p0.p0.i64(ptr %y3, ptr %x3, i64 %left, i1 false)
   br label %end
 end:
   ret i64 0
-}
+}}"""
 
-define i64 @dtrain_await(ptr %crew, i64 %offset, i64 %goal, i64 %slot, i64 %signature, i64 %nanoseconds) {
+# Rows of four words: address of the source (0: my own), where it begins there, where in the target, bytes.
+_COPIES = """
+define i64 @dtrain_copies(ptr %table, i64 %rows, ptr %target, ptr %own, i64 %past, i64 %nothing) {
 entry:
-  %time = alloca { i64, i64 }
-  %p = load i64, ptr %crew
-  %bp = getelementptr %Crew, ptr %crew, i64 0, i32 1
-  %bell = load ptr, ptr %bp
-  %sp = getelementptr i8, ptr %bell, i64 8
-  %np = getelementptr %Crew, ptr %crew, i64 0, i32 2
-  %spins = load i64, ptr %np
-  %yp = getelementptr %Crew, ptr %crew, i64 0, i32 3
-  %yields = load i64, ptr %yp
-  %tries = add i64 %spins, %yields
   br label %look
 look:
-  %t = phi i64 [ 0, %entry ], [ %t2, %spin ], [ %t2, %yield ]
-  %least = call i64 @dtrain_least(ptr %crew, i64 %offset)
-  %there = icmp sge i64 %least, %goal
-  br i1 %there, label %come, label %absent
-absent:
-  %t2 = add i64 %t, 1
-  %spinning = icmp ule i64 %t2, %spins
-  br i1 %spinning, label %spin, label %maybe
-spin:
-  PAUSE
-  br label %look
-maybe:
-  %yielding = icmp ule i64 %t2, %tries
-  br i1 %yielding, label %yield, label %tired
-yield:
-  %y = call i32 @sched_yield()
-  br label %look
-tired:
-  %short = icmp eq i64 %nanoseconds, 0
-  br i1 %short, label %notyet, label %count
-count:
-  %s1 = atomicrmw add ptr %sp, i64 1 seq_cst
-  %rung = load atomic i32, ptr %bell seq_cst, align 4
-  %least2 = call i64 @dtrain_least(ptr %crew, i64 %offset)
-  %there2 = icmp sge i64 %least2, %goal
-  br i1 %there2, label %awake, label %sleep
-sleep:
-  %full = udiv i64 %nanoseconds, 1000000000
-  %rest = urem i64 %nanoseconds, 1000000000
-  store i64 %full, ptr %time
-  %tn = getelementptr i8, ptr %time, i64 8
-  store i64 %rest, ptr %tn
-  %expected = zext i32 %rung to i64
-  %slept = call i64 (i64, ...) @syscall(i64 FUTEX, ptr %bell, i64 0, i64 %expected, ptr %time, i64 0, i64 0)
-  br label %awake
-awake:
-  %s2 = atomicrmw sub ptr %sp, i64 1 seq_cst
-  %least3 = call i64 @dtrain_least(ptr %crew, i64 %offset)
-  %there3 = icmp sge i64 %least3, %goal
-  br i1 %there3, label %come, label %notyet
-notyet:
-  ret i64 -1
-come:
-  %unsigned = icmp eq i64 %slot, 0
-  br i1 %unsigned, label %well, label %compare
-compare:
-  %k = phi i64 [ 0, %come ], [ %k2, %alike ]
-  %more = icmp ult i64 %k, %p
-  br i1 %more, label %one, label %well
-one:
-  %ak = getelementptr %Crew, ptr %crew, i64 0, i32 4, i64 %k
-  %words = load ptr, ptr %ak
-  %at = getelementptr i8, ptr %words, i64 %slot
-  %theirs = load i64, ptr %at
+  %k = phi i64 [ 0, %entry ], [ %k2, %copy ]
+  %more = icmp ult i64 %k, %rows
+  br i1 %more, label %row, label %end
+row:
+  %r = getelementptr [4 x i64], ptr %table, i64 %k
+  %there = load ptr, ptr %r
+  %fp = getelementptr i64, ptr %r, i64 1
+  %from = load i64, ptr %fp
+  %tp = getelementptr i64, ptr %r, i64 2
+  %to = load i64, ptr %tp
+  %bp = getelementptr i64, ptr %r, i64 3
+  %bytes = load i64, ptr %bp
+  %mine = icmp eq ptr %there, null
+  %base = select i1 %mine, ptr %own, ptr %there
+  br label %copy
+copy:
+  %x = getelementptr i8, ptr %base, i64 %from
+  %y = getelementptr i8, ptr %target, i64 %to
+  %copied = call i64 @dtrain_copy(ptr %y, ptr %x, i64 %bytes, i64 %past)
   %k2 = add i64 %k, 1
-  %same = icmp eq i64 %theirs, %signature
-  br i1 %same, label %alike, label %other
-alike:
-  br label %compare
-other:
-  ret i64 %k2
-well:
+  br label %look
+end:
+  ret i64 0
+}"""
+
+# Seven words of a job: the address of a function, 0 for nothing, and its arguments.
+_DO = """
+define i64 @dtrain_do(ptr %job, i64 %at) {
+entry:
+  %fp = getelementptr i64, ptr %job, i64 %at
+  %f = load ptr, ptr %fp
+  %none = icmp eq ptr %f, null
+  br i1 %none, label %end, label %some
+some:
+  %ap = getelementptr i64, ptr %fp, i64 1
+  %a = load i64, ptr %ap
+  %bp = getelementptr i64, ptr %fp, i64 2
+  %b = load i64, ptr %bp
+  %cp = getelementptr i64, ptr %fp, i64 3
+  %c = load i64, ptr %cp
+  %dp = getelementptr i64, ptr %fp, i64 4
+  %d = load i64, ptr %dp
+  %ep = getelementptr i64, ptr %fp, i64 5
+  %e = load i64, ptr %ep
+  %gp = getelementptr i64, ptr %fp, i64 6
+  %g = load i64, ptr %gp
+  %r = call i64 %f(i64 %a, i64 %b, i64 %c, i64 %d, i64 %e, i64 %g)
+  br label %end
+end:
   ret i64 0
 }"""

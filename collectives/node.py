@@ -29,12 +29,21 @@ import numpy as np
 from dtrain.collectives import records
 from dtrain.collectives.arena import Arena, Place
 from dtrain.collectives.dtypes import Array
-from dtrain.collectives.flags import ARRIVED, FREE, REDUCED, Flags, Peers
+from dtrain.collectives.flags import Flags, Peers
 from dtrain.collectives.machine_code import machine_code
 from dtrain.collectives.progress import Progress
 from dtrain.collectives.records import ASIDE, NO_PLACE, RECORD_WORDS, RING, SIGNATURE, TEXT_BYTES, Record
 from dtrain.collectives.transport import Segment, Transport
-from dtrain.collectives.waiting import CHECKED, CollectiveMismatch, CollectiveTimeout, Patience, debugging
+from dtrain.collectives.waiting import (
+    ARRIVED,
+    CHECKED,
+    FREE,
+    REDUCED,
+    CollectiveMismatch,
+    CollectiveTimeout,
+    Patience,
+    debugging,
+)
 from dtrain.collectives.work import Request
 
 RECORDS = FREE
@@ -120,7 +129,7 @@ class Node:
         bell = np.array([transport.crowded and code is not None and code.raise_flag is not None], np.uint8)
         transport.all_reduce(bell.copy(), bell, "min")  # everybody's flags are zero before anybody's is one
         if bell[0]:
-            self.flags.ring(segment)
+            self.flags.ring()
         together.queues.append(self)
 
     def finish(self) -> None:
@@ -180,7 +189,7 @@ class Node:
         slot = RECORDS + RECORD_WORDS * (number % RING) + SIGNATURE
         other = self._await(ARRIVED, number, peers, slot)
         if other is not None:
-            raise self._mismatch(other, number)
+            raise self.mismatch(other, number)
         if self._alike < self.traced:
             self._compare()
 
@@ -196,7 +205,11 @@ class Node:
         """The place that a rank which has arrived wrote aside; None when it gave none, or too long ago."""
         if self._words[rank][RECORDS + RECORD_WORDS * (number % RING)] != number:
             return None
-        return records.unpacked(self._words[rank][RECORDS + RECORD_WORDS * (number % RING) + ASIDE])
+        return records.unpacked(self.packed_aside(rank, number))
+
+    def packed_aside(self, rank: int, number: int) -> int:
+        """The word in which this place stands."""
+        return self._words[rank][RECORDS + RECORD_WORDS * (number % RING) + ASIDE]
 
     def reduced(self, number: int) -> None:
         """Publish: I neither read nor write any more for collectives up to this one."""
@@ -228,7 +241,7 @@ class Node:
         for rank, words in self.peers if peer is None else self.only(peer):
             if words[ARRIVED] >= number and words[slot + SIGNATURE] != self._mine[slot + SIGNATURE]:
                 if words[slot] == number:
-                    raise self._mismatch(rank, number)
+                    raise self.mismatch(rank, number)
 
     def _meet(self) -> None:
         """Return when all ranks have come here: before what the MPI library does alone."""
@@ -258,6 +271,10 @@ class Node:
                     self._compute()
             finally:
                 self._computing.release()
+
+    def alone(self, number: int) -> bool:
+        """Whether this collective is neither compared nor has works before it: machine code may do it in one go."""
+        return number > self.traced and not self._pending
 
     def complete(self, number: int) -> None:
         """Compute the parts of all works up to this number, waiting for the peers where needed."""
@@ -323,7 +340,7 @@ class Node:
             for rank, words in self.peers:
                 alike = words[slot + SIGNATURE] == self._mine[slot + SIGNATURE]
                 if not alike and words[slot] == self._mine[slot] == number:
-                    raise self._mismatch(rank, number)
+                    raise self.mismatch(rank, number)
             self._alike = number
 
     def _compare_and_poll(self) -> None:
@@ -343,7 +360,8 @@ class Node:
         told = self._together.tell([self._world[rank] for rank, _ in late])
         return CollectiveTimeout("\n".join([*lines, *told]))
 
-    def _mismatch(self, rank: int, number: int) -> CollectiveMismatch:
+    def mismatch(self, rank: int, number: int) -> CollectiveMismatch:
+        """What to raise when a peer came to something else under this number."""
         return CollectiveMismatch(
             f"the ranks do not do the same: rank {self.rank} came to {self._describe(self.rank, number)}, "
             f"rank {rank} to {self._describe(rank, number)}"

@@ -15,6 +15,7 @@ import numpy as np
 from dtrain.collectives import prepared_staged, prepared_window, records
 from dtrain.collectives.call import Call
 from dtrain.collectives.dtypes import Array
+from dtrain.collectives.meeting import Job
 from dtrain.collectives.prepared_window import Run
 from dtrain.collectives.records import NO_PLACE
 
@@ -25,10 +26,10 @@ def native(call: Call, name: str, alike: bool, do: Run) -> Run:
     dtype, count = (call.source.dtype, call.source.size) if alike else (None, 0)
     record = records.record(name, "native", call.op, dtype, count, NO_PLACE, call._extra(name))
 
+    job = Job(node, two=False)
+
     def run(source: Array, target: Array) -> None:
-        number = node.begin_record(record)
-        node.arrive(number)
-        node.await_arrived(number)
+        job.meet(node.begin_record(record), source, target)
         do(source, target)
 
     return run

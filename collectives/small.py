@@ -17,9 +17,10 @@ import numpy as np
 
 from dtrain.collectives import records
 from dtrain.collectives.dtypes import OPERATIONS, Array, accumulator, starts
-from dtrain.collectives.flags import ARRIVED, Peers
+from dtrain.collectives.flags import Peers
 from dtrain.collectives.node import IN_FLIGHT, RECORDS, STAGE_BYTES, TEXTS, Node
 from dtrain.collectives.records import NO_PLACE, RECORD_WORDS, RING, SIGNATURE, Record
+from dtrain.collectives.waiting import ARRIVED
 
 Run = Callable[[Array, Array], None]
 _OCTET = np.dtype(np.uint8)
@@ -82,7 +83,7 @@ def _wait(node: Node, record: Record, peers: Peers) -> Callable[[int], None]:
                     node.await_arrived(number, peers)
                     return
             if words[slot] != signature:
-                raise node._mismatch(rank, number)
+                raise node.mismatch(rank, number)
         if fence is not None:
             fence()
         if node._alike < traced:

@@ -31,6 +31,11 @@ def block_elements(dtype: np.dtype[Any], streams: int) -> int:
     return max(16 * 1024, min(128 * 1024, 512 * 1024 // streams)) // accumulator(dtype).itemsize
 
 
+def past_caches(parts: int, nbytes: int) -> bool:
+    """Whether a sum of so many slices of so many bytes, all ranks' together, is longer than the caches."""
+    return (parts + 1) * parts * nbytes > last_level_cache()
+
+
 class Sum:
     """The sum of parts[*][start:stop] in rank order, prepared: in machine code where it knows dtype and operation."""
 
@@ -44,8 +49,7 @@ class Sum:
             self._bytes = (stop - start) * dtype.itemsize
             self._table = np.array([address(part) for part in parts], np.int64) + start * dtype.itemsize
             self._inputs = address(self._table), len(parts)
-            # Of all ranks together, each with a slice like mine.
-            self._past_caches = (len(parts) + 1) * len(parts) * self._bytes > last_level_cache()
+            self._past_caches = past_caches(len(parts), self._bytes)
 
     def in_place(self) -> None:
         """parts[*][start:stop] = the sum."""
@@ -58,10 +62,8 @@ class Sum:
     def into(self, results: Sequence[Array]) -> None:
         """results[*][0 : stop - start] = the sum; a result may be a part."""
         if self._add is not None:
-            places = [address(result) for result in results]
-            table = np.array(places, np.int64)
-            past = self._past_caches and not any(place % 64 for place in places)
-            self._add(*self._inputs, address(table), len(places), self._bytes, past)
+            table = np.array([address(result) for result in results], np.int64)
+            self._add(*self._inputs, address(table), len(table), self._bytes, self._past_caches)
         else:
             with np.errstate(all="ignore"):
                 _blocks_into(*self._what, results)

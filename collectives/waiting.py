@@ -15,11 +15,15 @@ import platform
 import time
 from collections.abc import Callable
 
+# Words of each rank's part of the shared control segment, on cache lines of their own: see `flags.py`, `node.py`.
+ARRIVED, REDUCED, BELL, FREE = 0, 16, 32, 48
+
 SPINS = 400
 # In machine code, with more ranks than cores: looks, then yields before sleep. The late ones mostly come after a few
 # switches, which is cheaper than to sleep and to be woken (8 ranks on 2 cores, all_reduce of 256 KiB: 0.83 ms without
 # a yield, 0.68 with 20, 0.53 with 60 and with 300).
 CROWDED_TRIES = (0, 100)
+TRIES = (2000, 100)  # the same where every rank has a core; one look takes about 20 ns
 YIELD_SECONDS = 1e-3
 NAPS = (50e-6, 200e-6)
 DEFAULT_TIMEOUT = 300.0

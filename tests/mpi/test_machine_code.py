@@ -27,7 +27,7 @@ def results(comm: Communicator) -> list[bytes]:
 @pytest.mark.parametrize("who", ["nobody", "all but the first", "only the first"])
 def test_with_and_without(comm: Communicator, monkeypatch: pytest.MonkeyPatch, who: str) -> None:
     expected = results(comm)
-    monkeypatch.setattr(copying, "_LONG", 1)
+    monkeypatch.setattr(copying, "LONG", 1)
     if who == "nobody" or (who == "all but the first") == (comm.rank == 0):
         for module in (node, sums, copying):
             monkeypatch.setattr(module, "machine_code", lambda: None)

@@ -1,0 +1,111 @@
+"""A collective that comes again, as one call of machine code: its parts between its synchronisations, no Python there.
+
+    job   before -> ARRIVED, wait -> among -> REDUCED, wait -> after
+
+With more ranks than cores it is Python between two switches that makes a meeting long. A call of machine code never
+waits for long: after its looks and yields it comes back, and the rank waits in Python, where time limit, reports,
+signals and works under way are seen to; then it goes on at the next stage.
+
+Step by step instead, with the same flags: the first collectives, which are compared; with works under way; where a part
+is not known to machine code. So ranks may meet that do it differently.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from dtrain.collectives.dtypes import Array, address
+from dtrain.collectives.machine_code import machine_code
+from dtrain.collectives.node import RECORDS, Node
+from dtrain.collectives.parts import Part
+from dtrain.collectives.records import RECORD_WORDS, RING
+
+BEFORE, AMONG, AFTER, TWO, EXPECTED = 0, 7, 14, 21, 22  # words of a job: three actions, and these
+_LATE_ARRIVED, _OTHER_PLACES, _LATE_REDUCED = -1, -2, -3
+_GO_ON = {_LATE_ARRIVED: 1, _OTHER_PLACES: 1, _LATE_REDUCED: 2}  # stages
+_UNKNOWN = 1 << 62  # no place is packed into this word
+
+# (number, expected) -> None: where the data of the peers lies depends on what they put aside; it writes the words that
+# it found there into `expected`, one for each peer, and what follows from them into the tables of the parts.
+Find = Callable[[int, Array], None]
+
+
+class Job:
+    """What one rank does in it."""
+
+    def __init__(
+        self,
+        node: Node,
+        before: Part | None = None,
+        among: Part | None = None,
+        after: Part | None = None,
+        two: bool = True,
+        find: Find | None = None,
+    ) -> None:
+        """two: the second synchronisation is needed, for who writes after ARRIVED or reads what may soon change."""
+        self._node, self._two, self._find = node, two, find
+        self._parts = {BEFORE: before, AMONG: among, AFTER: after}
+        self._words = np.zeros(EXPECTED + 1, np.int64)
+        self._words[TWO] = two
+        self._expected = np.full(node.size - 1, _UNKNOWN, np.int64)
+        if find is not None:
+            self._words[EXPECTED] = address(self._expected)
+        self._at = address(self._words)
+        self._aims = []  # of the source, of the target
+        self._fused = node.flags.meet is not None
+        for at, part in self._parts.items():
+            if part is None:
+                continue
+            if part.action is None:
+                self._fused = False
+                continue
+            self._words[at : at + len(part.action)] = part.action
+            for table, word, of_target, nbytes in part.aims:
+                goal = (self._words, at + word) if table is None else (table, word)
+                self._aims.append((*goal, of_target, nbytes))
+
+    def meet(self, number: int, source: Array, target: Array) -> None:
+        """Collective `number`, whose record is written; source and target are flat."""
+        node = self._node
+        both = address(source), address(target)
+        for table, word, of_target, nbytes in self._aims:
+            table[word] = both[of_target] + nbytes
+        if not self._fused or not node.alone(number):
+            self._step_by_step(number, source, target)
+            return
+        meet, stage = node.flags.meet, 0
+        assert meet is not None
+        record = 8 * (RECORDS + RECORD_WORDS * (number % RING))
+        while (found := meet(self._at, number, record, stage, 0)) != 0:
+            if found > 0:
+                raise node.mismatch(node.peers[found - 1][0], number)
+            if found == _LATE_ARRIVED:
+                node.await_arrived(number)
+            elif found == _LATE_REDUCED:
+                node.await_reduced(number)
+            else:
+                assert self._find is not None
+                self._find(number, self._expected)
+            stage = _GO_ON[found]
+
+    def _step_by_step(self, number: int, source: Array, target: Array) -> None:
+        node = self._node
+        self._do(BEFORE, source, target)
+        node.arrive(number)
+        if self._two:
+            node.complete(number)  # works started before: REDUCED below speaks for them too
+        node.await_arrived(number)
+        if self._find is not None:
+            self._find(number, self._expected)
+        self._do(AMONG, source, target)
+        if self._two:
+            node.reduced(number)
+            node.await_reduced(number)
+        self._do(AFTER, source, target)
+
+    def _do(self, at: int, source: Array, target: Array) -> None:
+        part, code = self._parts[at], machine_code()
+        if part is not None and part.action is not None and code is not None:
+            code.do(self._at, at)
+        elif part is not None:
+            part.python(source, target)

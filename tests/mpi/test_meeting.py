@@ -1,0 +1,131 @@
+"""Collectives that are one call of machine code: NumPy's sums, whoever does them otherwise, wherever the arrays lie."""
+
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from dtrain.collectives import Communicator, node, parts
+from dtrain.collectives.waiting import CollectiveMismatch
+from tests.collective_cases import bits
+
+
+@pytest.fixture
+def bold(comm: Communicator, monkeypatch: pytest.MonkeyPatch) -> Iterator[Communicator]:
+    """A communicator that compares no first collectives, so that the second call of a form is a meeting."""
+    monkeypatch.setattr(node, "CHECKED", 0)
+    other = comm.split(0)
+    assert other is not None
+    yield other
+    other.close()
+
+
+def numbers(rank: int, count: int, dtype: str) -> np.ndarray:
+    return (np.random.default_rng(rank).standard_normal(count) * 100).astype(dtype)
+
+
+def check(comm: Communicator, count: int, dtype: str = "float32", op: str = "sum") -> None:
+    """Every prepared collective three times against NumPy, in the window and elsewhere; new data in every round."""
+    ufunc = {"sum": np.add, "max": np.maximum}[op]
+    home = comm.empty(count * comm.size, dtype)
+    for where in (home, np.empty_like(home)):
+        for turn in range(3):
+            rows = [numbers(7 * turn + rank, count * comm.size, dtype) for rank in range(comm.size)]
+            wide = "float32" if dtype == "float16" else dtype
+            total = rows[0].astype(wide)
+            for row in rows[1:]:
+                ufunc(total, row.astype(wide), out=total)
+            total = total.astype(dtype)
+            blocks = np.stack(rows).reshape(comm.size, comm.size, count)
+            mine = slice(comm.rank * count, (comm.rank + 1) * count)
+
+            where[...] = rows[comm.rank]
+            assert bits(comm.all_reduce_shared(where, op)) == bits(total)
+            assert bits(comm.all_reduce(where, op)) == bits(total)
+            assert bits(comm.reduce_scatter(where, op)) == bits(total[mine])
+            assert bits(comm.all_to_all(where)) == bits(blocks[:, comm.rank].reshape(-1))
+            assert bits(comm.all_gather(where)) == bits(np.concatenate(rows))
+            assert bits(comm.all_gather(where[mine], out=where)) == bits(
+                np.concatenate([b[i] for i, b in enumerate(blocks)])
+            )
+            where[...] = rows[comm.rank]
+            assert bits(comm.all_reduce(where, op, out=where)) == bits(total)
+
+
+@pytest.mark.parametrize("count", [1, 777, 40_000])
+def test_every_form(bold: Communicator, count: int) -> None:
+    check(bold, count)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "op"), [("float64", "sum"), ("int32", "sum"), ("float16", "sum"), ("float32", "max")]
+)
+def test_dtypes_and_operations(bold: Communicator, dtype: str, op: str) -> None:
+    check(bold, 5000, dtype, op)
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_ranks_without_machine_code_meet_those_with(
+    comm: Communicator, monkeypatch: pytest.MonkeyPatch, who: int
+) -> None:
+    monkeypatch.setattr(node, "CHECKED", 0)
+    if comm.rank % 2 == who:
+        monkeypatch.setattr(parts, "machine_code", lambda: None)
+    other = comm.split(0)
+    assert other is not None
+    try:
+        check(other, 5000)
+    finally:
+        other.close()
+
+
+def test_peers_may_move_their_arrays(bold: Communicator) -> None:
+    """The place that a peer puts aside is looked up in every call; a rank takes turns between two."""
+    count = 3000
+    arrays = [bold.empty(count) for _ in range(2)]
+    for turn in range(8):
+        mine = arrays[(turn >> bold.rank % 3) % 2]
+        mine[...] = numbers(turn + bold.rank, count, "float32")
+        expected = [numbers(turn + rank, count, "float32") for rank in range(bold.size)]
+        assert bits(bold.all_gather(mine, algorithm="window")) == bits(np.concatenate(expected))
+
+
+def test_works_under_way_are_finished_before(bold: Communicator) -> None:
+    count = 20_000
+    first, second = bold.empty(count), bold.empty(count)
+    for turn in range(4):
+        first[...] = turn + bold.rank
+        second[...] = 1
+        work = bold.all_reduce_async(first, out=first)
+        bold.all_reduce(second, out=second)
+        work.wait()
+        assert (second == bold.size).all()
+        assert (first == turn * bold.size + bold.size * (bold.size - 1) / 2).all()
+
+
+def test_a_late_rank_is_waited_for(bold: Communicator) -> None:
+    mine = bold.empty(10_000)
+    for turn in range(4):
+        mine[...] = 1
+        if turn % bold.size == bold.rank:
+            time.sleep(0.05)
+        bold.all_reduce(mine, out=mine)
+        assert (mine == bold.size).all()
+
+
+def test_another_collective_is_told(bold: Communicator) -> None:
+    """Also when nothing is compared in advance: whoever meets sees that the other one does something else."""
+    if bold.size == 1:
+        pytest.skip("nobody to differ from")
+    mine = bold.empty(10_000)
+    for _ in range(3):
+        mine[...] = 1
+        bold.all_reduce(mine, out=mine)
+        bold.reduce_scatter(mine)
+    with pytest.raises(CollectiveMismatch, match=r"reduce_scatter.*all_reduce|all_reduce.*reduce_scatter"):
+        if bold.rank == 0:
+            bold.all_reduce(mine, out=mine)
+        else:
+            bold.reduce_scatter(mine)
+        bold.barrier()
