@@ -18,9 +18,9 @@ import numpy as np
 from dtrain.collectives.dtypes import address
 from dtrain.collectives.machine_code import Function, crew_words, machine_code
 from dtrain.collectives.transport import Segment
-from dtrain.collectives.waiting import BELL, CROWDED_TRIES, ORDERED_STORES, TRIES, Patience
+from dtrain.collectives.waiting import BELL, CROWDED_TRIES, ORDERED_STORES, TRIES, Patience, nap
 
-SLEEP, SHORT_SLEEP = 20_000_000, 100_000  # ns without a look: where nothing waits to be helped along, and where it does
+SLEEP = 20_000_000  # ns without a look, where nothing waits to be helped along
 
 # Some of the other ranks, with their words.
 Peers = list[tuple[int, memoryview]]
@@ -100,10 +100,12 @@ class Flags:
         if found < 0:
             began = time.monotonic()
             help_along = check()
-            sleep = SLEEP if help_along is None else SHORT_SLEEP
+            waited = 0.0
             while True:
+                sleep = SLEEP
                 if help_along is not None:
                     help_along()
+                    sleep = int(1e9 * nap(waited))
                 found = self._await(self._tired_crew, 8 * index, number, 8 * slot, signature, sleep)
                 if found >= 0:
                     break

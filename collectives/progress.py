@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 from weakref import WeakSet
 
-from dtrain.collectives.waiting import LIMIT, NAPS, YIELD_SECONDS, hand_over
+from dtrain.collectives.waiting import LIMIT, YIELD_SECONDS, hand_over, nap
 
 if TYPE_CHECKING:
     from dtrain.collectives.background import Background
@@ -117,10 +117,9 @@ def _patiently(done: Callable[[], bool]) -> None:
     Here and not in `waiting.py`: without a limit of its own, the watchdog must see it, as a call of the library.
     """
     began = time.monotonic()
-    naps = 0
     while not done():
-        if time.monotonic() - began < YIELD_SECONDS:
+        waited = time.monotonic() - began
+        if waited < YIELD_SECONDS:
             hand_over()
-            continue
-        time.sleep(NAPS[naps > 100])
-        naps += 1
+        else:
+            time.sleep(nap(waited))
