@@ -67,9 +67,10 @@ class Job:
     def meet(self, number: int, source: Array, target: Array) -> None:
         """Collective `number`, whose record is written; source and target are flat."""
         node = self._node
-        both = address(source), address(target)
-        for table, word, of_target, nbytes in self._aims:
-            table[word] = both[of_target] + nbytes
+        if self._aims:
+            both = address(source), address(target)
+            for table, word, of_target, nbytes in self._aims:
+                table[word] = both[of_target] + nbytes
         if not self._fused or not node.alone(number):
             self._step_by_step(number, source, target)
             return
