@@ -34,14 +34,13 @@ class Algorithm(NamedTuple):
     start: Callable[[Call], Request] | None = None  # the non-blocking form, if there is one
 
 
-# Arrays from elsewhere: up to here through the staging, above by the MPI library, whose one copy through the kernel
-# beats two once they leave the caches. Measured with MPICH 5.0 at 2 and 8 ranks on 2 cores.
-STAGED_BYTES = 128 << 20  # all_reduce: all ranks' arrays together
-STAGED_SCATTER_BYTES = 32 << 20  # reduce_scatter likewise; of more than two ranks half of it
+# Arrays from elsewhere: what is added up goes through the staging. What is moved goes there up to here, above by the
+# MPI library, whose one copy through the kernel beats two once they leave the caches. Measured with MPICH 5.0 at 2, 4
+# and 8 ranks on 2 cores.
 STAGED_PAIR_BYTES = 128 * 1024  # results that are moved between two ranks
 STAGED_PAIR_BROADCAST_BYTES = 64 * 1024  # one rank copies while the other waits
 STAGED_LONG_BYTES = 64 << 20  # between more: one copy into the staging serves all; and reduce, slow in the libraries
-STAGED_ALL_TO_ALL_BYTES = 512 * 1024
+STAGED_PAIR_ALL_TO_ALL_BYTES, STAGED_ALL_TO_ALL_BYTES = 512 * 1024, 1 << 20
 
 # Arrays in the window: above this length straight from there. What is moved, and reduce_scatter, needs one
 # synchronisation in the staging and two in the window; that costs as much as copying 128-256 KiB (2 and 8 ranks on 2
@@ -123,22 +122,9 @@ def _long_all_to_all(call: Call) -> bool:
     return not _even_on_node(call) or _long_gather(call)
 
 
-def _through_staging(call: Call, limit: int) -> bool:
-    """What is short, and what the MPI library cannot reduce."""
-    return call.source.nbytes <= limit or not call.transport.reduces(call.op, call.source)
-
-
-def _short_all_reduce(call: Call) -> bool:
-    return _through_staging(call, STAGED_BYTES // call.transport.size)
-
-
-def _short_reduce_scatter(call: Call) -> bool:
-    size = call.transport.size
-    return _through_staging(call, STAGED_SCATTER_BYTES // (size if size == 2 else 2 * size))
-
-
 def _short_reduce(call: Call) -> bool:
-    return _through_staging(call, STAGED_LONG_BYTES)
+    """What is short, and what the MPI library cannot reduce."""
+    return call.source.nbytes <= STAGED_LONG_BYTES or not call.transport.reduces(call.op, call.source)
 
 
 def _short_move(call: Call, nbytes: int) -> bool:
@@ -150,7 +136,8 @@ def _short_gather(call: Call) -> bool:
 
 
 def _short_all_to_all(call: Call) -> bool:
-    return sum(call.counts) * call.source.itemsize <= STAGED_ALL_TO_ALL_BYTES
+    limit = STAGED_PAIR_ALL_TO_ALL_BYTES if call.transport.size == 2 else STAGED_ALL_TO_ALL_BYTES
+    return sum(call.counts) * call.source.itemsize <= limit
 
 
 def _short_broadcast(call: Call) -> bool:
@@ -202,7 +189,7 @@ ALL_REDUCE: dict[str, Algorithm] = {
     "copy": COPY,
     "hierarchical": _hierarchical(ways.hierarchical_all_reduce, hierarchy_volumes.all_reduce, _far),
     "window": _window(ways.window_all_reduce, volumes.window_all_reduce, _in_place_in_window, _long_reduce),
-    "staged": Algorithm(ways.staged_all_reduce, _on_node, _short_all_reduce, volumes.staged_all_reduce),
+    "staged": Algorithm(ways.staged_all_reduce, _on_node, _always, volumes.staged_all_reduce),
     "native": Algorithm(ways.native_all_reduce, _reduces, _always, volumes.least_all_reduce, ways.start_all_reduce),
     "exchange": Algorithm(ways.exchange_all_reduce, _several, _always, volumes.exchange_all_reduce),
 }
@@ -211,7 +198,7 @@ REDUCE_SCATTER: dict[str, Algorithm] = {
     "copy": COPY,
     "hierarchical": _hierarchical(ways.hierarchical_reduce_scatter, hierarchy_volumes.reduce_scatter),
     "window": _window(ways.window_reduce_scatter, volumes.window_reduce_scatter, preferred=_long),
-    "staged": Algorithm(ways.staged_reduce_scatter, _on_node, _short_reduce_scatter, volumes.staged_reduce_scatter),
+    "staged": Algorithm(ways.staged_reduce_scatter, _on_node, _always, volumes.staged_reduce_scatter),
     "native": Algorithm(
         ways.native_reduce_scatter, _reduces, _always, volumes.least_reduce_scatter, ways.start_reduce_scatter
     ),

@@ -1,9 +1,13 @@
 """Collectives through the staging, prepared: `staged.py` in chunks whose parts (`parts.py`) are made before.
 
 copy into my slot -> ARRIVED -> copy or add up out of the slots
+
+All chunks of one length have the same two jobs, one for each half of the staging; where a chunk begins, its source and
+target begin.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -22,59 +26,59 @@ from dtrain.collectives.sums import owned
 _OCTET = np.dtype(np.uint8)
 
 
-def _in_chunks(node: Node, record: Record, chunks: Sequence[Sequence[Job]]) -> Run:
-    """One collective a chunk; a chunk has a job for each half of the staging."""
+# (lengths of a chunk, number of the half) -> what is done with it
+Make = Callable[[tuple[int, ...], int], Job]
+
+
+def _in_chunks(node: Node, record: Record, counts: Sequence[int], most: int, dtype: np.dtype[Any], make: Make) -> Run:
+    """One collective for each `most` of all counts; they are in elements of this dtype."""
+    known: dict[tuple[int, ...], list[Job]] = {}
+    chunks = []
+    for begin in range(0, max(counts), most):
+        lengths = tuple(max(0, min(most, count - begin)) for count in counts)
+        if lengths not in known:
+            known[lengths] = [make(lengths, half) for half in (0, 1)]
+        chunks.append((begin, known[lengths]))
 
     def run(source: Array, target: Array) -> None:
-        for jobs in chunks:
+        source, target = source.view(dtype), target.view(dtype)
+        for begin, jobs in chunks:
             number = node.begin_record(record)
-            jobs[node.next_half(number)].meet(number, source, target)
+            jobs[node.next_half(number)].meet(number, source[begin:], target[begin:])
 
     return run
 
 
 def staged_all_gather(call: Call) -> Run:
     """Target = the sources of all ranks, one after another."""
-    node, item = call.stage, call.source.itemsize
-    mine = node.rank
-    lengths = [count * item for count in call.counts]
+    node, item, mine = call.stage, call.source.itemsize, call.stage.rank
     record = records.record("all_gather", "staged", "", None, 0, NO_PLACE, hash((tuple(call.counts), -1)))
-    offsets = starts(lengths)
-    chunks = []
-    for begin in range(0, max(lengths), STAGE_BYTES):
-        parts = [max(0, min(STAGE_BYTES, length - begin)) for length in lengths]
-        jobs = []
-        for half in (0, 1):
-            slots = [address(slot) for slot in node.slots(half, _OCTET)]
-            rows = [(rank, offsets[rank] + begin, part) for rank, part in enumerate(parts) if part]
-            fetch = [(slots[rank], 0, to, part) if rank != mine else (0, begin, to, part) for rank, to, part in rows]
-            jobs.append(Job(node, copies([(0, begin, 0, parts[mine])], into=slots[mine]), copies(fetch), two=False))
-        chunks.append(jobs)
-    return _in_chunks(node, record, chunks)
+    counts = [count * item for count in call.counts]
+    offsets = starts(counts)
+
+    def make(lengths: tuple[int, ...], half: int) -> Job:
+        slots = [address(slot) for slot in node.slots(half, _OCTET)]
+        own = (0, 0, 0, lengths[mine])
+        rows = [(slots[rank] * (rank != mine), 0, offsets[rank], part) for rank, part in enumerate(lengths) if part]
+        return Job(node, copies([own], into=slots[mine]), copies(rows), two=False)
+
+    return _in_chunks(node, record, counts, STAGE_BYTES, _OCTET, make)
 
 
 def staged_all_to_all(call: Call) -> Run:
     """Target = the blocks for this rank of all sources, all of one length."""
     node, size, mine = call.stage, call.stage.size, call.stage.rank
-    length = call.counts[0] * call.source.itemsize
-    portion = STAGE_BYTES // size
+    length, portion = call.counts[0] * call.source.itemsize, STAGE_BYTES // size
     record = records.record("all_to_all", "staged", "", None, 0, NO_PLACE, length)
-    chunks = []
-    for begin in range(0, length, portion):
-        part = min(portion, length - begin)
-        jobs = []
-        for half in (0, 1):
-            slots = [address(slot) for slot in node.slots(half, _OCTET)]
-            give = [(0, other * length + begin, other * portion, part) for other in range(size) if other != mine]
-            fetch = [
-                (slots[other], mine * portion, other * length + begin, part)
-                if other != mine
-                else (0, mine * length + begin, mine * length + begin, part)
-                for other in range(size)
-            ]
-            jobs.append(Job(node, copies(give, into=slots[mine]), copies(fetch), two=False))
-        chunks.append(jobs)
-    return _in_chunks(node, record, chunks)
+
+    def make(lengths: tuple[int, ...], half: int) -> Job:
+        slots, part = [address(slot) for slot in node.slots(half, _OCTET)], lengths[0]
+        give = [(0, rank * length, rank * portion, part) for rank in range(size) if rank != mine]
+        rows = [(slots[rank], mine * portion, rank * length, part) for rank in range(size) if rank != mine]
+        rows.append((0, mine * length, mine * length, part))
+        return Job(node, copies(give, into=slots[mine]), copies(rows), two=False)
+
+    return _in_chunks(node, record, [length], portion, _OCTET, make)
 
 
 def staged_broadcast(call: Call) -> Run:
@@ -104,29 +108,26 @@ def staged_broadcast(call: Call) -> Run:
 
 def staged_reduce_scatter(call: Call) -> Run:
     """Target = the sum of the ranks' blocks of this rank; my own block comes straight from the source."""
-    node, size, mine = call.stage, call.stage.size, call.stage.rank
-    dtype, count, counts = call.source.dtype, call.source.size, list(call.counts)
-    item = dtype.itemsize
-    portion = STAGE_BYTES // item // size
-    record = records.record("reduce_scatter", "staged", call.op, dtype, count, NO_PLACE, hash(tuple(counts)))
+    node, mine = call.stage, call.stage.rank
+    dtype, counts = call.source.dtype, list(call.counts)
+    item, portion = dtype.itemsize, STAGE_BYTES // dtype.itemsize // node.size
+    extra = hash(tuple(counts))
+    record = records.record("reduce_scatter", "staged", call.op, dtype, call.source.size, NO_PLACE, extra)
     offsets = starts(counts)
-    chunks = []
-    for begin in range(0, max(counts), portion):
-        lengths = [max(0, min(portion, length - begin)) for length in counts]
-        jobs = []
-        for half in (0, 1):
-            slots = node.slots(half, dtype)
-            give = [
-                (0, (offsets[other] + begin) * item, other * portion * item, lengths[other] * item)
-                for other in range(size)
-                if other != mine
-            ]
-            inputs: list[Array | Own] = [slot[mine * portion :][: lengths[mine]] for slot in slots]
-            inputs[mine] = Own(False, offsets[mine] + begin)
-            add = added(OPERATIONS[call.op], dtype, lengths[mine], inputs, [Own(True, begin)])
-            jobs.append(Job(node, copies(give, into=address(slots[mine])), add, two=False))
-        chunks.append(jobs)
-    return _in_chunks(node, record, chunks)
+
+    def make(lengths: tuple[int, ...], half: int) -> Job:
+        slots, length = node.slots(half, dtype), lengths[mine]
+        rows = [
+            (0, offsets[rank] * item, rank * portion * item, part * item)
+            for rank, part in enumerate(lengths)
+            if rank != mine
+        ]
+        inputs: list[Array | Own] = [slot[mine * portion :][:length] for slot in slots]
+        inputs[mine] = Own(False, offsets[mine])
+        add = added(OPERATIONS[call.op], dtype, length, inputs, [Own(True, 0)])
+        return Job(node, copies(rows, into=address(slots[mine])), add, two=False)
+
+    return _in_chunks(node, record, counts, portion, dtype, make)
 
 
 def staged_all_reduce(call: Call) -> Run | None:
@@ -137,26 +138,19 @@ def staged_all_reduce(call: Call) -> Run | None:
         return None
     item = dtype.itemsize
     record = records.record("all_reduce", "staged", call.op, dtype, count, NO_PLACE, -1)
-    chunk = STAGE_BYTES // item
-    chunks = []
-    for begin in range(0, count, chunk):
-        length = min(chunk, count - begin)
-        ends = [owned(length, rank, node.size) for rank in range(node.size)]
+
+    def make(lengths: tuple[int, ...], half: int) -> Job:
+        slots = node.slots(half, dtype)
+        ends = [owned(lengths[0], rank, node.size) for rank in range(node.size)]
         start, stop = ends[mine]
-        others = [(rank, *end) for rank, end in enumerate(ends) if rank != mine and end[0] < end[1]]
-        jobs = []
-        for half in (0, 1):
-            slots = node.slots(half, dtype)
-            places = [address(slot) for slot in slots]
-            give = [(0, (begin + first) * item, first * item, (last - first) * item) for _, first, last in others]
-            inputs: list[Array | Own] = [slot[start:stop] for slot in slots]
-            inputs[mine] = Own(False, begin + start)
-            outputs: list[Array | Own] = [slots[mine][start:stop], Own(True, begin + start)]
-            fetch = [
-                (places[rank], first * item, (begin + first) * item, (last - first) * item)
-                for rank, first, last in others
-            ]
-            add = added(OPERATIONS[call.op], dtype, stop - start, inputs, outputs)
-            jobs.append(Job(node, copies(give, into=places[mine]), add, copies(fetch)))
-        chunks.append(jobs)
-    return _in_chunks(node, record, chunks)
+        others = [
+            (rank, first * item, (last - first) * item) for rank, (first, last) in enumerate(ends) if rank != mine
+        ]
+        give = [(0, first, first, length) for _, first, length in others]
+        fetch = [(address(slots[rank]), first, first, length) for rank, first, length in others]
+        inputs: list[Array | Own] = [slot[start:stop] for slot in slots]
+        inputs[mine] = Own(False, start)
+        add = added(OPERATIONS[call.op], dtype, stop - start, inputs, [slots[mine][start:stop], Own(True, start)])
+        return Job(node, copies(give, into=address(slots[mine])), add, copies(fetch))
+
+    return _in_chunks(node, record, [count], STAGE_BYTES // item, dtype, make)

@@ -52,7 +52,7 @@ def check(comm: Communicator, count: int, dtype: str = "float32", op: str = "sum
             assert bits(comm.all_reduce(where, op, out=where)) == bits(total)
 
 
-@pytest.mark.parametrize("count", [1, 777, 40_000])
+@pytest.mark.parametrize("count", [1, 777, 40_000, 300_001])
 def test_every_form(bold: Communicator, count: int) -> None:
     check(bold, count)
 
