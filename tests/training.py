@@ -1,12 +1,12 @@
 """Tiny runs for tests of layouts: a configuration, a trainer on given ranks, and what came out."""
 
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 
-from dtrain.collectives import Communicator
+from dtrain.collectives import Communicator, single
 from dtrain.config import Config
 from dtrain.launch.assembly import assemble
 from dtrain.trainer import StepRecord, Trainer
@@ -57,3 +57,36 @@ def losses(records: list[StepRecord]) -> Any:
 def parameters(trainer: Trainer) -> dict[str, Any]:
     """Copies of the parameters."""
     return {name: parameter.data.copy() for name, parameter in trainer.model.named_parameters().items()}
+
+
+class Alone(NamedTuple):
+    """What one process made of a configuration."""
+
+    losses: Any  # and gradient norms, (steps, 2)
+    validation: list[float]
+    parameters: dict[str, Any]
+
+
+_alone: dict[bytes, Alone] = {}
+
+
+def alone(comm: Communicator, **sections: Any) -> Alone:
+    """The reference: `config(**sections)` trained to its end on one process. Collective.
+
+    Rank 0 trains, once for all tests of this mpirun, and tells the others: on cores that all ranks share, the same run
+    on each of them would take as many times as long.
+    """
+    asked = msgspec.json.encode(config(**sections))
+    if asked not in _alone:
+        told = None
+        if comm.rank == 0:
+            mine = trainer(single(), **sections)
+            records = list(mine.run())
+            validation = [record.validation_loss for record in records if record.validation_loss is not None]
+            shapes = {name: (values.shape, str(values.dtype)) for name, values in parameters(mine).items()}
+            told = (losses(records).tolist(), validation, shapes)  # Python writes all digits
+        numbers, validation, shapes = comm.broadcast_object(told)
+        own = parameters(mine) if comm.rank == 0 else {name: np.empty(*shapes[name]) for name in shapes}
+        whole = {name: comm.broadcast(values) for name, values in own.items()}
+        _alone[asked] = Alone(np.array(numbers), validation, whole)
+    return _alone[asked]

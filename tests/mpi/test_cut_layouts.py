@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dtrain.collectives import Communicator, single
+from dtrain.collectives import Communicator
 from tests import training
 
 GPT: dict[str, Any] = {"kind": "gpt", "layers": 4, "dim": 32, "heads": 4, "sequence": 16}
-TRAIN: dict[str, Any] = {"steps": 3, "micro_batch": 2, "global_batch": 24}
+TRAIN: dict[str, Any] = {"steps": 2, "micro_batch": 2, "global_batch": 8, "validate": {"every": 2, "batches": 1}}
 
 
 def train(comm: Communicator, **sections: Any) -> Any:
@@ -23,9 +23,9 @@ def train(comm: Communicator, **sections: Any) -> Any:
 
 def compare(comm: Communicator, **sections: Any) -> Any:
     mine, losses, validation = train(comm, **sections)
-    _, expected, expected_validation = train(single())
-    np.testing.assert_allclose(losses, expected, rtol=1e-10)
-    np.testing.assert_allclose(validation, expected_validation, rtol=1e-10)
+    expected = training.alone(comm, model=GPT, train={**sections.get("train", TRAIN), "micro_batch": 4})
+    np.testing.assert_allclose(losses, expected.losses, rtol=1e-10)
+    np.testing.assert_allclose(validation, expected.validation, rtol=1e-10)
     return mine
 
 
@@ -34,7 +34,7 @@ def compare(comm: Communicator, **sections: Any) -> Any:
 def test_zero(comm: Communicator, stage: int, replicate: bool) -> None:
     if 24 % comm.size:
         pytest.skip(f"24 samples do not divide over {comm.size} ranks")
-    train = {**TRAIN, "micro_batch": next(size for size in (4, 3, 2, 1) if 24 // comm.size % size == 0)}
+    train = {**TRAIN, "global_batch": 24, "micro_batch": next(n for n in (4, 3, 2, 1) if 24 // comm.size % n == 0)}
     trainer = compare(comm, parallel={"data_parallel": f"zero{stage}", "replicate": replicate}, train=train)
     if comm.size > 1:
         assert all(group.is_shared != replicate for group in trainer.flat.groups)
@@ -79,7 +79,8 @@ def test_three_dimensions(comm: Communicator, data_parallel: str) -> None:
 
 
 def test_ranks_that_share_see_what_one_writes(comm: Communicator) -> None:
-    trainer = training.trainer(comm, model=GPT, train={**TRAIN, "micro_batch": 1}, parallel={"data_parallel": "zero3"})
+    train = {**TRAIN, "global_batch": comm.size, "micro_batch": 1}
+    trainer = training.trainer(comm, model=GPT, train=train, parallel={"data_parallel": "zero3"})
     if comm.size == 1:
         pytest.skip("one rank shares with nobody")
     group = trainer.flat.groups[0]

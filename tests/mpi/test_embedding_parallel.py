@@ -1,11 +1,8 @@
 """Tables cut over real processes: the losses, and the parts of the tables, are those of one process."""
 
-import functools
-
 import numpy as np
 import pytest
 
-from dtrain.collectives import single
 from tests import training
 
 CATEGORIES = ["rate_marriage", "religious", "educ", "occupation", "occupation_husb"]
@@ -20,18 +17,13 @@ def sections(ranks, **parallel):
     }
 
 
-@functools.cache
-def reference(ranks):
-    trainer = training.trainer(single(), **sections(ranks))
-    return training.losses(list(trainer.run())), training.parameters(trainer)
-
-
 @pytest.mark.parametrize("embedding", ["table", "row", "column"])
 def test_cut_tables_equal_one_process(comm, embedding):
     pytest.importorskip("statsmodels")
-    losses, values = reference(comm.size)
+    expected = training.alone(comm, **sections(comm.size))
     trainer = training.trainer(comm, **sections(comm.size, embedding=embedding))
-    np.testing.assert_allclose(training.losses(list(trainer.run())), losses, rtol=1e-11)
+    np.testing.assert_allclose(training.losses(list(trainer.run())), expected.losses, rtol=1e-11)
     for block in trainer._blocks()["parameter"]:
         part = tuple(slice(a, a + n) for a, n in zip(block.start, block.array.shape, strict=True))
-        np.testing.assert_allclose(block.array, values[block.name][part], rtol=1e-8, atol=1e-11, err_msg=block.name)
+        whole = expected.parameters[block.name]
+        np.testing.assert_allclose(block.array, whole[part], rtol=1e-8, atol=1e-11, err_msg=block.name)

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dtrain.collectives import Communicator, single
+from dtrain.collectives import Communicator
 from tests import training
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -37,7 +37,6 @@ def fits(comm: Communicator) -> None:
 
 
 def train(comm: Communicator, steps: int, data_parallel: str = "ddp", portions: int = 2, **sections: Any) -> Any:
-    sections = {**sections}
     sections["train"] = {**sections.get("train", {}), "steps": steps, "micro_batch": micro_batch(comm, portions)}
     sections["parallel"] = {"data_parallel": data_parallel, "bucket_mb": 0.05}
     trainer = training.trainer(comm, **sections)
@@ -45,15 +44,20 @@ def train(comm: Communicator, steps: int, data_parallel: str = "ddp", portions: 
     return trainer, training.losses(records), [r.validation_loss for r in records if r.validation_loss is not None]
 
 
+def alone(comm: Communicator, steps: int, **sections: Any) -> training.Alone:
+    sections["train"] = {**sections.get("train", {}), "steps": steps, "micro_batch": 12}
+    return training.alone(comm, **sections)
+
+
 @pytest.mark.parametrize("data_parallel", ["naive", "ddp"])
 @pytest.mark.parametrize("name", MODELS)
 def test_n_ranks_equal_one_process(comm: Communicator, name: str, data_parallel: str) -> None:
     fits(comm)
-    mine, losses, validation = train(comm, 10, data_parallel, **MODELS[name])
-    reference, expected, expected_validation = train(single(), 10, **MODELS[name])
-    np.testing.assert_allclose(losses, expected, rtol=1e-10)
-    np.testing.assert_allclose(validation, expected_validation, rtol=1e-10)
-    for name, parameter in training.parameters(reference).items():
+    mine, losses, validation = train(comm, 5, data_parallel, **MODELS[name])
+    reference = alone(comm, 5, **MODELS[name])
+    np.testing.assert_allclose(losses, reference.losses, rtol=1e-10)
+    np.testing.assert_allclose(validation, reference.validation, rtol=1e-10)
+    for name, parameter in reference.parameters.items():
         np.testing.assert_allclose(training.parameters(mine)[name], parameter, rtol=1e-8, atol=1e-10, err_msg=name)
 
 
@@ -61,7 +65,7 @@ def test_n_ranks_equal_one_process(comm: Communicator, name: str, data_parallel:
 def test_fifty_steps_of_all_ranks_agree_with_one(comm: Communicator, dtype: str, tolerance: float) -> None:
     fits(comm)
     _, losses, _ = train(comm, 50, train={"dtype": dtype})
-    _, expected, _ = train(single(), 50, train={"dtype": dtype})
+    expected = alone(comm, 50, train={"dtype": dtype}).losses
     np.testing.assert_allclose(losses[:, 0], expected[:, 0], rtol=tolerance)
     assert expected[-1, 0] < expected[0, 0] - 1, "the test is void if the model does not learn"
 
