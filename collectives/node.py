@@ -113,6 +113,7 @@ class Node:
         self._enqueued = 0  # the last work
         self.closed = False
         self._computing = threading.RLock()  # held by the thread that takes works from `_pending`
+        self._at_work = False  # one of them is computed, maybe by the other thread
 
         def share(nbytes: int) -> Segment:
             self._meet()
@@ -274,7 +275,9 @@ class Node:
 
     def alone(self, number: int) -> bool:
         """Whether this collective is neither compared nor has works before it: machine code may do it in one go."""
-        return number > self.traced and not self._pending
+        return (
+            number > self.traced and not self._pending and not self._at_work
+        )  # in this order: `_compute` in the other
 
     def complete(self, number: int) -> None:
         """Compute the parts of all works up to this number, waiting for the peers where needed."""
@@ -288,9 +291,11 @@ class Node:
         self.await_arrived(work.number, work.sources)
         if not self._pending or self._pending[0] is not work:
             return  # done by `progress` within the wait
+        self._at_work = True
         self._pending.popleft()  # first: what fails is not tried again
         work.compute()
         self.reduced(work.number)
+        self._at_work = False
 
     # Staging
 

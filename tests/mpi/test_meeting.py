@@ -2,11 +2,12 @@
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 
-from dtrain.collectives import Communicator, flags, node, parts
+from dtrain.collectives import Communicator, flags, node, parts, window
 from dtrain.collectives.waiting import CollectiveMismatch
 from tests.collective_cases import bits
 
@@ -111,6 +112,40 @@ def test_works_under_way_are_finished_before(comm: Communicator, monkeypatch: py
         assert (first == turn * bold.size + bold.size * (bold.size - 1) / 2).all()
     del first, second
     bold.close()
+
+
+def test_a_work_that_the_thread_computes_is_waited_for(
+    bold: Communicator, comm: Communicator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no longer among those still to be computed, and not finished: REDUCED must not be raised beyond it."""
+    reduce = window.reduce_in_place
+
+    def slowly(*arguments: Any) -> None:
+        if comm.rank == 0:
+            time.sleep(0.1)
+        reduce(*arguments)
+
+    count = 20_000
+    first, second = bold.empty(count), bold.empty(count)
+    second[...] = 1
+    for _ in range(2):
+        bold.all_reduce(second, out=second)
+    monkeypatch.setattr(window, "reduce_in_place", slowly)
+    comm.use_progress_thread(True)
+    try:
+        for turn in range(3):
+            first[...] = turn + bold.rank
+            second[...] = 1
+            bold.barrier()
+            time.sleep(0 if bold.rank == 0 else 0.01)  # so rank 0 cannot compute its slice when it starts the work
+            work = bold.all_reduce_async(first, out=first)
+            time.sleep(0.03)  # the thread of rank 0 is at it
+            bold.all_reduce(second, out=second)
+            work.wait()
+            assert (second == bold.size).all()
+            assert (first == turn * bold.size + bold.size * (bold.size - 1) / 2).all()
+    finally:
+        comm.use_progress_thread(False)
 
 
 def test_a_late_rank_is_waited_for(bold: Communicator) -> None:
