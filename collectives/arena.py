@@ -13,6 +13,7 @@ unmaps all segments; one with living arrays on any rank stays mapped until the p
 points to nowhere.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,6 +33,12 @@ KNOWN_PARTS = 4096
 Place = tuple[int, int]
 
 
+def _root(array: Array) -> object:
+    """What owns the memory; NumPy keeps chains of views short."""
+    root: object = array.base
+    return root.base if isinstance(root, np.ndarray) else root
+
+
 class Block:
     """The owner of a piece of shared memory, at the root of the `base` chain of every array that lies in it."""
 
@@ -47,6 +54,19 @@ class Block:
 
     def __del__(self) -> None:
         self._dead.add(self._key)  # nothing else: this may run inside any other code
+
+
+class _Kept:
+    """Memory of a peer, with what keeps its place from being used for something else."""
+
+    def __init__(self, octets: Array, keeper: Array) -> None:
+        self.__array_interface__ = octets.__array_interface__
+        self._keeper = keeper
+
+
+def with_keeper(array: Array, keeper: Array) -> Array:
+    """The flat array of a peer, safe for as long as somebody has it: its place is that of `keeper`, which is mine."""
+    return np.asarray(_Kept(array.view(np.uint8), keeper)).view(array.dtype)
 
 
 class Arena:
@@ -84,11 +104,15 @@ class Arena:
         block = Block(self, segment, offset, size, address(part) + offset)
         return np.asarray(block)[SKEW : SKEW + nbytes].view(dtype).reshape(shape)
 
+    def at_death(self, array: Array, do: Callable[[], object]) -> None:
+        """`do` when the block in which this array lies dies on this rank."""
+        root = _root(array)
+        assert isinstance(root, Block)
+        weakref.finalize(root, do).atexit = False
+
     def place(self, array: Array) -> Place | None:
         """Where a C-contiguous array lies, or None when it is not in this arena."""
-        root: object = array.base
-        if isinstance(root, np.ndarray):
-            root = root.base
+        root = _root(array)
         if not isinstance(root, Block) or root.arena is not self or not array.flags.c_contiguous:
             return None
         return root.segment, address(array) - root.address + root.offset

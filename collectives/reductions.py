@@ -3,13 +3,14 @@
 The methods `_..._call` bring arguments into the form of a `Call`; the non-blocking twins use the same ones.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from dtrain.collectives import algorithms
-from dtrain.collectives.arena import Place
+from dtrain.collectives.arena import Place, with_keeper
 from dtrain.collectives.call import Call
 from dtrain.collectives.counters import Volume
 from dtrain.collectives.device import on_gpu
@@ -43,8 +44,9 @@ class Reductions(Group):
 
     def __init__(self, transport: Transport, timeout: float | None = None, progress: Progress | None = None) -> None:
         super().__init__(transport, timeout, progress)
-        self._shared_results: dict[tuple[Place | None, int, np.dtype[Any]], tuple[Array, Array]] = {}
-        self._shared_runs: dict[tuple[Place, int, np.dtype[Any], str], SharedSum] = {}
+        # Until the arrays at these places die (None: elsewhere); the home of copies, if any, and the result.
+        self._shared_results: dict[Hashable, tuple[Array | None, Array]] = {}
+        self._shared_runs: dict[Hashable, SharedSum] = {}
 
     def close(self) -> None:
         """Give all memory and handles back; the communicator is not used afterwards.
@@ -99,19 +101,23 @@ class Reductions(Group):
             return None
         key = (place, source.size, source.dtype)
         if key not in self._shared_results:
-            home = node.arena.allocate((source.size,), source.dtype)
-            result = node.arena.allocate((source.size,), source.dtype)
-            self._shared_results[key] = (source if place is not None else home, result)
+            home = node.arena.allocate((source.size,), source.dtype) if place is None else None
+            self._shared_results[key] = home, node.arena.allocate((source.size,), source.dtype)
+            if place is not None:
+                node.arena.at_death(source, partial(self._shared_results.pop, key, None))
         home, result = self._shared_results[key]
-        if place is None:
+        if home is not None:
             np.copyto(home, source)
-        at, goal = self._sum_place(home), self._sum_place(result)
+            source = home
+        at, goal = self._sum_place(source), self._sum_place(result)
         assert at is not None and goal is not None
         shared = node.arena.parts(goal, source.size, source.dtype)[0]
         run = window_all_reduce_shared(node, at, op, shared)
-        known = run, shared, window_shared(Call(self.transport, node, home, shared, op))
+        volume = window_shared(Call(self.transport, node, source, shared, op))
+        known = run, with_keeper(shared, result), volume
         if place is not None and len(self._shared_runs) < _KNOWN_FORMS:
-            self._shared_runs[(place, source.size, source.dtype, op)] = known
+            self._shared_runs[(*key, op)] = known
+            node.arena.at_death(source, partial(self._shared_runs.pop, (*key, op), None))
         return known
 
     def reduce_scatter(

@@ -133,3 +133,23 @@ def test_what_watches_for_hangs_keeps_no_arrays(comm: Communicator) -> None:
 def test_a_killed_job_would_leave_no_file(comm: Communicator) -> None:
     comm.barrier()
     assert leftovers.mapped() == set()
+
+
+def test_shared_sums_die_with_their_arrays(comm: Communicator) -> None:
+    """Not before: whoever still has one reads it, also when other arrays came and the communicator is gone."""
+    part = comm.split(0)
+    assert part is not None
+    kept = []
+    for turn in range(20):
+        array = part.empty(1 << 20)
+        array[...] = turn
+        total = part.all_reduce_shared(array)
+        if turn % 8 == 0:
+            kept.append((turn, total[:: 1 << 10]))
+        del array, total
+    node = part.node
+    if node is not None:
+        assert len(node.arena._segments) == 1  # of 64 MiB; all of them together are 160
+    part.close()
+    for turn, view in kept:
+        assert (view == turn * comm.size).all()
