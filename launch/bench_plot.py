@@ -17,6 +17,7 @@ from dtrain.launch.bench_table import BOTH_WAYS, IN_PLACE, Row
 from dtrain.launch.pictures import FONT, GRID, INK, REFERENCE, ticks
 
 PANEL, HEIGHT, LEFT, GAP, TOP, LEGEND, ROW = 330, 240, 70, 76, 70, 190, 340
+LINE, LETTER = 18, 7  # of the legend
 COLOURS = ("#2f6fb5", "#d9662b", "#3a8f5c", "#8a4fb0", "#b8892b", "#c23b6b", "#3aa0a8", "#5c6b2f", "#7a4a2b", "#4a4ad0")
 
 Point = tuple[float, float]
@@ -26,8 +27,11 @@ def svg(result: dict[str, Any]) -> str:
     """The picture of a result (config, header, rows), as text."""
     rows: list[Row] = [row for row in result["rows"] if row.size]
     groups = dict.fromkeys(row.collective for row in rows)
-    width = LEFT + 2 * PANEL + GAP + LEGEND
-    height = TOP + ROW * max(1, len(groups))
+    legends = {name: _legend([row for row in rows if row.collective == name]) for name in groups}
+    longest = max((len(label) for legend in legends.values() for label in legend), default=0)
+    width = LEFT + 2 * PANEL + GAP + max(LEGEND, 46 + LETTER * longest)
+    heights = [max(ROW, 52 + LINE * len(legend)) for legend in legends.values()]
+    height = TOP + (sum(heights) or ROW)
     header = result["header"]
     title = f"{header['ranks']} ranks, {header['cores']} cores, {header['mpi']}"
     parts = [
@@ -39,7 +43,7 @@ def svg(result: dict[str, Any]) -> str:
     ]
     for position, collective in enumerate(groups):
         chosen = [row for row in rows if row.collective == collective]
-        parts += _collective(collective, chosen, TOP + ROW * position)
+        parts += _collective(collective, chosen, TOP + sum(heights[:position]))
     return "\n".join([*parts, "</svg>", ""])
 
 
@@ -57,13 +61,18 @@ def _collective(name: str, rows: Sequence[Row], top: float) -> list[str]:
         lines = [(_points(chosen, value), *styles[key]) for key, chosen in curves.items()]
         lines += [(_points(chosen, value), REFERENCE, "2 3") for chosen in limits.values()]
         parts += _panel(left, top + 22, unit, lines, logarithmic=value is _time)
-    entries = [(f"{algorithm}, {placing}", *styles[algorithm, placing]) for algorithm, placing in curves]
-    entries += [(label, REFERENCE, "2 3") for label in limits]
-    for row_number, (label, colour, dashes) in enumerate(entries):
-        x, y = second + PANEL + 16, top + 34 + 18 * row_number
+    looks = [*styles.values(), *[(REFERENCE, "2 3") for _ in limits]]
+    for row_number, (label, (colour, dashes)) in enumerate(zip(_legend(rows), looks, strict=True)):
+        x, y = second + PANEL + 16, top + 34 + LINE * row_number
         parts.append(f'<path d="M{x} {y}h24" stroke="{colour}" stroke-width="2" stroke-dasharray="{dashes}"/>')
         parts.append(f'<text x="{x + 30}" y="{y + 4}">{escape(label)}</text>')
     return parts
+
+
+def _legend(rows: Sequence[Row]) -> list[str]:
+    """What the curves are called, in their order."""
+    curves = dict.fromkeys(f"{row.algorithm}, {row.placing}" for row in rows)
+    return [*curves, *_limits(rows)]
 
 
 def _points(rows: Sequence[Row], value: Callable[[Row], float]) -> list[Point]:

@@ -32,18 +32,18 @@ def show_collective(
 ) -> None:
     """Print (and write to `output`) the schedule of one algorithm, or with a cluster the times of several.
 
-    algorithm: a name, with a cluster several by commas, or "all".
+    algorithm: a name or file.py:NAME, with a cluster several by commas, or "all".
     """
     if collective not in ALGORITHMS:
         raise UserError(f"{collective}: not a collective; allowed: {', '.join(ALGORITHMS)}")
     rows = dict(ALGORITHMS[collective])
-    if own.is_own(algorithm):
+    names = list(rows) if algorithm == "all" else algorithm.split(",")
+    for name in filter(own.is_own, names):
         try:
-            row = own.load(algorithm)
+            row = own.load(name)
         except ValueError as error:
             raise UserError(f"--algorithm {error}") from None
-        rows[algorithm] = row if isinstance(row, Algorithm) else bind(collective, algorithm, row, ranks).algorithm
-    names = list(rows) if algorithm == "all" else algorithm.split(",")
+        rows[name] = row if isinstance(row, Algorithm) else bind(collective, name, row, ranks).algorithm
     if unknown := [name for name in names if name not in rows]:
         raise UserError(f"--algorithm: {unknown[0]}: not an algorithm of {collective}; allowed: {', '.join(rows)}")
     try:

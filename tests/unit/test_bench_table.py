@@ -217,6 +217,16 @@ def test_the_picture_is_xml_with_a_curve_per_algorithm_and_placing():
     assert ElementTree.fromstring(bench_plot.svg(result())) is not None
 
 
+def test_the_legend_of_many_algorithms_is_within_the_picture():
+    names = [f"an algorithm of a long name {k}" for k in range(20)]
+    rows = [row(2.0, 1 << 10, name, placing, collective="reduce") for name in names for placing in (IN_PLACE, ONE_WAY)]
+    root = ElementTree.fromstring(bench_plot.svg(result(*rows, row(3.0, 1 << 10))))
+    texts = [(each.text, float(each.get("y", 0))) for each in root.iter("{http://www.w3.org/2000/svg}text")]
+    lowest = max(y for text, y in texts if text and text.startswith("an algorithm"))
+    assert lowest < next(y for text, y in texts if text == "all_reduce") < float(root.get("height"))
+    assert float(root.get("width")) > 1000
+
+
 # --- data -------------------------------------------------------------------------------------------------------------
 
 

@@ -90,6 +90,15 @@ def test_command_simulates(tmp_path, capsys):
     assert len([line for line in out.splitlines() if "*" in line]) == 19
 
 
+def test_command_simulates_own_beside_others(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text(CLUSTER)
+    (tmp_path / "mine.py").write_text("from dtrain.collectives.schedules.ring import all_reduce as twin\n")
+    own = f"{tmp_path}/mine.py:twin"
+    show_collective("all_reduce", f"tree,{own},ring", 16, {}, 0, tmp_path / "c.yaml", "1M")
+    head, row = (line.split() for line in capsys.readouterr().out.splitlines()[1:3])
+    assert head == ["bytes", "tree", own, "ring"] and row[-2:] == row[-4:-2]
+
+
 def test_command_mistakes(tmp_path):
     with pytest.raises(UserError, match="all_sum: not a collective; allowed: all_reduce"):
         run(["show", "collective", "all_sum"])
