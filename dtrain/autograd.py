@@ -9,6 +9,8 @@ Invariants:
 - A node refers to the nodes before it, not to their outputs: an array lives on only where a vjp saved it.
 - A leaf's callbacks (`on_gradient`) run when its *last* use has been walked: its gradient is then complete.
 - The graph is freed as it is walked; a second walk is an error unless `retain_graph=True`.
+- A gradient that can be started (`Op.start`: a sum over ranks on other hosts) is under way while the products for the
+  gradients of parameters are computed that came before it on the walk.
 - A leaf with a `buffer` (a slice of a flat gradient buffer) receives its gradient there, without a copy where the vjp
   can write to a given place (`node.into`).
 
@@ -185,12 +187,7 @@ def split_backward(roots: Sequence[tuple[Tensor, Array]]) -> Callable[[], None]:
     finally:
         mode.deferred = before
 
-    def weights() -> None:
-        for work in later:
-            work()
-        later.clear()
-
-    return weights
+    return functools.partial(_run, later)
 
 
 def gradients(
@@ -236,6 +233,7 @@ def _walk(
         _check(node)
     waiting: dict[Node, Array] = {}
     owned: set[Node] = set()  # whose gradient is an array of ours, so that the next one may be added in place
+    meanwhile: list[Callable[[], None]] = []  # to be computed while the next gradient that is started comes
     for tensor, gradient in roots:
         if tensor.node is not None:
             _add(waiting, owned, tensor.node, gradient)
@@ -247,7 +245,7 @@ def _walk(
             for hook in node.hooks:
                 gradient = _replaced(hook(gradient), gradient)
         weights = _put_off(node)
-        for source, result in _results(node, gradient):
+        for source, result in _results(node, gradient, meanwhile):
             if type(source) is not Node:
                 if mode.deferred is not None and result is None:  # recomputed: its parts are put off, and so its end
                     mode.deferred.append(functools.partial(deliver, source, None))  # type: ignore[arg-type]
@@ -258,17 +256,32 @@ def _walk(
             elif source not in waiting:
                 waiting[source] = np.zeros_like(gradient, shape=source.shape, dtype=source.dtype)
                 owned.add(source)
-        if weights is not None and mode.deferred is not None:
-            mode.deferred.append(functools.partial(_weights, node, gradient, weights, deliver, retain_graph))
+        if weights is not None:
+            later = meanwhile if mode.deferred is None else mode.deferred
+            later.append(functools.partial(_weights, node, gradient, weights, deliver, retain_graph))
         elif not retain_graph:
             _free(node)
+    _run(meanwhile)
 
 
-def _results(node: Node, gradient: Array) -> Iterator[tuple[Node | Tensor, Array | None]]:
+def _run(works: list[Callable[[], None]]) -> None:
+    for work in works:
+        work()
+    works.clear()
+
+
+def _results(
+    node: Node, gradient: Array, meanwhile: list[Callable[[], None]]
+) -> Iterator[tuple[Node | Tensor, Array | None]]:
     """What the vjp gives to each of the inputs that need something."""
     if not any(node.needs):
         return
-    results = node.op.vjp(node, gradient)
+    if node.op.start is not None and meanwhile:
+        finish = node.op.start(node, gradient)
+        _run(meanwhile)
+        results = finish()
+    else:
+        results = node.op.vjp(node, gradient)
     if len(results) != len(node.inputs):
         raise GraphError(f"the vjp of {node.describe()} returned {len(results)} gradients, not {len(node.inputs)}")
     for source, needed, shape, result in zip(node.inputs, node.needs, node.shapes, results, strict=True):
@@ -283,13 +296,17 @@ def _results(node: Node, gradient: Array) -> Iterator[tuple[Node | Tensor, Array
 
 def _put_off(node: Node) -> tuple[bool, ...] | None:
     """Take the parameters out of what this node needs now, and return what it needs later; None: nothing."""
-    if mode.deferred is None or not node.op.splits:
+    if not node.op.splits or (mode.deferred is None and not any([_can_start(source) for source in node.inputs])):
         return None
     weights = [needed and source.trained for needed, source in zip(node.needs, node.inputs, strict=True)]
     if not any(weights):
         return None
     node.needs = tuple([needed and not weight for needed, weight in zip(node.needs, weights, strict=True)])
     return tuple(weights)
+
+
+def _can_start(source: Node | Tensor) -> bool:
+    return type(source) is Node and source.op.start is not None
 
 
 def _weights(
@@ -302,7 +319,7 @@ def _weights(
     """The half that was put off: the gradients of the parameters that enter this node."""
     _check(node)
     before, node.needs = node.needs, needs
-    for leaf, result in _results(node, gradient):
+    for leaf, result in _results(node, gradient, []):
         deliver(leaf, result)  # type: ignore[arg-type]
     node.needs = tuple([now or later for now, later in zip(before, needs, strict=True)])
     if not retain_graph:

@@ -10,6 +10,9 @@
     broadcast        root's x ──► all         ◄──── reduce            reduce(x): Σ x at root, 0 elsewhere
     send, recv       x ──► another rank's     ◄──── gradient comes back
 
+Between hosts the sums of the backwards of `copy` and `all_gather` are started, and the walk computes the gradients of
+the weights behind them before it waits (`Op.start`).
+
 Blocks are along a `dim`, cut as everywhere: the first ranks get one more. `length` is that of the whole dim; where it
 is not given although other ranks have the blocks, the ranks ask one another, which costs a small collective.
 
@@ -21,7 +24,7 @@ Reference: Shoeybi et al., Megatron-LM, arXiv:1909.08053, figure 3; Korthikanti 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,6 +60,14 @@ def reduce_scattered(array: Array, comm: Communicator, dim: int, lengths: Sequen
     shapes = [_with(array.shape, dim, length) for length in lengths]
     flat = _blocks_flat(array, dim, lengths)
     return comm.reduce_scatter(flat, counts=[math.prod(shape) for shape in shapes]).reshape(shapes[comm.rank])
+
+
+def start_reduce_scattered(array: Array, comm: Communicator, dim: int, lengths: Sequence[int]) -> Callable[[], Array]:
+    """`reduce_scattered` begun; the function returned waits for it."""
+    shapes = [_with(array.shape, dim, length) for length in lengths]
+    flat = _blocks_flat(array, dim, lengths)
+    work = comm.reduce_scatter_async(flat, counts=[math.prod(shape) for shape in shapes])
+    return lambda: work.wait().reshape(shapes[comm.rank])
 
 
 def exchanged(
@@ -97,14 +108,19 @@ def _joined(flat: Array, shapes: Sequence[Shape], dim: int) -> Array:
 # The table of ops: forward, and the conjugate as its vjp. `a` are the attributes.
 
 
-def _op(name: str, forward: Any, backward: Any) -> Op:
+def _op(name: str, forward: Any, backward: Any, start: Any = None) -> Op:
     return Op(
         name,
         lambda x, **a: (forward(x, **a), None),
         lambda node, g: (backward(g, **node.attributes),),
         ITSELF,
         lambda inputs, output, attributes: 0,
+        start=start and (lambda node, g: _tuple(start(g, **node.attributes))),
     )
+
+
+def _tuple(finish: Callable[[], Array]) -> Callable[[], tuple[Array]]:
+    return lambda: (finish(),)
 
 
 def _same(x: Array, **_: Any) -> Array:
@@ -144,9 +160,15 @@ def _reduce(x: Array, comm: Communicator, root: int) -> Array:
     return np.zeros_like(x) if total is None else total
 
 
+def _start_sum(x: Array, comm: Communicator) -> Callable[[], Array]:
+    return comm.all_reduce_async(x).wait
+
+
 COPY = _op("copy_to_parts", _same, _sum)
+COPY_FAR = _op("copy_to_parts", _same, _sum, _start_sum)
 ALL_REDUCE = _op("all_reduce", _sum, _same)
 ALL_GATHER = _op("all_gather", _gather, _scatter)
+ALL_GATHER_FAR = _op("all_gather", _gather, _scatter, start_reduce_scattered)
 REDUCE_SCATTER = _op("reduce_scatter", _scatter, _gather)
 GATHER = _op("gather_blocks", _gather, _split)
 SPLIT = _op("split_blocks", _split, _gather)
@@ -155,9 +177,15 @@ BROADCAST = _op("broadcast", _broadcast, _reduce)
 REDUCE = _op("reduce", _reduce, _broadcast)
 
 
+def far(comm: Communicator) -> bool:
+    """Whether a sum over these ranks is started in the backward and moves while they compute: between hosts. On one
+    host the cores that compute also move, and it was slower (docs/tensor.md)."""
+    return len(set(comm.hosts)) > 1
+
+
 def copy(x: Tensor, comm: Communicator) -> Tensor:
     """X itself, on all ranks the same; each uses it for a part of the result, so the gradients are summed."""
-    return x if comm.size == 1 else apply(COPY, x, comm=comm)
+    return x if comm.size == 1 else apply(COPY_FAR if far(comm) else COPY, x, comm=comm)
 
 
 def all_reduce(x: Tensor, comm: Communicator) -> Tensor:
@@ -169,7 +197,8 @@ def all_gather(x: Tensor, comm: Communicator, dim: int, length: int | None = Non
     """The blocks of all ranks along dim; each uses the whole for a part of the result."""
     if comm.size == 1:
         return x
-    return apply(ALL_GATHER, x, comm=comm, dim=_dim(x, dim), lengths=_lengths(x, comm, dim, length))
+    op = ALL_GATHER_FAR if far(comm) else ALL_GATHER
+    return apply(op, x, comm=comm, dim=_dim(x, dim), lengths=_lengths(x, comm, dim, length))
 
 
 def reduce_scatter(x: Tensor, comm: Communicator, dim: int) -> Tensor:

@@ -47,3 +47,6 @@ class Op:
     flops: Callable[[tuple[Shape, ...], Shape, dict[str, Any]], int] = _one_per_element
     splits: bool = False
     """Whether the vjp computes for each input only what `node.needs` says, so that two calls share the work."""
+    start: Callable[[Any, Any], Callable[[], tuple[Any, ...]]] | None = None
+    """The vjp begun: (node, g) -> a function that ends it and returns what vjp does. The walk computes in between the
+    gradients of the parameters that this op's output was multiplied with, for which nobody waits."""

@@ -6,9 +6,11 @@ side by side are the whole), 37 (cross-entropy: three all_reduces of b·s, no lo
 gradients per rank are 1/(pp tp)).
 """
 
+import collections
 import functools
 import json
 import math
+import threading
 from typing import Any
 
 import msgspec
@@ -16,12 +18,14 @@ import numpy as np
 import pytest
 
 import dtrain.functional as F
-from dtrain.collectives import run_threads, single
+from dtrain import autograd
+from dtrain.collectives import Communicator, run_threads, single
 from dtrain.collectives.dtypes import cut
 from dtrain.errors import UserError
 from dtrain.strategies.tensor import layers
 from dtrain.tensor import Tensor
 from tests import training
+from tests.nodes_in_threads import run_nodes
 
 GPT: dict[str, Any] = {"kind": "gpt", "layers": 2, "dim": 32, "heads": 4, "sequence": 12, "dropout": 0.1}
 LLAMA = {
@@ -50,10 +54,10 @@ def reference(sections):
     return losses, {name: array for name, array, _ in held}
 
 
-def compare(ranks, name, **parallel):
+def compare(ranks, name, run=run_threads, **parallel):
     sections = {**MODELS[name], "train": TRAIN}
     expected, values = reference(json.dumps(sections))
-    results = run_threads(ranks, train, {**sections, "parallel": parallel})
+    results = run(ranks, train, {**sections, "parallel": parallel})
     seen = {name: np.zeros(value.shape, bool) for name, value in values.items()}
     for losses, held in results:
         np.testing.assert_allclose(losses, expected, rtol=1e-11)
@@ -70,6 +74,35 @@ def compare(ranks, name, **parallel):
 def test_transformers_equal_one_process(name, ranks, sequence):
     """Also where tp divides neither heads nor vocabulary, and where a rank has no heads (llama on 3 and 4)."""
     compare(ranks, name, tp=ranks, sequence=sequence)
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("name", ["gpt", "llama"])
+def test_between_hosts_sums_move_while_weights_get_their_gradients(monkeypatch, name, sequence):
+    """The sum behind each branch's first product is started, and awaited only after the weights' gradients."""
+    events: dict[int, list[str]] = collections.defaultdict(list)  # of each thread, which is a rank
+    started = "reduce_scatter_async" if sequence else "all_reduce_async"
+    start, weights = getattr(Communicator, started), autograd._weights
+
+    def noted_start(comm, array, *args, **options):
+        work = start(comm, array, *args, **options)
+        events[threading.get_ident()].append("start")
+        finish = work.wait
+        work.wait = lambda: (events[threading.get_ident()].append("wait"), finish())[1]
+        return work
+
+    def noted_weights(*args):
+        events[threading.get_ident()].append("weights")
+        weights(*args)
+
+    monkeypatch.setattr(Communicator, started, noted_start)
+    monkeypatch.setattr(autograd, "_weights", noted_weights)
+    compare(2, name, run=lambda ranks, *args: run_nodes(range(ranks), *args), tp=2, sequence=sequence)
+    assert len(events) == 2
+    for each in events.values():
+        begins = [k for k, event in enumerate(each) if event == "start"]
+        assert len(begins) == (5 - sequence) * 4 * TRAIN["steps"], "2 branches of 2 layers, the head; 4 microbatches"
+        assert all(each[k + 1] == "weights" and "wait" in each[k + 2 : k + 6] for k in begins)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
