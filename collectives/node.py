@@ -275,9 +275,8 @@ class Node:
 
     def alone(self, number: int) -> bool:
         """Whether this collective is neither compared nor has works before it: machine code may do it in one go."""
-        return (
-            number > self.traced and not self._pending and not self._at_work
-        )  # in this order: `_compute` in the other
+        # `_pending` first: `_compute` says that it is at work before it takes one out, so none falls between the looks.
+        return number > self.traced and not self._pending and not self._at_work
 
     def complete(self, number: int) -> None:
         """Compute the parts of all works up to this number, waiting for the peers where needed."""
