@@ -33,7 +33,7 @@ class Call:
     root: int = 0
     place: Place | None = None  # of the source (broadcast: of the target) in the arena, which all ranks have there
     target_place: Place | None = None  # on the root of reduce and gather
-    in_place: bool = False  # target is source
+    in_place: bool = False  # target is the source's memory
     alike: bool = False  # all_to_all: all ranks have the same counts
     levels: "Callable[[], Levels | None] | None" = None  # None: one node, or one rank on every node
     channel: "Callable[[], Channel] | None" = None  # for schedules

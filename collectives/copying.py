@@ -8,6 +8,8 @@ What is longer than the caches is written past them, where there is machine code
 is a third of the traffic (32 MiB in 7.0 ms, 4.1 past the caches).
 """
 
+import ctypes
+
 import numpy as np
 
 from dtrain.collectives.dtypes import Array, address
@@ -15,6 +17,7 @@ from dtrain.collectives.machine_code import machine_code
 from dtrain.collectives.machine_source import LINE, LONG, PAGE, SHORT
 
 _WORD = 8
+_PIECE = 64 * 1024  # bytes that wait aside while others take their place: they stay in the cache
 
 
 def copy(target: Array, source: Array, past: bool = False) -> None:
@@ -33,3 +36,14 @@ def copy(target: Array, source: Array, past: bool = False) -> None:
         into[whole:] = octets[whole:]
     else:
         target[...] = source
+
+
+def swap(x: int, y: int, nbytes: int) -> None:
+    """So many bytes at the addresses x and y, which do not overlap, change places."""
+    room = np.empty(min(nbytes, _PIECE), np.uint8)
+    aside = address(room)
+    for begin in range(0, nbytes, _PIECE):
+        part = min(_PIECE, nbytes - begin)
+        ctypes.memmove(aside, x + begin, part)
+        ctypes.memmove(x + begin, y + begin, part)
+        ctypes.memmove(y + begin, aside, part)

@@ -74,6 +74,14 @@ def apart(array: Array, result: Array, shared: bool, own: int | None = None) -> 
     return disjoint(source, target, shared)
 
 
+def swapped(array: Array, result: Array, shared: bool, even: bool) -> tuple[Array, Array, bool]:
+    """Source and target of an all_to_all, and whether they are one memory, where only equal blocks change places."""
+    source, target = flat(array), target_of(result)
+    if even and len(source) and address(source) == address(target):
+        return source, target, True
+    return *disjoint(source, target, shared), False
+
+
 def with_block(array: Array, result: Array, shared: bool, own: int) -> tuple[Array, Array]:
     """Source and target of a reduce_scatter: disjoint, or, in the window, the target exactly at element `own`."""
     source, target = flat(array), target_of(result)

@@ -52,7 +52,8 @@ class MachineCode(NamedTuple):
     do: Function
     """(job, word): one action of a job."""
     parts: dict[str, int]
-    """Addresses of what a job may do, each with six arguments: the sums by the character of the dtype, and "copies"."""
+    """Addresses of what a job may do, each with six arguments: the sums by the character of the dtype, "copies" and
+    "swaps"."""
 
 
 @cache
@@ -93,7 +94,7 @@ def machine_code() -> MachineCode | None:
     )
 
 
-_PARTS = {"f": "sum_float", "d": "sum_double", "copies": "copies"}
+_PARTS = {"f": "sum_float", "d": "sum_double", "copies": "copies", "swaps": "swaps"}
 _engines: list[Any] = []  # they own the code that the functions point into: kept for the life of the process
 
 

@@ -1,4 +1,4 @@
-"""The text of the loops of `machine_code.py`, in LLVM's language: sums and copies."""
+"""The text of the loops of `machine_code.py`, in LLVM's language: sums, copies and swaps."""
 
 STEP = 256  # bytes of each array in registers at once
 LONG = 1 << 16  # bytes: below, a copy gains nothing past the caches
@@ -8,7 +8,7 @@ PAGE, LINE = 4096, 64
 
 def loops() -> str:
     """All functions."""
-    return "\n".join([_sum("float", 4), _sum("double", 8), _COPY, _COPIES, _DO, "!0 = !{i32 1}"])
+    return "\n".join([_sum("float", 4), _sum("double", 8), _COPY, _COPIES, _swaps(), _DO, "!0 = !{i32 1}"])
 
 
 def _sum(kind: str, item: int) -> str:
@@ -190,6 +190,62 @@ copy:
 end:
   ret i64 0
 }"""
+
+
+def _swaps() -> str:
+    """Rows of four words: address of an array, where it begins there, where in mine, bytes; both change places there.
+
+    Both are in registers between the loads and the stores: STEP bytes at a time, then single ones.
+    """
+    loops = [_swap_loop("w", f"<{STEP} x i8>", STEP, "%whole"), _swap_loop("e", "i8", 1, "%bytes")]
+    return f"""
+define i64 @dtrain_swaps(ptr %table, i64 %rows, ptr %mine, i64 %a, i64 %b, i64 %c) {{
+entry:
+  br label %look
+look:
+  %k = phi i64 [ 0, %entry ], [ %k2, %next ]
+  %more = icmp ult i64 %k, %rows
+  br i1 %more, label %row, label %end
+row:
+  %r = getelementptr [4 x i64], ptr %table, i64 %k
+  %there = load ptr, ptr %r
+  %fp = getelementptr i64, ptr %r, i64 1
+  %from = load i64, ptr %fp
+  %tp = getelementptr i64, ptr %r, i64 2
+  %to = load i64, ptr %tp
+  %bp = getelementptr i64, ptr %r, i64 3
+  %bytes = load i64, ptr %bp
+  %x = getelementptr i8, ptr %there, i64 %from
+  %y = getelementptr i8, ptr %mine, i64 %to
+  %whole = and i64 %bytes, {-STEP}
+  br label %w
+{"".join(loops).replace("NEXT_w", "e").replace("NEXT_e", "next")}
+next:
+  %k2 = add i64 %k, 1
+  br label %look
+end:
+  ret i64 0
+}}"""
+
+
+def _swap_loop(n: str, vector: str, step: int, limit: str) -> str:
+    """Bytes from where the loop before has stopped up to `limit`."""
+    before = {"w": "[ 0, %row ]", "e": "[ %w.i, %w ]"}[n]
+    return f"""
+{n}:
+  %{n}.i = phi i64 {before}, [ %{n}.i2, %{n}.body ]
+  %{n}.more = icmp ult i64 %{n}.i, {limit}
+  br i1 %{n}.more, label %{n}.body, label %NEXT_{n}
+{n}.body:
+  %{n}.x = getelementptr i8, ptr %x, i64 %{n}.i
+  %{n}.y = getelementptr i8, ptr %y, i64 %{n}.i
+  %{n}.u = load {vector}, ptr %{n}.x, align 1
+  %{n}.v = load {vector}, ptr %{n}.y, align 1
+  store {vector} %{n}.v, ptr %{n}.x, align 1
+  store {vector} %{n}.u, ptr %{n}.y, align 1
+  %{n}.i2 = add i64 %{n}.i, {step}
+  br label %{n}"""
+
 
 # Seven words of a job: the address of a function, 0 for nothing, and its arguments.
 _DO = """

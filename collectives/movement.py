@@ -24,6 +24,7 @@ from dtrain.collectives.forms import (
     flat,
     rows_brought,
     rows_per_rank,
+    swapped,
     target_of,
 )
 from dtrain.collectives.group import Group
@@ -163,10 +164,11 @@ class Movement(Group):
             received = self.all_to_all(asked).tolist()
         result = destination(out, (sum(received), *array.shape[1:]), array.dtype)
         node, place = self.node, self._place(array)
-        source, target = apart(array, result, place is not None)
+        alike = counts is None and out_counts is None
+        source, target, same = swapped(array, result, place is not None, alike and rows[0] == rows[-1])
         call = Call(self.transport, node, source, target, counts=elements(rows, array.shape), place=place)
         call.out_counts = elements(received, array.shape)
-        call.alike = counts is None and out_counts is None
+        call.alike, call.in_place = alike, same
         return call, result
 
     def _gather_call(

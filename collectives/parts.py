@@ -1,9 +1,10 @@
-"""What a rank does between the synchronisations of a collective that comes again: copies, or a sum.
+"""What a rank does between the synchronisations of a collective that comes again: copies, swaps, or a sum.
 
     copies   rows (source, begin there, begin in the target, bytes)
+    swaps    rows (array of a peer, begin there, begin in mine, bytes)
     sum      inputs in rank order -> outputs, arrays in shared memory or the call's own
 
-Each is there twice, with equal bits: as an action of machine code, which knows float32 and float64 sums and all copies,
+Each is there twice, with equal bits: as an action of machine code, which knows float32 and float64 sums and all else,
 and in Python. What is new in every call are two addresses, those of its source and target: `aims` says where they go.
 """
 
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dtrain.collectives.copying import swap
 from dtrain.collectives.dtypes import Array, address
 from dtrain.collectives.machine_code import Action, machine_code
 from dtrain.collectives.sums import past_caches, reduce_in_place, reduce_into
@@ -59,6 +61,19 @@ def copies(rows: Sequence[tuple[int, int, int, int]], past: bool = False, into: 
     action = None if code is None else (code.parts["copies"], address(table), len(table), into or 0, 0, int(past), 0)
     aims = [Aim(None, 4, False, 0), *([Aim(None, 3, True, 0)] if into is None else [])]
     return Part(python, action, aims, [table])
+
+
+def swaps(rows: Sequence[tuple[int, int, int, int]]) -> Part:
+    """Rows (address of an array, where it begins there, where in the target, bytes): both change places there."""
+    table = np.array(rows, np.int64).reshape(-1, 4)
+    code = machine_code()
+
+    def python(source: Array, target: Array) -> None:
+        for there, begin, to, nbytes in table.tolist():
+            swap(there + begin, address(target) + to, nbytes)
+
+    action = None if code is None else (code.parts["swaps"], address(table), len(table), 0, 0, 0, 0)
+    return Part(python, action, [Aim(None, 3, True, 0)], [table])
 
 
 def added(

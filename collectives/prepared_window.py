@@ -4,6 +4,7 @@ record and place published -> ARRIVED -> my part (`parts.py`) -> REDUCED
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -16,9 +17,10 @@ from dtrain.collectives.dtypes import OPERATIONS, Array, address, starts
 from dtrain.collectives.flags import Peers
 from dtrain.collectives.meeting import Find, Job
 from dtrain.collectives.node import Node
-from dtrain.collectives.parts import Own, Part, added, copies
-from dtrain.collectives.records import NO_PLACE, Record
+from dtrain.collectives.parts import Own, Part, added, copies, swaps
+from dtrain.collectives.records import IN_PLACE, NO_PLACE, Record
 from dtrain.collectives.sums import owned
+from dtrain.collectives.window_moves import halves
 
 Run = Callable[[Array, Array], None]
 _OCTET = np.dtype(np.uint8)
@@ -78,12 +80,12 @@ def _view(node: Node, rank: int, number: int, begin: int, length: int) -> Array:
     return node.arena.parts((place[0], place[1] + begin), length, _OCTET)[rank]
 
 
-def _moved(node: Node, record: Record, place: Place, blocks: list[tuple[int, int, int, int]], past: bool) -> Run:
-    """Every rank copies its blocks out of what the others have put aside.
+_Rows = list[tuple[int, int, int, int]]  # (rank, where it begins there, where in my target, bytes)
 
-    blocks: (rank, where it begins there, where in my target, bytes), my own first.
-    """
-    part = copies([(0, *block[1:]) for block in blocks], past)
+
+def _moved(node: Node, record: Record, place: Place, blocks: _Rows, make: Callable[[_Rows], Part]) -> Run:
+    """Every rank copies or swaps its blocks out of what the others have put aside; `make` gets addresses for ranks."""
+    part = make([(0, *block[1:]) for block in blocks])
     table = part.tables[0]
 
     def find(number: int, expected: Array) -> None:
@@ -105,13 +107,16 @@ def window_all_gather(call: Call) -> Run:
     blocks = [(rank, 0, offsets[rank], lengths[rank]) for rank in ranks]
     past = (node.size + 1) * sum(lengths) > last_level_cache()
     record = records.record("all_gather", "window", "", None, 0, NO_PLACE, hash((item, *call.counts)))
-    return _moved(node, record, place, blocks, past)
+    return _moved(node, record, place, blocks, partial(copies, past=past))
 
 
 def window_all_to_all(call: Call) -> Run | None:
-    """Target = the blocks for this rank of all sources. Uneven blocks have no plan."""
+    """Target = the blocks for this rank of all sources, or they change places. Uneven blocks have no plan."""
     node, place = call.window
     item, mine = call.source.itemsize, node.rank
+    if call.in_place:
+        record = records.record("all_to_all", IN_PLACE, "", None, 0, NO_PLACE, hash((item, *call.counts)))
+        return _moved(node, record, place, halves(node, item * call.counts[mine]), swaps)
     if not call.alike:
         return None
     begin, length = item * starts(call.counts)[mine], item * call.counts[mine]
@@ -119,7 +124,7 @@ def window_all_to_all(call: Call) -> Run | None:
     blocks = [(rank, begin, rank * length, length) for rank in ranks]
     past = 2 * node.size * node.size * length > last_level_cache()
     record = records.record("all_to_all", "window", "", None, 0, NO_PLACE, hash((item, *call.counts)))
-    return _moved(node, record, place, blocks, past)
+    return _moved(node, record, place, blocks, partial(copies, past=past))
 
 
 def window_broadcast(call: Call) -> Run:

@@ -21,6 +21,7 @@ from dtrain.collectives.arena import Place
 RING, RECORD_WORDS, TEXT_BYTES = 256, 8, 192
 OPS = ("", "sum", "prod", "max", "min")
 NO_PLACE: Place = (-1, 0)
+IN_PLACE = "window, in place"  # how: where the others must know it
 SIGNATURE, ASIDE = 1, 7
 _BITS = (1 << 24) - 1
 
@@ -85,7 +86,7 @@ def _word(number: int) -> str:
 
         for tables in (TABLES, ALGORITHMS):
             for name, rows in tables.items():
-                for word in (name, *rows, "barrier", "none", "all_reduce_shared"):
+                for word in (name, *rows, "barrier", "none", "all_reduce_shared", IN_PLACE):
                     _sum(word)
     return _spelling.get(number, "of another name")
 

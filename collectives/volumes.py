@@ -12,6 +12,7 @@ from dtrain.collectives.dtypes import cut
 from dtrain.collectives.node import STAGE_BYTES
 from dtrain.collectives.staged import SMALL_BYTES
 from dtrain.collectives.sums import owned
+from dtrain.collectives.window_moves import halves
 
 if TYPE_CHECKING:
     from dtrain.collectives.algorithms import Call
@@ -89,7 +90,10 @@ def window_gather(call: "Call") -> Volume:
 
 
 def window_all_to_all(call: "Call") -> Volume:
-    """The blocks for me from all others."""
+    """The blocks for me from all others; in place, half of what changes places between us both, either way."""
+    if call.in_place:
+        moved = sum(row[-1] for row in halves(call.stage, _own(call, call.counts)))
+        return Volume(2, moved, moved)
     return Volume(2, 0, call.target.nbytes - _own(call, call.out_counts))
 
 

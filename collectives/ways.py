@@ -41,6 +41,8 @@ def window_all_gather(call: Call) -> Request:
 
 def window_all_to_all(call: Call) -> Request:
     node, place = call.window
+    if call.in_place:
+        return window_moves.start_swaps(node, call.target, place, call.counts)
     return window_moves.start_all_to_all(
         node, call.source, place, call.target, call.counts, call.out_counts, call.alike
     )

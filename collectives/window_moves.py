@@ -5,12 +5,14 @@
       source of rank 1 | b |   from where they lie        | b0 b1 b2 |   a1 b1 c1
       source of rank 2 | c |   into its own result        | c0 c1 c2 |
 
+    all_to_all in place: of each pair of ranks, b0 and a1 change places; rank 0 does the first half, rank 1 the second
+
 One copy per byte received, two synchronisations: the sources have arrived (ARRIVED: data and the place it lies at,
 which may differ from rank to rank), and the readers are done (REDUCED: the source may change again). Each rank waits
 only for those it reads from and those that read from it. A rank begins with its right neighbour, so that not all read
-one source at once. Memory traffic for n bytes on p ranks: all_gather and all_to_all 2pn, broadcast and scatter 2n per
-reader; through private copies it is twice that. Invariant: a result never lies where a peer still reads; the
-communicator sees to that.
+one source at once. Memory traffic for n bytes on p ranks: all_gather and all_to_all 2pn, in place 2(p-1)n, broadcast
+and scatter 2n per reader; through private copies it is twice that. Invariant: a result never lies where a peer still
+reads; the communicator sees to that; in place, each byte is moved by one rank alone.
 """
 
 from collections.abc import Sequence
@@ -18,10 +20,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from dtrain.collectives.arena import Place
+from dtrain.collectives.copying import swap
 from dtrain.collectives.dtypes import Array, address, starts
 from dtrain.collectives.flags import Peers
 from dtrain.collectives.node import Node
-from dtrain.collectives.records import NO_PLACE
+from dtrain.collectives.records import IN_PLACE, NO_PLACE
+from dtrain.collectives.sums import LINE
 from dtrain.collectives.waiting import CollectiveMismatch
 from dtrain.collectives.window import WindowWork
 
@@ -87,6 +91,28 @@ def start_all_to_all(
             block[...] = source[begin:end] if rank == node.rank else _read(node, rank, number, begin, end)
 
     return WindowWork(node, number, compute)
+
+
+def start_swaps(node: Node, array: Array, place: Place, counts: Sequence[int]) -> WindowWork:
+    """All_to_all in place: block i of rank j and block j of rank i change places; all blocks are equally long."""
+    item = array.itemsize
+    number = node.begin("all_to_all", IN_PLACE, extra=hash((item, *counts)), aside=place)
+
+    def compute() -> None:
+        for rank, there, here, nbytes in halves(node, counts[0] * item):
+            swap(address(_read(node, rank, number, there, there + nbytes)), address(array) + here, nbytes)
+
+    return WindowWork(node, number, compute)
+
+
+def halves(node: Node, length: int) -> list[tuple[int, int, int, int]]:
+    """What this rank swaps of blocks of so many bytes: (rank, where it begins there, where in mine, bytes)."""
+    mine, middle = node.rank, length // 2 // LINE * LINE
+    rows = []
+    for rank in _from_mine(node)[1:]:
+        start, stop = (0, middle) if mine < rank else (middle, length)
+        rows.append((rank, mine * length + start, rank * length + start, stop - start))
+    return rows
 
 
 def start_broadcast(node: Node, buffer: Array, place: Place, root: int) -> WindowWork:

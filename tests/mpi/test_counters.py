@@ -60,6 +60,11 @@ def test_movement_in_the_window(part: Communicator) -> None:
         ("all_gather", lambda: part.all_gather(array), Volume(2, 0, (p - 1) * n)),
         ("all_gather", lambda: part.all_gather_async(array, out=whole).wait(), Volume(2, 0, (p - 1) * n)),
         ("all_to_all", lambda: part.all_to_all(array), Volume(2, 0, n * (p - 1) // p)),
+        (
+            "all_to_all",
+            lambda: part.all_to_all(array, out=array),
+            Volume(2, n * (p - 1) // p // 2, n * (p - 1) // p // 2),
+        ),
         ("broadcast", lambda: part.broadcast(array, root, out=array), Volume(2, 0, n * away)),
         ("broadcast", lambda: part.broadcast_async(array, root, out=array).wait(), Volume(2, 0, n * away)),
         ("gather", lambda: part.gather(array, root), Volume(2, 0, 0 if away else (p - 1) * n)),

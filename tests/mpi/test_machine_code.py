@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dtrain.collectives import Communicator, copying, node, sums
+from dtrain.collectives import Communicator, copying, node, parts, sums
 from dtrain.collectives.machine_code import machine_code
 from tests.collective_cases import bits
 
@@ -19,6 +19,8 @@ def results(comm: Communicator) -> list[bytes]:
             found.append(bits(comm.reduce_scatter(mine)))
             found.append(bits(comm.all_to_all(mine)))
             found.append(bits(comm.all_gather(mine)))
+            mine = comm.all_to_all(mine, out=mine)
+            found.append(bits(mine))
             mine = comm.all_reduce(mine, out=mine)
             found.append(bits(mine))
     return found
@@ -29,7 +31,7 @@ def test_with_and_without(comm: Communicator, monkeypatch: pytest.MonkeyPatch, w
     expected = results(comm)
     monkeypatch.setattr(copying, "LONG", 1)
     if who == "nobody" or (who == "all but the first") == (comm.rank == 0):
-        for module in (node, sums, copying):
+        for module in (node, sums, copying, parts):
             monkeypatch.setattr(module, "machine_code", lambda: None)
     other = comm.split(0)
     assert other is not None

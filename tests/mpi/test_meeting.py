@@ -46,6 +46,10 @@ def check(comm: Communicator, count: int, dtype: str = "float32", op: str = "sum
             assert bits(comm.all_reduce(where, op)) == bits(total)
             assert bits(comm.reduce_scatter(where, op)) == bits(total[mine])
             assert bits(comm.all_to_all(where)) == bits(blocks[:, comm.rank].reshape(-1))
+            assert bits(where) == bits(rows[comm.rank])
+            assert comm.all_to_all(where, out=where) is where
+            assert bits(where) == bits(blocks[:, comm.rank].reshape(-1))
+            where[...] = rows[comm.rank]
             assert bits(comm.all_gather(where)) == bits(np.concatenate(rows))
             own = np.concatenate([row[rank] for rank, row in enumerate(blocks)])
             assert bits(comm.all_gather(where[mine], out=where)) == bits(own)
@@ -87,6 +91,19 @@ def test_peers_may_move_their_arrays(bold: Communicator) -> None:
         mine[...] = numbers(turn + bold.rank, count, "float32")
         expected = [numbers(turn + rank, count, "float32") for rank in range(bold.size)]
         assert bits(bold.all_gather(mine, algorithm="window")) == bits(np.concatenate(expected))
+
+
+def test_arrays_that_move_change_places(bold: Communicator) -> None:
+    """The same in place: nothing is written where an array lay before."""
+    count = 3000
+    arrays = [bold.empty(count * bold.size) for _ in range(2)]
+    for turn in range(8):
+        mine, other = arrays[:: 1 if (turn >> bold.rank % 3) % 2 else -1]
+        rows = [numbers(turn + rank, count * bold.size, "float32") for rank in range(bold.size)]
+        mine[...], other[...] = rows[bold.rank], turn
+        bold.all_to_all(mine, out=mine, algorithm="window")
+        assert bits(mine) == bits(np.stack(rows).reshape(bold.size, bold.size, count)[:, bold.rank].reshape(-1))
+        assert (other == turn).all()
 
 
 def test_works_under_way_are_finished_before(comm: Communicator, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,6 +173,22 @@ def test_a_late_rank_is_waited_for(bold: Communicator) -> None:
             time.sleep(0.05)
         bold.all_reduce(mine, out=mine)
         assert (mine == bold.size).all()
+
+
+def test_in_place_on_some_ranks_is_told(bold: Communicator) -> None:
+    """Who swaps writes into the arrays of the others."""
+    if bold.size == 1:
+        pytest.skip("nobody to differ from")
+    mine = bold.empty(100_000 * bold.size)
+    mine[...] = 1
+    out = np.empty_like(mine)
+    for _ in range(3):
+        bold.all_to_all(mine, out=mine)
+        bold.all_to_all(mine, out=out)
+    with pytest.raises(CollectiveMismatch, match=r"all_to_all.*algorithm window.*all_to_all.*algorithm window") as told:
+        bold.all_to_all(mine, out=mine if bold.rank == 0 else out)
+        bold.barrier()
+    assert "window, in place" in str(told.value)
 
 
 def test_another_collective_is_told(bold: Communicator) -> None:

@@ -52,6 +52,15 @@ def test_every_dtype_and_length(comm: Communicator, dtype: np.dtype[Any]) -> Non
                 if result is not None:
                     assert bits(result) == bits(total(arrays)), "not the sum in rank order"
             assert bits(mine) == bits(arrays[comm.rank]), "the source was changed"
+            if count % comm.size == 0:
+                copy = shared(comm, arrays[comm.rank], skip=1)
+                for _ in range(2):  # the second call may be a prepared one
+                    copy[...] = arrays[comm.rank]
+                    assert comm.all_to_all(copy, out=copy, algorithm=algorithm) is copy
+                    assert bits(copy) == bits(received)
+                copy[...] = arrays[comm.rank]
+                assert comm.all_to_all_async(copy, out=copy).wait() is copy
+                assert bits(copy) == bits(received)
             assert bits(comm.all_gather_async(mine).wait()) == bits(join(arrays))
             copy = shared(comm, arrays[comm.rank])
             assert comm.broadcast(copy, root, out=copy, algorithm=algorithm) is copy
@@ -183,6 +192,8 @@ def test_changing_the_source_after_the_return_is_safe(comm: Communicator) -> Non
         whole[...] = ranks + comm.rank * 10 + turn
         assert np.all(part == turn * 2)
         received = comm.all_to_all(whole)
+        comm.all_to_all(whole, out=whole)
+        assert np.array_equal(whole, received)
         own[...] = turn + comm.rank
         assert np.array_equal(received, ranks * 10 + comm.rank + turn)
         work = comm.broadcast_async(source, root, out=source)

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from dtrain.collectives import copying, sums
+from dtrain.collectives import copying, parts, sums
 from dtrain.collectives.dtypes import address
 from dtrain.collectives.machine_code import crew_words, machine_code
 
@@ -62,6 +62,29 @@ def test_copies_past_the_caches(nbytes, distance):
     assert target.tobytes() == source.tobytes()
     assert not room[begin + nbytes : begin + nbytes + 64].any()
     assert not room[begin - 64 : begin].any()
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 255, 256, 1000, 70_001])
+def test_swaps(monkeypatch, nbytes):
+    """Rows of machine code and of its twin: two arrays change places, byte for byte, and nothing beside them."""
+    monkeypatch.setattr(copying, "_PIECE", 20_000)
+    random = np.random.default_rng(nbytes).integers(0, 256, (2, 80_000)).astype(np.uint8)
+    for fused in (True, False):
+        here, there = random.copy()
+        rows = [(address(there), 5, 33, nbytes), (address(there), 79_000, 78_000, 333)]
+        part = parts.swaps(rows)
+        if fused:
+            table = part.tables[0]
+            job = np.array([code.parts["swaps"], address(table), len(table), address(here), 0, 0, 0], np.int64)
+            code.do(address(job), 0)
+        else:
+            part.python(there, here)
+        expected = random.copy()
+        for _, begin, to, length in rows:
+            expected[0, to : to + length] = random[1, begin : begin + length]
+            expected[1, begin : begin + length] = random[0, to : to + length]
+        assert np.array_equal(here, expected[0])
+        assert np.array_equal(there, expected[1])
 
 
 class Ranks:
