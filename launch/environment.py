@@ -32,7 +32,7 @@ _LAUNCHERS = (
     ("SLURM (srun)", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE"),
 )
 
-_THREAD_VARIABLES = (
+THREAD_VARIABLES = (
     "OPENBLAS_NUM_THREADS",
     "MKL_NUM_THREADS",
     "VECLIB_MAXIMUM_THREADS",  # Accelerate on macOS
@@ -96,7 +96,7 @@ def set_blas_threads() -> None:
     threads = os.environ.get("OMP_NUM_THREADS") or str(
         blas_threads()
     )  # OpenBLAS would prefer its own variable to OMP's
-    for variable in _THREAD_VARIABLES:
+    for variable in THREAD_VARIABLES:
         os.environ.setdefault(variable, threads)
 
 

@@ -1,9 +1,10 @@
 """Auto-mesh: degrees, schedule, microbatches, recomputation for a number of ranks and a memory limit, and why.
 
-profile.py   what a sample costs in each part of the model       search.py   the cheapest legal layouts
-machine.py   what the machine does in a second                   report.py   the table and the reasons
-stages.py    what a rank of a layout has of the model            compare.py  the best beside what they really take
-costs.py     time and memory of one layout                       layers/     layer by layer instead: --layers
+profile.py      what a sample costs in each part of the model       search.py   the cheapest legal layouts
+machine.py      what the machine does in a second (speeds.py)       report.py   the table and the reasons
+stages.py       what a rank of a layout has of the model            compare.py  the best beside what they really take
+microbatch.py   seconds of a microbatch on each rank                layers/     layer by layer instead: --layers
+costs.py        time and memory of a step of one layout (pace.py: of its pipeline)
 
 `parallel: auto` in a configuration takes the first row of what `dtrain plan` prints.
 """
@@ -19,9 +20,10 @@ from dtrain.launch import environment
 from dtrain.launch.plan import report
 from dtrain.launch.plan.costs import Cost
 from dtrain.launch.plan.layout import Job
-from dtrain.launch.plan.machine import Machine, measure
+from dtrain.launch.plan.machine import Machine
 from dtrain.launch.plan.profile import profile
 from dtrain.launch.plan.search import applied, cheapest
+from dtrain.launch.plan.speeds import measured
 
 EVERY = 1 << 20  # meshes
 MODELS = ("gpt", "moe_gpt", "bert", "mlp")
@@ -110,7 +112,8 @@ def machine(
     cluster: Path | None,
 ) -> Machine:
     """What is known of the machine; None: this machine, all ranks on it."""
-    products, moved = measure(named_dtype(config.train.dtype), environment.blas_threads())
+    dtype = named_dtype(config.train.dtype)
+    known = measured(dtype.name if dtype.itemsize >= 4 else "float32")  # BLAS has no halves
     described = None
     if cluster is not None:
         from dtrain.launch.show_collective import read_cluster
@@ -118,10 +121,15 @@ def machine(
         described = read_cluster(cluster, "--cluster")
         per_node = per_node or described.levels[0].ranks or None
     here = cores is None and speed is None and cluster is None
+    faster = 1.0 if speed is None else speed / known.flops  # a faster core is so in everything
     return Machine(
         cluster=described,
-        flops=products if speed is None else speed,
-        bandwidth=moved if speed is None else moved * speed / products,  # a faster core is so in everything
+        flops=known.flops * faster,
+        bandwidth=known.bandwidth * faster,
+        per_op=known.per_op / faster,
+        per_head=known.per_head / faster,
+        per_score=known.per_score / faster,
+        together=known.together if here else 1.0,
         cores=cores or (environment.cores() if here else per_node or ranks),
         per_node=min(ranks, per_node or ranks),
         memory=float("inf") if memory is None else memory,

@@ -1,9 +1,9 @@
 """Time of a step and memory of a rank for one layout: sums that can be checked by hand.
 
-    forward of a microbatch   FLOPs / speed + bytes / bandwidth + ops x overhead + collectives of tp, cp and ep
-    backward                  twice the products and bytes, the same collectives; with recomputation a forward more
+    microbatch                forward and backward on each rank of the pipeline: microbatch.py
     pipeline                  the schedule's timeline at the pace of the slowest stage; ranks that wait leave their
-                              cores to others: where n ranks work at once, they share the cores of their nodes
+                              cores to others: where n ranks work at once, they share the cores of their nodes; all
+                              cores at once may do less than one alone times their number (Machine.together)
     step                      pipeline + gradients and parameters of the data axis + update
     overlap                   what ddp sums over a network while the last backward goes on is not counted; in a node the
                               cores that compute do the sums as well, and nothing is hidden
@@ -12,22 +12,19 @@
 
 Bytes of the data axis (Ψ of a rank's stage): ddp, zero1, zero2 2Ψ, zero3 3Ψ, stage 2 and 3 with every microbatch where
 there is no pipeline. Inside a node ZeRO's parameters are shared: nothing is gathered, and Ψ of parameters is 1/dp.
-cp: work, activations and what goes through pipelines are 1/cp; ring: keys and values go round (cp-1 messages of a
-block, backward twice that, hidden by the attention of a block where a network carries them); ulysses: two all_to_alls
-each way. ep: samples are spread over ep as over dp; two all_to_alls of the chosen rows each way per mixture; experts
-are 1/ep, and their gradients summed over dp alone.
+ep: samples are spread over ep as over dp; experts are 1/ep, and their gradients summed over dp alone.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 from dtrain.launch.plan.layout import Job, Layout
 from dtrain.launch.plan.machine import PROGRAM
+from dtrain.launch.plan.microbatch import Work
+from dtrain.launch.plan.pace import concurrency, held
 from dtrain.launch.plan.stages import Stage
-from dtrain.strategies.pipeline.schedules import SCHEDULES, Program, ScheduleError, programs
-from dtrain.strategies.pipeline.timeline import Timeline, peak_in_flight
+from dtrain.strategies.pipeline.schedules import ScheduleError
 
 WORKING = 3.0  # arrays of the largest output that a backward has at once beside what was kept
 STATES = {"sgd": 1.0, "adam": 2.0, "adamw": 2.0, "lamb": 2.0, "adafactor": 0.1}  # numbers per parameter
@@ -62,75 +59,6 @@ class Cost:
     def memory(self) -> float:
         """Bytes of the fullest rank, all together."""
         return self.parameters + self.gradients + self.optimizer + self.activations + self.work + PROGRAM
-
-
-@dataclass(frozen=True)
-class Work:
-    """Seconds of a microbatch on each rank of the pipeline: all that the schedule and the data axis do not change."""
-
-    stages: tuple[Stage, ...]
-    forward: tuple[float, ...]
-    backward: tuple[float, ...]
-    tensor: tuple[float, ...]
-    """Of both together, what collectives of tp, cp and ep take."""
-    transfer: float
-    microbatches: int
-
-    @property
-    def slowest(self) -> float:
-        """The seconds of the rank that has most to do."""
-        return max(f + b for f, b in zip(self.forward, self.backward, strict=True))
-
-
-def work(job: Job, layout: Layout, cut: tuple[Stage, ...]) -> Work:
-    """The seconds of one microbatch of a layout."""
-    machine, b = job.machine, layout.micro_batch
-    threads = machine.threads()
-    forward, backward, tensor = [], [], []
-    for stage in cut:
-        compute = b * (stage.products / machine.flops + stage.moved / machine.bandwidth) / threads
-        overhead = stage.ops * machine.per_op
-        reduce, _ = machine.collective("all_reduce", layout.tp, 1, b * job.profile.boundary / layout.cp)
-        there, back = _context(job, layout, stage)
-        rows = _exchanges(job, layout, stage)
-        reduces = stage.reduces * reduce + rows
-        again = (compute + overhead + reduces + there) if layout.recompute else 0.0
-        forward.append(compute + overhead + reduces + there)
-        backward.append(2 * compute + 2 * overhead + reduces + back + again)
-        tensor.append((2 + layout.recompute) * reduces + there * (1 + layout.recompute) + back)
-    stride = job.ranks // layout.pp
-    transfer = machine.message(stride, b * job.profile.boundary / layout.cp) if layout.pp > 1 else 0.0
-    count = job.global_batch // layout.data // b
-    return Work(cut, tuple(forward), tuple(backward), tuple(tensor), transfer, count)
-
-
-def _context(job: Job, layout: Layout, stage: Stage) -> tuple[float, float]:
-    """Seconds of what attention sends along cp, forward and backward, of one microbatch."""
-    machine, cp, b = job.machine, layout.cp, layout.micro_batch
-    if cp == 1:
-        return 0.0, 0.0
-    kv = b * job.profile.kv_bytes / cp / layout.tp
-    if layout.context == "ulysses":
-        q = b * job.profile.boundary / cp / layout.tp
-        seconds = sum(machine.collective("all_to_all", cp, layout.tp, each)[0] for each in (q + kv, q))
-        return stage.blocks * seconds, stage.blocks * seconds
-    one = machine.message(layout.tp, kv)
-    _, inside = machine.level(layout.tp * (cp - 1) + 1)
-    # The attention of one block of keys, of all the work of a block of the model at least a tenth.
-    meanwhile = 0.0 if inside else 0.1 * b * stage.products / max(1, stage.blocks) / machine.flops / cp
-    there = (cp - 1) * (max(0.0, one - meanwhile) + 3 * machine.per_op)
-    back = (cp - 1) * (max(0.0, 2 * one - 2 * meanwhile) + 6 * machine.per_op)
-    return stage.blocks * there, stage.blocks * back
-
-
-def _exchanges(job: Job, layout: Layout, stage: Stage) -> float:
-    """Seconds in which rows go to their experts and come back, in one direction of a microbatch."""
-    if layout.ep == 1 or not stage.mixtures:
-        return 0.0
-    stride = layout.tp * layout.cp
-    rows = layout.micro_batch * stage.rows / stage.mixtures / layout.cp
-    counts = job.machine.collective("all_gather", layout.ep, stride, 8.0 * job.profile.experts * layout.ep)[0]
-    return stage.mixtures * (2 * job.machine.collective("all_to_all", layout.ep, stride, rows)[0] + counts)
 
 
 def bound(job: Job, layout: Layout, known: Work) -> float:
@@ -206,13 +134,14 @@ def _data_axis(job: Job, layout: Layout, stage: Stage, backward: float, m: int) 
             one, inside = machine.collective("all_reduce", size, stride, psi) if psi else (0.0, True)
             seconds, near = seconds + one, near and inside
         late = min(1.0, BUCKET / (stage.parameters * itemsize))  # the last bucket is full when the backward is over
-        return seconds if near else max(late * seconds, seconds - backward), 0.0
+        return seconds * machine.crowd() if near else max(late * seconds, seconds - backward), 0.0
     gradients = parameters = 0.0
     for psi, size, stride in groups:
         scatter, inside = machine.collective("reduce_scatter", size, stride, psi)
         gather = 0.0 if inside else machine.collective("all_gather", size, stride, psi)[0]
-        times = m if kind != "zero1" and layout.pp == 1 else 1
-        gradients += times * scatter
+        times, calls = (m, stage.blocks + 1) if kind != "zero1" and layout.pp == 1 else (1, 1)
+        scatter += (calls - 1) * machine.collective("reduce_scatter", size, stride, 0.0)[0]  # a call per block
+        gradients += times * scatter * (machine.crowd() if inside else 1.0)  # the node's cores add up for all ranks
         gradients += 2 * m * gather if kind == "zero3" else 0.0
         parameters += 0.0 if kind == "zero3" else gather
     return gradients, parameters
@@ -244,57 +173,3 @@ def _memory(job: Job, layout: Layout, stage: Stage, in_flight: int) -> tuple[flo
     else:
         activations = b * in_flight * stage.saved * share
     return parameters, gradients, optimizer, activations, WORKING * b * stage.largest
-
-
-@cache
-def pace(schedule: str, ranks: int, microbatches: int, backward: float, transfer: float) -> float:
-    """Length of a schedule's timeline, in forwards of one stage; ScheduleError where it cannot be.
-
-    Of many microbatches the middle is one pattern that repeats: then it is counted, not played.
-    """
-    played = _played(ranks, microbatches)
-    seconds = {"F": 1.0, "B": backward, "I": backward / 2, "W": backward / 2}
-    length = Timeline(_programs(schedule, ranks, played), seconds, transfer).length
-    each = SCHEDULES[schedule].chunks * (1 + backward)
-    if schedule == "zb_v" and microbatches > played:  # its pattern waits where F, I and W differ
-        each = (Timeline(_programs(schedule, ranks, played + ranks), seconds, transfer).length - length) / ranks
-    return length + (microbatches - played) * each
-
-
-@cache
-def concurrency(
-    schedule: str, ranks: int, microbatches: int, backward: float, transfer: float
-) -> tuple[tuple[int, float], ...]:
-    """(how many ranks work at once, for how long in all) of the timeline whose length `pace` tells."""
-    seconds = {"F": 1.0, "B": backward, "I": backward / 2, "W": backward / 2}
-    played = _played(ranks, microbatches)
-    timeline = Timeline(_programs(schedule, ranks, played), seconds, transfer)
-    ends = [(span.start, 1) for span in timeline.spans] + [(span.stop, -1) for span in timeline.spans]
-    times, working, before = [0.0] * (ranks + 2), 0, 0.0
-    for moment, change in sorted(ends):
-        times[working] += moment - before
-        working, before = working + change, moment
-    more = pace(schedule, ranks, microbatches, backward, transfer) - timeline.length
-    if more > 0:  # of the middle only how many work on average is known: all, but for zb_v
-        mean = (microbatches - played) * SCHEDULES[schedule].chunks * (1 + backward) * ranks / more
-        fewer = min(ranks, int(mean))
-        times[fewer] += more * (fewer + 1 - mean)
-        times[fewer + 1] += more * (mean - fewer)
-    return tuple((number, time) for number, time in enumerate(times) if time > 0)
-
-
-@cache
-def held(schedule: str, ranks: int, microbatches: int) -> tuple[int, ...]:
-    """The most (stage, microbatch) pairs in flight, for each rank."""
-    if schedule == "gpipe":
-        return (microbatches,) * ranks
-    return tuple(map(peak_in_flight, _programs(schedule, ranks, min(microbatches, 2 * ranks))))
-
-
-def _played(ranks: int, microbatches: int) -> int:
-    return microbatches if microbatches <= 2 * ranks else ranks + microbatches % ranks
-
-
-@cache
-def _programs(schedule: str, ranks: int, microbatches: int) -> list[Program]:
-    return programs(schedule, ranks, microbatches)

@@ -95,6 +95,8 @@ class Profile:
     kv_bytes: float = 0.0
     """Bytes of the keys and values of one sample in one block."""
     query_heads: int = 1
+    causal: bool = True
+    """Whether a token sees those before it only."""
     experts: int = 0
     """Of a mixture; 0: there are none."""
 
@@ -137,6 +139,7 @@ def profile(config: Config, sizes: Sizes) -> Profile:
     found = Profile(parts[0], list(parts[1:-1]), parts[-1], boundary, float(tied), kv_heads, itemsize, number, tokens)
     if isinstance(config.model, GPTConfig | BERTConfig):
         found.length, found.query_heads = config.model.sequence, config.model.heads
+        found.causal = config.model.kind != "bert"
         found.kv_bytes = 2 * boundary * kv_heads / config.model.heads
     found.experts = 0 if mixture is None else mixture.experts
     return found

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from dtrain.graph import short
-from dtrain.launch.plan.costs import Cost, cost, work
+from dtrain.launch.plan.costs import Cost, cost
 from dtrain.launch.plan.layout import Job, Layout
 from dtrain.launch.plan.machine import Machine
+from dtrain.launch.plan.microbatch import work
 from dtrain.launch.plan.profile import total
 from dtrain.launch.plan.stages import Stage, stages
 

@@ -18,8 +18,9 @@ import msgspec
 
 from dtrain import config as schema
 from dtrain.config import Config
-from dtrain.launch.plan.costs import Cost, Work, bound, cost, work
+from dtrain.launch.plan.costs import Cost, bound, cost
 from dtrain.launch.plan.layout import Job, Layout
+from dtrain.launch.plan.microbatch import Work, work
 from dtrain.launch.plan.profile import Profile
 from dtrain.launch.plan.stages import stages
 

@@ -19,11 +19,13 @@ from dtrain.config import filled
 from dtrain.errors import UserError
 from dtrain.launch import configuration, plan
 from dtrain.launch.assembly import planned
-from dtrain.launch.plan import compare, report
+from dtrain.launch.plan import compare, report, speeds
 from dtrain.launch.plan.compare import spearman, spread
-from dtrain.launch.plan.costs import BUCKET, concurrency, cost, held, pace, work
+from dtrain.launch.plan.costs import BUCKET, cost
 from dtrain.launch.plan.layout import Job, Layout
-from dtrain.launch.plan.machine import NETWORK, NODE, SLICE, Machine
+from dtrain.launch.plan.machine import NETWORK, NODE, SWITCH, Machine
+from dtrain.launch.plan.microbatch import attention, work
+from dtrain.launch.plan.pace import concurrency, held, pace
 from dtrain.launch.plan.profile import profile, total
 from dtrain.launch.plan.search import applied, cheapest, degrees, everything, rank
 from dtrain.launch.plan.stages import stages
@@ -288,11 +290,45 @@ def test_layouts_that_are_measured_go_from_the_best_to_the_worst():
     assert f"{some[0].seconds / fastest:.2f} times as long" in lines[7]
 
 
-def test_a_call_waits_for_ranks_without_a_core():
-    """A time slice for each rank more than one on a core; over a network the cores do not matter."""
-    seconds = [
-        Machine(cores=cores, per_node=4).collective("all_gather", 4, 1, 0.0)[0] - 3 * NODE.alpha * max(1, 4 / cores)
-        for cores in (8, 4, 2, 1)
-    ]
-    assert seconds == pytest.approx([0, 0, SLICE, 3 * SLICE])
+def test_a_call_in_a_node_costs_a_change_of_ranks_where_they_share_cores():
+    """For each rank more than one on a core; over a network the cores do not matter, and rounds do."""
+    machines = [Machine(cores=cores, per_node=4) for cores in (8, 4, 2, 1)]
+    seconds = [m.collective("all_gather", 4, 1, 0.0)[0] - NODE.alpha - m.per_op for m in machines]
+    assert seconds == pytest.approx([0, 0, SWITCH, 3 * SWITCH])
     assert Machine(cores=1, per_node=1).collective("all_gather", 4, 1, 0.0)[0] == pytest.approx(3 * NETWORK.alpha)
+
+
+def test_cores_that_do_less_together_make_waiting_for_one_another_cheap():
+    """Two cores that are threads of one: a pipeline of two stages takes no longer than both ranks at once."""
+    layouts = [Layout(2, micro_batch=8), Layout(pp=2, micro_batch=8)]
+    for together, least in ((1.0, 1.4), (0.5, 0.9)):
+        task = job(2, batch=16, cores=2, per_node=2, together=together)
+        whole, piped = (cost(task, each, work(task, each, stages(task.profile, each))).seconds for each in layouts)
+        assert least < piped / whole < least + 0.25
+
+
+@pytest.mark.parametrize("cp", [2, 4])
+def test_a_ring_multiplies_many_small_blocks(cp):
+    """Beyond the FLOPs, which it has in common with attention in one piece."""
+    task = job(cp, cores=8, per_node=8)
+    ring, ulysses, one = (
+        attention(task, Layout(cp=size, context=context, micro_batch=4))
+        for size, context in ((cp, "ring"), (cp, "ulysses"), (1, "ring"))
+    )
+    assert ulysses == pytest.approx(one / cp)
+    heads = 4 * GPT["heads"] * task.machine.per_head
+    assert ring - ulysses > (2 * cp + 1 - 2 / cp) * heads * 0.99  # runs of a ring are shorter than 64 tokens
+
+
+def test_speeds_are_measured_in_a_process_of_its_own():
+    found = speeds.measured("float32")
+    assert found is speeds.measured("float32")
+    assert all(value >= 0 for value in dataclasses.astuple(found)) and 0 < found.together <= 1
+    assert found.flops > found.bandwidth > 1e6
+
+
+def test_a_rank_shares_its_core_while_gradients_are_summed():
+    layout = Layout(4, micro_batch=2)
+    alone, shared = (job(4, batch=8, cores=cores, per_node=4) for cores in (4, 1))
+    one, four = (cost(task, layout, work(task, layout, stages(task.profile, layout))).data for task in (alone, shared))
+    assert four == pytest.approx(4 * (one + 3 * SWITCH))
