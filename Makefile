@@ -53,12 +53,9 @@ test-mpi: .venv/dev-$(MPI)
 	done
 	$(call limit,600) mpirun -n 5 python -m pytest --with-mpi tests/mpi/test_pitfalls.py -q -p no:cacheprovider
 
+# Jobs of a few ranks, which wait for one another and for processes that start: two files at a time, however many cores.
 test-system: .venv/dev-$(MPI)
-	@set -e; for folder in tests/examples tests/system tests/hosts; do \
-	    if ls $$folder/test_*.py >/dev/null 2>&1; then \
-	        echo "python -m pytest $$folder -q"; $(call limit,900) python -m pytest $$folder -q; \
-	    fi; \
-	done
+	$(call limit,900) python -m pytest tests/examples tests/system tests/hosts -q -n 2 --dist loadfile
 
 check: .venv/dev-$(MPI)
 	ruff check .

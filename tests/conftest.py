@@ -1,12 +1,19 @@
-"""For all tests: ranks share the cores fairly, and generated examples are the same in every run."""
+"""For all tests: ranks and workers share the cores fairly, and generated examples are the same in every run."""
 
 import os
 
 from hypothesis import settings
 
-from dtrain.launch.environment import set_blas_threads
+from dtrain.launch.environment import cores, set_blas_threads
 
-set_blas_threads()  # before a test imports NumPy
+_before = set(os.environ)
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // int(workers))))
+set_blas_threads()
+import numpy  # noqa: E402, F401  its BLAS looks at the variables once, now
+
+for _name in set(os.environ) - _before:
+    del os.environ[_name]  # they are this process's: the programs that tests start are to find their own share
 os.environ.setdefault("DTRAIN_TUNING", "off")  # what was measured on this machine changes no test
 settings.register_profile("dtrain", derandomize=True, deadline=None, database=None)
 settings.load_profile("dtrain")

@@ -11,11 +11,11 @@ arrays where NumPy arrays are expected, numbers that are no ints.
 """
 
 import bisect
+import itertools
 import queue
 import sys
 import threading
 import weakref
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -256,7 +256,10 @@ class _Room:
         self.size = size
         self.barrier = threading.Barrier(size)
         self.table: list[Any] = [None] * size
-        self.mail: dict[tuple[int, int], queue.Queue[Any]] = defaultdict(queue.Queue)
+        # All of them now: two threads that ask a defaultdict for a missing one at the same time may get two.
+        self.mail: dict[tuple[int, int], queue.Queue[Any]] = {
+            pair: queue.Queue() for pair in itertools.product(range(size), repeat=2)
+        }
         self.gpus: set[int] = set()
         self.ranks: set[int] = set()
 

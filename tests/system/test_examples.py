@@ -21,10 +21,10 @@ def less(config: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
-def test_examples(example):
+def test_examples(example, tmp_path):
     command = example.read_text().splitlines()
     assert any(f"examples/{example.name}" in line for line in command[:5]), "its docstring tells how to run it"
-    ended = Process(on(0, sys.executable, "-W", "error", example)).finish()
+    ended = Process(on(0, sys.executable, "-W", "error", example), cwd=tmp_path).finish()
     assert (ended.code, ended.err) == (0, "")
     assert ended.out
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.system import program
 
-LIMIT = 400 << 20
+LIMIT = 260 << 20
 RANKS = 8
 RANK = """#!/bin/bash
 group=$1/rank$$; shift
@@ -67,7 +67,7 @@ def test_zero3_trains_what_one_rank_could_not_hold(group: tuple[Path, str], tmp_
     config = program.write_config(
         tmp_path,
         text,
-        model={"kind": "gpt", "layers": 6, "dim": 768, "heads": 8, "sequence": 32},
+        model={"kind": "gpt", "layers": 6, "dim": 512, "heads": 8, "sequence": 32},
         train={"steps": 1, "global_batch": 8, "micro_batch": 1, "dtype": "float32"},
         checkpoint={"every": 0},
         sample={"tokens": 0},

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from click.testing import CliRunner
 
+from dtrain.launch.main import cli
 from tests.system import program
 from tests.system.program import (
     MPIRUN,
@@ -398,12 +400,16 @@ def test_doctor(ranks):
 
 
 def test_help_is_complete():
-    """Every command, every argument and every option is explained."""
+    """Every command, every argument and every option is explained: the program's first page, and all that follow."""
+    first = well("--help").out
     todo: list[list[str]] = [[]]
     seen = []
     while todo:
         command = todo.pop()
-        out = well(*command, "--help").out
+        shown = CliRunner().invoke(cli, [*command, "--help"], prog_name="dtrain", terminal_width=110)
+        assert shown.exit_code == 0, shown.output
+        out = shown.output
+        assert command or out.split() == first.split()
         seen.append(" ".join(command))
         usage, _, rest = out.partition("\n\n")
         assert usage.startswith("Usage: dtrain")

@@ -16,7 +16,7 @@ SIZES = np.array([0.0, 3e3, 1e6, 1e9])
 
 @pytest.mark.parametrize("collective, name", ROWS)
 def test_formula_is_simulated_time(collective, name):
-    for size in range(1, 65):
+    for size in (*range(1, 18), 24, 31, 32, 33, 48, 63, 64):
         if ALGORITHMS[collective][name].sizes(size):
             plan = schedule(collective, name, size)
             found = simulate(plan, uniform(ALPHA, BETA, GAMMA), SIZES)

@@ -57,7 +57,7 @@ def test_all_stages_equal_one_process(stage, replicate, ranks):
 @pytest.mark.parametrize(
     ("stage", "replicate", "axes"),
     [
-        *((stage, replicate, {"cp": 2}) for stage, replicate in STAGES),
+        *((stage, not stage % 2, {"cp": 2}) for stage in (1, 2, 3)),
         *((stage, bool(stage % 2), {"cp": 4}) for stage in (1, 2, 3)),
         *((stage, True, {"cp": 2, "dp": 2}) for stage in (2, 3)),
     ],
