@@ -1,7 +1,7 @@
 """ZeRO-3 trains what does not fit: each rank in a memory cgroup that the training state of the whole model exceeds.
 
-42.7 million parameters: 16 bytes of state each (parameter, gradient, two moments in float32) are 683 MB. The limit is
-400 MiB per rank; with zero3 a rank of 8 peaks near 210 MiB, of which 110 are Python and the libraries.
+19.1 million parameters: 16 bytes of state each (parameter, gradient, two moments in float32) are 305 MB. The limit is
+260 MiB (273 MB) per rank; with zero3 a rank of 8 peaks near 125 MB, most of it Python and the libraries.
 """
 
 import os
