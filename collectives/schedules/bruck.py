@@ -3,8 +3,8 @@
     all_gather, 5 ranks:   from r+1: 1 block    from r+2: 2 blocks    from r+4: the 1 that is missing
 
 References: Bruck et al., "Efficient algorithms for all-to-all communications in multiport message-passing systems",
-TPDS 8, 1997; Träff, "Optimal, non-pipelined reduce-scatter and allreduce algorithms", arXiv:2410.14234 (circulant), the
-reverse of Bruck's all_gather, which is what NCCL's PAT and HCCL's NHR are for one chunk.
+TPDS 8, 1997; Träff, "Optimal, non-pipelined reduce-scatter and allreduce algorithms", arXiv:2410.14234 (circulant);
+HCCL's "nonuniform hierarchical ring" (nhr), whose way is also that of NCCL's "parallel aggregated trees" (PAT).
 """
 
 from collections.abc import Iterator
@@ -110,3 +110,33 @@ def circulant_all_reduce(rank: int, size: int) -> Iterator[Step]:
 def circulant_all_reduce_cost(size: int) -> Cost:
     """Of `circulant_all_reduce`."""
     return Cost(2 * ceil_log(size), 2 * (size - 1) / size, (size - 1) / size)
+
+
+def nhr_reduce_scatter(rank: int, size: int) -> Iterator[Step]:
+    """A block that must go i ranks ahead takes a hop of 2^k for each bit k of i, and meets others on the way that it is
+    added to. ⌈lg p⌉α + n(p-1)/p·(β+γ), any p, and the longest hops carry least: where far is slow, as between racks.
+
+    5 ranks:   blocks r+1, r+3 to rank r+1    block r+2 to rank r+2    block r+4 to rank r+4
+    """
+    for distance in distances(size):
+        further = range(0, size - distance, 2 * distance)
+        yield Step(
+            [Send((rank + distance) % size, [(rank + distance + i) % size for i in further])],
+            [Receive((rank - distance) % size, [(rank + i) % size for i in further], reduce=True)],
+        )
+
+
+def nhr_all_gather(rank: int, size: int) -> Iterator[Step]:
+    """The way back of `nhr_reduce_scatter`: own block far first, in the end many blocks near. ⌈lg p⌉α + n(p-1)/p·β."""
+    for distance in reversed(distances(size)):
+        further = range(0, size - distance, 2 * distance)
+        yield Step(
+            [Send((rank - distance) % size, [(rank + i) % size for i in further])],
+            [Receive((rank + distance) % size, [(rank + distance + i) % size for i in further])],
+        )
+
+
+def nhr_all_reduce(rank: int, size: int) -> Iterator[Step]:
+    """There and back. 2⌈lg p⌉α + 2n(p-1)/p·β + n(p-1)/p·γ, any p."""
+    yield from nhr_reduce_scatter(rank, size)
+    yield from nhr_all_gather(rank, size)

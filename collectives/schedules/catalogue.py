@@ -46,6 +46,7 @@ ALGORITHMS: dict[str, dict[str, Algorithm]] = {
         ),
         "direct": Algorithm(direct.all_reduce, direct.all_reduce_cost, _size, regular=True, ordered=True),
         "circulant": Algorithm(bruck.circulant_all_reduce, bruck.circulant_all_reduce_cost, _size, regular=True),
+        "nhr": Algorithm(bruck.nhr_all_reduce, bruck.circulant_all_reduce_cost, _size, regular=True),
         "gather_reduce": Algorithm(
             bruck.gather_reduce,
             bruck.gather_reduce_cost,
@@ -66,6 +67,7 @@ ALGORITHMS: dict[str, dict[str, Algorithm]] = {
         "recursive_halving": Algorithm(halving.reduce_scatter, halving.reduce_scatter_cost),
         "pairwise": Algorithm(direct.pairwise_reduce_scatter, direct.pairwise_reduce_scatter_cost, regular=True),
         "circulant": Algorithm(bruck.circulant_reduce_scatter, bruck.circulant_reduce_scatter_cost, regular=True),
+        "nhr": Algorithm(bruck.nhr_reduce_scatter, bruck.circulant_reduce_scatter_cost, regular=True),
         "direct": Algorithm(direct.reduce_scatter, direct.reduce_scatter_cost, regular=True, ordered=True),
     },
     "all_gather": {
@@ -74,6 +76,7 @@ ALGORITHMS: dict[str, dict[str, Algorithm]] = {
             doubling.all_gather, doubling.all_gather_cost, regular=True, sizes=doubling.power_of_two
         ),
         "bruck": Algorithm(bruck.all_gather, doubling.all_gather_cost, regular=True),
+        "nhr": Algorithm(bruck.nhr_all_gather, doubling.all_gather_cost, regular=True),
         "neighbour_exchange": Algorithm(
             ring.neighbour_exchange, ring.neighbour_exchange_cost, regular=True, sizes=ring.even
         ),
