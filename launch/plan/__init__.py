@@ -156,7 +156,7 @@ def as_overrides(best: Cost) -> str:
     parts = [f"parallel.{axis}={getattr(layout, axis)}" for axis in ("dp", "ep", "cp", "tp", "pp")]
     parts += [f"parallel.context={layout.context}"] * (layout.cp > 1)
     parts += [f"parallel.data_parallel={layout.data_parallel}"] * (layout.data * layout.cp > 1)
-    parts += ["parallel.sequence=true"] * layout.sequence
+    parts += ["parallel.sequence=true"] * layout.sequence + ["parallel.tensor=2d"] * (layout.tensor == "2d")
     parts += [f"pipeline.schedule={layout.schedule}"] * (layout.pp > 1)
     parts += [f"train.micro_batch={layout.micro_batch}", f"train.recompute={str(layout.recompute).lower()}"]
     return " ".join(parts)

@@ -65,7 +65,7 @@ def report(chosen: Sequence[Cost], times: Sequence[float], memory: Sequence[floa
     for each, time, peak in zip(chosen, times, memory, strict=True):
         layout = each.layout
         names = [layout.data_parallel] * (layout.data * layout.cp > 1) + [layout.schedule] * (layout.pp > 1)
-        names += [layout.context] * (layout.cp > 1) + ["seq"] * layout.sequence + ["recompute"] * layout.recompute
+        names += layout.options
         yield (
             f"{mesh(layout) + ' ' + ' '.join(names):<36}{seconds(each.seconds):>11}{seconds(time):>11}"
             f"{time / each.seconds:>6.2f}x{size(each.memory):>12}{size(peak):>11}{peak / each.memory:>6.2f}x"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dtrain.config.rules import divisors
 from dtrain.launch.plan.machine import Machine
 from dtrain.launch.plan.profile import Profile
 from dtrain.strategies.pipeline.schedules import SCHEDULES
@@ -24,6 +25,21 @@ class Layout:
     cp: int = 1
     ep: int = 1
     context: str = "ring"
+    tensor: str = "1d"
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the ranks of tp: as square as can be, or one row."""
+        if self.tensor == "1d":
+            return 1, self.tp
+        rows = max(rows for rows in divisors(self.tp) if rows * rows <= self.tp)
+        return rows, self.tp // rows
+
+    @property
+    def options(self) -> list[str]:
+        """What a table calls the rest."""
+        names = [self.context] * (self.cp > 1) + ["summa"] * (self.tensor == "2d")
+        return names + ["sequence"] * self.sequence + ["recompute"] * self.recompute
 
     @property
     def data(self) -> int:

@@ -4,9 +4,9 @@
 
 Over a network a collective of n bytes over p ranks costs what a ring costs, steps·α + factor·n·β, at the outermost
 level that the group reaches over (all_reduce: 2(p-1) steps, factor 2(p-1)/p; all_gather, reduce_scatter, all_to_all:
-half of it). In a node it is one call in shared memory, whatever p: its Python, two meetings (α), the same bytes, and
-for each rank more than one on a core a change of who runs (SWITCH). All that is work of the cores, so ranks that share
-them share its time as well (`crowd`).
+half of it; a broadcast, one of several from all ranks in turn: log p steps, factor (p-1)/p). In a node it is one call
+in shared memory, whatever p: its Python, two meetings (α), the same bytes, and for each rank more than one on a core a
+change of who runs (SWITCH). All that is work of the cores, so ranks that share them share its time as well (`crowd`).
 
 Two cores are not always twice one: threads of one core, or cores that slow down together, do less at once (`together`).
 Reference: Hockney, Parallel Computing 20 (1994); the algorithms: `dtrain show collective`.
@@ -14,6 +14,7 @@ Reference: Hockney, Parallel Computing 20 (1994); the algorithms: `dtrain show c
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from dtrain.collectives.schedules.simulator import Cluster, Level
@@ -85,7 +86,7 @@ class Machine:
         if inside:
             alpha = LIBRARY if kind == "all_to_all" else level.alpha
             return self.per_op + alpha + self._switches() + moved, inside
-        steps = (2 if kind == "all_reduce" else 1) * (size - 1)
+        steps = {"all_reduce": 2 * (size - 1), "broadcast": math.ceil(math.log2(size))}.get(kind, size - 1)
         # Groups that lie beside one another send at once, over the same links.
         crowd = 1.0 if not level.links else max(1.0, min(stride, self.per_node) / level.links)
         return steps * level.alpha + moved * crowd, inside

@@ -3,13 +3,15 @@
     forward     FLOPs / speed + bytes / bandwidth + ops x overhead + attention beyond its FLOPs + collectives
     backward    twice the products and bytes, the same collectives; with recomputation a forward more
 
-tp: a sum of the boundary's size per branch. cp: work, activations and what goes through pipelines are 1/cp; ring: keys
+tp: a sum of the boundary's size per branch; on a grid broadcasts of panels for every product, twice that in the
+backward (SUMMA). cp: work, activations and what goes through pipelines are 1/cp; ring: keys
 and values go round (cp-1 messages of a block, backward twice that, hidden by the attention of a block where a network
 carries them); ulysses: two all_to_alls each way. ep: two all_to_alls of the chosen rows each way per mixture.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from dtrain.launch.plan.layout import Job, Layout
@@ -46,16 +48,16 @@ def work(job: Job, layout: Layout, cut: tuple[Stage, ...]) -> Work:
         compute = b * (stage.products / machine.flops + stage.moved / machine.bandwidth) / threads
         compute += stage.blocks * attention(job, layout)
         overhead = stage.ops * machine.per_op
-        reduce = _sum(job, layout)
         there, back = _context(job, layout, stage)
-        rows = _exchanges(job, layout, stage)
-        reduces = stage.reduces * reduce + rows
+        reduces = _products(job, layout, stage) + _exchanges(job, layout, stage)
         again = (compute + overhead + reduces + there) if layout.recompute else 0.0
         forward.append(compute + overhead + reduces + there)
-        backward.append(2 * compute + 2 * overhead + reduces + back + again)
-        tensor.append((2 + layout.recompute) * reduces + there * (1 + layout.recompute) + back)
+        backwards = reduces * (2 if layout.tensor == "2d" else 1)  # of a product on a grid the gradients are two more
+        backward.append(2 * compute + 2 * overhead + backwards + back + again)
+        tensor.append(reduces * (1 + layout.recompute) + backwards + there * (1 + layout.recompute) + back)
     stride = job.ranks // layout.pp
-    transfer = machine.message(stride, b * job.profile.boundary / layout.cp) if layout.pp > 1 else 0.0
+    passed = b * job.profile.boundary / layout.cp / (layout.tp if layout.tensor == "2d" else 1)
+    transfer = machine.message(stride, passed) if layout.pp > 1 else 0.0
     count = job.global_batch // layout.data // b
     return Work(cut, tuple(forward), tuple(backward), tuple(tensor), transfer, count)
 
@@ -69,14 +71,34 @@ def attention(job: Job, layout: Layout) -> float:
     machine, profile, cp = job.machine, job.profile, layout.cp
     if not profile.tokens:
         return 0.0
-    heads = layout.micro_batch * profile.query_heads * -(-profile.kv_heads // layout.tp) / profile.kv_heads
+    rows, columns = layout.grid
+    heads = layout.micro_batch / rows * profile.query_heads * -(-profile.kv_heads // columns) / profile.kv_heads
     scores = heads * profile.length**2 / cp * machine.per_score
     if cp == 1 or layout.context == "ulysses":
         return scores + heads / cp * -(-profile.length // ROWS) * machine.per_head
     pairs, runs = (2 * cp + 1, 2 * cp) if profile.causal else (cp, cp)
-    rows = -(-profile.length // runs // ROWS)
+    turns = -(-profile.length // runs // ROWS)
     joined = layout.micro_batch * profile.boundary / layout.tp / runs * JOINS / machine.bandwidth
-    return scores + pairs * (heads * rows * machine.per_head + joined + 2 * JOINS * machine.per_op)
+    return scores + pairs * (heads * turns * machine.per_head + joined + 2 * JOINS * machine.per_op)
+
+
+def _products(job: Job, layout: Layout, stage: Stage) -> float:
+    """Seconds of what the products of a microbatch exchange over tp in one direction.
+
+    On a grid, of each product and panel: a broadcast along the row, one along the column, an addition to the result.
+    """
+    if layout.tensor == "1d":
+        return stage.reduces * _sum(job, layout)
+    machine, b, (rows, columns) = job.machine, layout.micro_batch, layout.grid
+    panels = rows + columns - math.gcd(rows, columns)
+    calls = max(1, stage.matrices * panels)
+    fed, weights = b * stage.fed / rows / calls, stage.weights * job.profile.itemsize / columns / calls
+    each = (
+        machine.collective("broadcast", columns, 1, fed)[0] + machine.collective("broadcast", rows, columns, weights)[0]
+    )
+    added = 2 * panels * b * stage.made / layout.tp / machine.bandwidth
+    norms = stage.norms * machine.collective("all_gather", columns, 1, 0.0)[0]
+    return calls * each + added + norms
 
 
 def _sum(job: Job, layout: Layout) -> float:

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from dtrain.graph import short
+from dtrain.launch.plan.amounts import total
 from dtrain.launch.plan.costs import Cost, cost
 from dtrain.launch.plan.layout import Job, Layout
 from dtrain.launch.plan.machine import Machine
 from dtrain.launch.plan.microbatch import work
-from dtrain.launch.plan.profile import total
 from dtrain.launch.plan.stages import Stage, stages
 
 TIMES = ("compute", "tensor", "bubble", "data", "update")
@@ -30,8 +30,7 @@ def table(found: Sequence[Cost]) -> Iterator[str]:
     )
     for each in found:
         layout = each.layout
-        names = [layout.context] * (layout.cp > 1) + ["sequence"] * layout.sequence + ["recompute"] * layout.recompute
-        options = " ".join(names) or "-"
+        options = " ".join(layout.options) or "-"
         schedule = layout.schedule if layout.pp > 1 else "-"
         kind = layout.data_parallel if layout.data * layout.cp > 1 else "-"
         yield (
@@ -96,7 +95,13 @@ def reasons(job: Job, chosen: Cost) -> Iterator[str]:
         }[layout.data_parallel]
         names = [f"{axis}={getattr(layout, axis)}" for axis in ("dp", "ep", "cp") if getattr(layout, axis) > 1]
         yield f"{' '.join(names)} with {layout.data_parallel}: {why}."
-    if layout.tp > 1:
+    if layout.tensor == "2d":
+        rows, columns = layout.grid
+        yield (
+            f"tp={layout.tp} as a grid of {rows} x {columns} (tensor: 2d, SUMMA): every matrix and every activation is "
+            f"1/{layout.tp}, for broadcasts of panels in each product."
+        )
+    elif layout.tp > 1:
         node = "inside a node" if layout.tp <= job.machine.per_node else "ACROSS nodes, which is slow"
         largest = max(total(block.parameters) for block in profile.blocks) * profile.itemsize
         yield (

@@ -68,7 +68,8 @@ def degrees(layout: Layout) -> Mesh:
 def rank(cost: Cost) -> tuple[int, int, int, float, float]:
     """What is sorted by: time in steps of ALIKE, then simplicity, then time and memory."""
     layout = cost.layout
-    extras = sum(size > 1 for size in (layout.tp, layout.pp, layout.cp, layout.ep)) + layout.sequence + layout.recompute
+    extras = sum(size > 1 for size in (layout.tp, layout.pp, layout.cp, layout.ep))
+    extras += layout.sequence + layout.recompute + (layout.tensor == "2d")
     return _class(cost.seconds), extras, ZERO.index(layout.data_parallel), cost.seconds, cost.memory
 
 
@@ -81,7 +82,7 @@ def groups(job: Job, config: Config) -> Iterator[Group]:
     for plain, schedules in _shapes(job):
         cut = stages(job.profile, plain)
         for micro_batch in _divisors(job.global_batch // plain.data):
-            if not legal(config, replace(plain, micro_batch=micro_batch), job.ranks):
+            if micro_batch % plain.grid[0] or not legal(config, replace(plain, micro_batch=micro_batch), job.ranks):
                 continue
             for recompute in (False, True):
                 layout = replace(plain, micro_batch=micro_batch, recompute=recompute)
@@ -94,22 +95,26 @@ def _shapes(job: Job) -> Iterator[tuple[Layout, tuple[str, ...]]]:
     profile, ranks = job.profile, job.ranks
     for tp, pp, cp, ep in itertools.product(_divisors(ranks), repeat=4):
         dp, left = divmod(ranks, tp * pp * cp * ep)
-        if left or pp > len(profile.blocks) or job.global_batch % (dp * ep) or not _has_parts(profile, tp, cp, ep):
+        if left or pp > len(profile.blocks) or job.global_batch % (dp * ep):
             continue
-        for schedules in GROUPS if pp > 1 else ((GROUPS[0][0],),):
-            plain = Layout(dp, tp, pp, schedule=schedules[0], cp=cp, ep=ep)
+        for schedules, tensor in itertools.product(GROUPS if pp > 1 else ((GROUPS[0][0],),), ("1d", "2d")):
+            plain = Layout(dp, tp, pp, schedule=schedules[0], cp=cp, ep=ep, tensor=tensor)
             if pp * plain.chunks > len(profile.blocks) or (plain.schedule == "zb_v" and pp > WIDEST_V):
                 continue
-            for sequence in (False, True) if tp > 1 and profile.tokens else (False,):
+            if not _has_parts(profile, plain):
+                continue
+            for sequence in (False, True) if tp > 1 and profile.tokens and tensor == "1d" else (False,):
                 for context in _contexts(profile, tp, cp):
                     yield replace(plain, sequence=sequence, context=context), schedules
 
 
-def _has_parts(profile: Profile, tp: int, cp: int, ep: int) -> bool:
-    """Whether every rank has a head, tokens and an expert."""
-    heads = tp <= profile.kv_heads or not profile.tokens
-    tokens = cp == 1 or (profile.tokens and 2 * cp * tp <= profile.length)
-    return heads and tokens and (ep == 1 or ep <= profile.experts)
+def _has_parts(profile: Profile, layout: Layout) -> bool:
+    """Whether every rank has a head, tokens and an expert; a grid is one where it has more than one row."""
+    rows, columns = layout.grid
+    heads = columns <= profile.kv_heads or not profile.tokens
+    tokens = layout.cp == 1 or (profile.tokens and 2 * layout.cp * columns <= profile.length)
+    experts = layout.ep == 1 or layout.ep <= profile.experts
+    return heads and tokens and experts and (layout.tensor == "1d" or rows > 1)
 
 
 def _contexts(profile: Profile, tp: int, cp: int) -> tuple[str, ...]:
@@ -137,7 +142,7 @@ def applied(config: Config, layout: Layout) -> Config:
         cp=layout.cp,
         ep=layout.ep,
         context=layout.context,
-        tensor="1d",
+        tensor=layout.tensor,
         grid=None,
         plan=None,
         data_parallel=layout.data_parallel,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
 
+from dtrain.launch.plan.amounts import Amount, Part, total
 from dtrain.launch.plan.layout import Layout
-from dtrain.launch.plan.profile import Amount, Part, Profile, total
+from dtrain.launch.plan.profile import Profile
 from dtrain.strategies.pipeline.cut import balanced
 
 
@@ -31,23 +32,32 @@ class Stage:
     blocks: int
     rows: float  # bytes that go to experts
     mixtures: int
+    matrices: int  # what follows: of all samples, whole; a grid of ranks multiplies them by SUMMA
+    norms: int
+    fed: float  # bytes
+    made: float
+    weights: float  # elements
 
 
 def stages(profile: Profile, layout: Layout) -> tuple[Stage, ...]:
     """What each rank of the pipeline has, cut as the pipeline does it."""
     pp, tp, sequence, number = layout.pp, layout.tp, layout.sequence, layout.pp * layout.chunks
 
+    is_grid, (rows, columns) = layout.tensor == "2d", layout.grid
+
     def owned(amount: Amount) -> float:
+        if is_grid:  # vectors lie in all rows
+            return replace(amount, whole=amount.whole * rows).on_grid(rows, columns, profile.kv_heads)
         return amount.on_rank(tp, sequence, profile.kv_heads, layout.ep)
 
     def here(amount: Amount) -> float:
-        return owned(amount) / layout.cp
+        return (amount.on_grid(rows, columns, profile.kv_heads) if is_grid else owned(amount)) / layout.cp
 
     weights = [total(block.flops) for block in profile.blocks]
     weights[-1] += total(profile.exit.flops)
     sizes = _sizes(tuple(weights), number)
     ends = list(accumulate(sizes))
-    boundary = profile.boundary / (tp if sequence else 1) / layout.cp
+    boundary = profile.boundary / (tp if sequence or is_grid else 1) / layout.cp
     turns = layout.schedule == "zb_v"  # stages go down the ranks and up again
     ranks = [min(s, number - 1 - s) if turns else s % pp for s in range(number)]
     found = []
@@ -62,7 +72,7 @@ def stages(profile: Profile, layout: Layout) -> tuple[Stage, ...]:
             Stage(
                 products=sum(here(part.flops) for part in parts),
                 moved=sum(here(part.moved) for part in parts),
-                ops=sum(owned(part.ops) for part in parts),
+                ops=sum(total(part.ops) for part in parts),
                 parameters=sum(owned(part.parameters) for part in parts) - tied,
                 largest_unit=max(owned(block.parameters) for block in blocks) if blocks else 0.0,
                 ends=sum(owned(part.parameters) for part in edges) - tied,
@@ -76,6 +86,13 @@ def stages(profile: Profile, layout: Layout) -> tuple[Stage, ...]:
                 blocks=len(blocks),
                 rows=sum(block.rows for block in blocks),
                 mixtures=sum(block.rows > 0 for block in blocks),
+                matrices=sum(part.matrices for part in parts),
+                norms=sum(part.norms for part in parts),
+                fed=sum(part.fed for part in parts) / layout.cp,
+                made=sum(part.made for part in parts) / layout.cp,
+                weights=sum(
+                    part.parameters.units + part.parameters.heads for part in [*blocks, *[profile.exit] * last]
+                ),
             )
         )
     return tuple(found)

@@ -20,13 +20,14 @@ from dtrain.errors import UserError
 from dtrain.launch import configuration, plan
 from dtrain.launch.assembly import planned
 from dtrain.launch.plan import compare, report, speeds
+from dtrain.launch.plan.amounts import total
 from dtrain.launch.plan.compare import spearman, spread
 from dtrain.launch.plan.costs import BUCKET, cost
 from dtrain.launch.plan.layout import Job, Layout
 from dtrain.launch.plan.machine import NETWORK, NODE, SWITCH, Machine
 from dtrain.launch.plan.microbatch import attention, work
 from dtrain.launch.plan.pace import concurrency, held, pace
-from dtrain.launch.plan.profile import profile, total
+from dtrain.launch.plan.profile import profile
 from dtrain.launch.plan.search import applied, cheapest, degrees, everything, rank
 from dtrain.launch.plan.stages import stages
 from dtrain.strategies.pipeline.schedules import SCHEDULES, programs
@@ -97,7 +98,7 @@ def test_every_candidate_is_legal():
             assert count == each.microbatches
             Timeline(programs(given.pipeline.schedule, given.parallel.pp, count, given.pipeline.chunks))
     found = {degrees(c.layout) for c in everything(job(8, batch=8), here)}
-    sizes = itertools.product((1, 2, 4, 8), (1,), (1, 2, 4, 8), (1, 2, 4), (1, 2, 4))
+    sizes = itertools.product((1, 2, 4, 8), (1,), (1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4))  # 4 heads: tp of 8 as a grid
     assert found == {each for each in sizes if math.prod(each) == 8}
 
 
@@ -305,6 +306,44 @@ def test_cores_that_do_less_together_make_waiting_for_one_another_cheap():
         task = job(2, batch=16, cores=2, per_node=2, together=together)
         whole, piped = (cost(task, each, work(task, each, stages(task.profile, each))).seconds for each in layouts)
         assert least < piped / whole < least + 0.25
+
+
+@pytest.mark.parametrize("model", ["gpt", "llama", "mlp"])
+def test_a_grid_of_ranks_has_a_block_of_everything(model):
+    """Parameters are those of the flat buffers of a real run, on the fullest of four ranks."""
+    here = config(model, 8, parallel={"tp": 4, "tensor": "2d"})
+
+    def sizes(comm):
+        trainer = training.trainer(
+            comm, model=MODELS[model], data=_data(here), train=_train(here, micro_batch=8, global_batch=8),
+            parallel={"tp": 4, "tensor": "2d"},
+        )  # fmt: skip
+        return sum(group.data.nbytes for group in trainer.flat.groups), trainer.data
+
+    held = run_threads(4, sizes)
+    task = Job(profile(here, held[0][1]), Machine(), 4, 8, "adamw")
+    layout = Layout(tp=4, tensor="2d", micro_batch=8)
+    found = cost(task, layout, work(task, layout, stages(task.profile, layout)))
+    assert found.parameters == pytest.approx(max(nbytes for nbytes, _ in held), rel=0.03)
+    line, alone = Layout(tp=4, micro_batch=8), Layout(micro_batch=8)
+    one, whole = (cost(task, each, work(task, each, stages(task.profile, each))) for each in (line, alone))
+    assert found.activations == pytest.approx(whole.activations / 4)
+    assert found.activations < one.activations and found.tensor > one.tensor
+
+
+def test_what_a_grid_broadcasts_is_what_the_page_says():
+    """7 b s h along rows and 12 h² along columns in a block; samples of a microbatch are shared out over the rows."""
+    task = job(8)
+    block, boundary = task.profile.blocks[0], task.profile.boundary
+    assert block.fed == pytest.approx(7 * boundary) and block.made == pytest.approx(9 * boundary)
+    assert (block.matrices, block.norms) == (4, 2)
+    assert block.parameters.units + block.parameters.heads == pytest.approx(12 * 64**2, rel=0.02)
+    found = {(c.layout.tp, c.layout.grid, c.layout.micro_batch) for c in everything(task, config())
+             if c.layout.tensor == "2d"}  # fmt: skip
+    assert {(tp, grid) for tp, grid, _ in found} == {(4, (2, 2)), (8, (2, 4))}
+    assert {micro_batch for *_, micro_batch in found} == {2, 4, 8, 16}
+    some = next(c for c in everything(task, config()) if c.layout.tensor == "2d")
+    assert "SUMMA" in " ".join(report.reasons(task, some)) and "parallel.tensor=2d" in plan.as_overrides(some)
 
 
 @pytest.mark.parametrize("cp", [2, 4])

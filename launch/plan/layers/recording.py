@@ -21,7 +21,7 @@ from dtrain.arrays import Array
 from dtrain.config import BERTConfig, Config, GPTConfig
 from dtrain.data import Data
 from dtrain.graph import Graph, Leaf, capture, tracing
-from dtrain.launch.plan.profile import LENGTHS, sample
+from dtrain.launch.plan.trace import LENGTHS, sample
 from dtrain.op import Shape
 
 
