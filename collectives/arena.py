@@ -56,6 +56,11 @@ class Block:
         self._dead.add(self._key)  # nothing else: this may run inside any other code
 
 
+def at_home(array: Array) -> bool:
+    """Whether an array is contiguous and comes from `allocate`: not what peers see of it, nor a stranger's view."""
+    return isinstance(_root(array), Block) and array.flags.c_contiguous
+
+
 class _Kept:
     """Memory of a peer, with what keeps its place from being used for something else."""
 

@@ -53,6 +53,7 @@ class Job:
         self._at = address(self._words)
         self._aims = []  # of the source, of the target
         self._fused = node.flags.meet is not None
+        self._aimed = False  # at the source and target of a call before
         for at, part in self._parts.items():
             if part is None:
                 continue
@@ -71,9 +72,21 @@ class Job:
             both = address(source), address(target)
             for table, word, of_target, nbytes in self._aims:
                 table[word] = both[of_target] + nbytes
-        if not self._fused or not node.alone(number):
+        if self._fused and node.alone(number):
+            self._aimed = True
+            self._in_one(number)
+        else:
             self._step_by_step(number, source, target)
-            return
+
+    def again(self, number: int) -> bool:
+        """`meet` with the source and target of the last call, if that can be done without them; whether it is done."""
+        done = self._aimed and self._node.alone(number)
+        if done:
+            self._in_one(number)
+        return done
+
+    def _in_one(self, number: int) -> None:
+        node = self._node
         meet, stage = node.flags.meet, 0
         assert meet is not None
         record = 8 * (RECORDS + RECORD_WORDS * (number % RING))

@@ -41,7 +41,7 @@ class Plan(NamedTuple):
     run: Run  # on flat arrays
 
 
-_PREPARED_COLLECTIVES = {collective for collective, _ in PREPARED}
+PREPARED_COLLECTIVES = {collective for collective, _ in PREPARED}
 
 
 class Plans(Reductions, Movement):
@@ -178,7 +178,7 @@ class Plans(Reductions, Movement):
     ) -> None:
         super()._run(name, table, algorithm, call, empty)
         # Nothing else is kept: the arrays of a call that nobody asks after would live until the next one.
-        asked_after = name in _PREPARED_COLLECTIVES and (name != "all_reduce" or call.source.nbytes > SMALL_BYTES)
+        asked_after = name in PREPARED_COLLECTIVES and (name != "all_reduce" or call.source.nbytes > SMALL_BYTES)
         self._ran = (table, call) if asked_after else None
 
     def _remember(self, key: Hashable, array: Any, result: Array) -> Array:

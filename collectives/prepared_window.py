@@ -27,14 +27,23 @@ _OCTET = np.dtype(np.uint8)
 _TARGET = Own(True, 0)
 
 
-def _windowed(node: Node, record: Record, part: Part, aside: Place = NO_PLACE, find: Find | None = None) -> Run:
-    """Two synchronisations around this rank's part."""
-    job = Job(node, among=part, find=find)
+class Windowed:
+    """A `Run`: two synchronisations around this rank's part."""
 
-    def run(source: Array, target: Array) -> None:
-        job.meet(node.begin_record(record, aside), source, target)
+    def __init__(
+        self, node: Node, record: Record, part: Part, aside: Place = NO_PLACE, find: Find | None = None
+    ) -> None:
+        self._job = Job(node, among=part, find=find)
+        self._begin = partial(node.begin_record, record, aside)
 
-    return run
+    def __call__(self, source: Array, target: Array) -> None:
+        self._job.meet(self._begin(), source, target)
+
+    def again(self, source: Array, target: Array) -> None:
+        """The same for arrays that lie where those of the last call lay; they need not be flat."""
+        number = self._begin()
+        if not self._job.again(number):
+            self._job.meet(number, source.reshape(-1), target.reshape(-1))
 
 
 # Reductions in the window
@@ -47,7 +56,7 @@ def window_all_reduce(call: Call) -> Run:
     start, stop = owned(count, node.rank, node.size)
     parts = [part[start:stop] for part in node.arena.parts(place, count, dtype)]
     record = records.record("all_reduce", "window", call.op, dtype, count, place, 0)
-    return _windowed(node, record, added(OPERATIONS[call.op], dtype, stop - start, parts, None))
+    return Windowed(node, record, added(OPERATIONS[call.op], dtype, stop - start, parts, None))
 
 
 def window_all_reduce_shared(node: Node, place: Place, op: str, result: Array) -> Callable[[], None]:
@@ -56,7 +65,7 @@ def window_all_reduce_shared(node: Node, place: Place, op: str, result: Array) -
     start, stop = owned(count, node.rank, node.size)
     parts = [part[start:stop] for part in node.arena.parts(place, count, dtype)]
     record = records.record("all_reduce_shared", "window", op, dtype, count, place, 0)
-    run = _windowed(node, record, added(OPERATIONS[op], dtype, stop - start, parts, [result[start:stop]]))
+    run = Windowed(node, record, added(OPERATIONS[op], dtype, stop - start, parts, [result[start:stop]]))
     return lambda: run(result, result)
 
 
@@ -67,7 +76,7 @@ def window_reduce_scatter(call: Call) -> Run:
     start = sum(call.counts[: node.rank])
     parts = [part[start : start + length] for part in node.arena.parts(place, count, dtype)]
     record = records.record("reduce_scatter", "window", call.op, dtype, count, place, hash(tuple(call.counts)))
-    return _windowed(node, record, added(OPERATIONS[call.op], dtype, length, parts, [_TARGET]))
+    return Windowed(node, record, added(OPERATIONS[call.op], dtype, length, parts, [_TARGET]))
 
 
 # Movement in the window
@@ -94,7 +103,7 @@ def _moved(node: Node, record: Record, place: Place, blocks: _Rows, make: Callab
                 table[row, 0] = address(_view(node, rank, number, begin, length)) - begin
                 expected[rank - (rank > node.rank)] = node.packed_aside(rank, number)
 
-    return _windowed(node, record, part, place, find)
+    return Windowed(node, record, part, place, find)
 
 
 def window_all_gather(call: Call) -> Run:

@@ -5,6 +5,12 @@
 
 A form stands for the built-in choice, which for so few bytes does not depend on where the arrays lie; a table of
 `dtrain bench tune` is not asked about them (`Tuning.order`). So it does not matter which ranks have a form already.
+
+    long, in the window   (name, shape, dtype, op) -> form -> (addresses) -> plan
+
+What has an address in the window lies there at one place for as long as the communicator lives, so the addresses stand
+for all that the key of a plan would be made of again. With more ranks than cores this Python is run with cold caches by
+one rank after another: it was a third of an all_gather of 256 KiB between 8.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -15,10 +21,13 @@ import numpy as np
 from numpy import ndarray
 
 from dtrain.collectives import small
-from dtrain.collectives.dtypes import Array, cut
+from dtrain.collectives.arena import at_home
+from dtrain.collectives.counters import Tally
+from dtrain.collectives.dtypes import Array, address, cut
 from dtrain.collectives.forms import destination
 from dtrain.collectives.node import Node
-from dtrain.collectives.plans import Plans
+from dtrain.collectives.plans import PREPARED_COLLECTIVES, Plans
+from dtrain.collectives.prepared_window import Windowed
 from dtrain.collectives.progress import Progress
 from dtrain.collectives.staged import SMALL_BYTES
 from dtrain.collectives.transport import Transport
@@ -31,6 +40,7 @@ KNOWN_FORMS = 4096
 # it is asked from SMALL_BYTES on. Longer sums take two synchronisations, as plans.
 MOVED_BYTES = 64 * 1024
 Form = Callable[[Any, Array | None], Any]
+Again = Callable[[Array, Array], None]
 Result = TypeVar("Result", Array, Array | None)
 
 
@@ -40,10 +50,13 @@ class Shortcuts(Plans):
     def __init__(self, transport: Transport, timeout: float | None = None, progress: Progress | None = None) -> None:
         super().__init__(transport, timeout, progress)
         self._forms: dict[Hashable, Form] = {}
+        self._places: dict[Hashable, tuple[Again, Tally, tuple[str, str, int], tuple[int, ...]]] = {}
+        """Plans of long calls in the window: by the key of the form and the addresses."""
 
     def forget(self) -> None:
         """Drop all forms and plans: what `auto` chooses has changed, on all ranks."""
         self._forms.clear()
+        self._places.clear()
         self.counters.forget()
         super().forget()
 
@@ -53,6 +66,7 @@ class Shortcuts(Plans):
         Drop the arrays of `empty` before: their memory goes only when no rank has any of them any more.
         """
         self._forms.clear()
+        self._places.clear()
         super().close()
 
     def all_reduce(self, array: Any, op: str = "sum", out: Array | None = None, algorithm: str = "auto") -> Array:
@@ -186,8 +200,12 @@ class Shortcuts(Plans):
             self._forms["barrier"] = self._barrier_form(self.node)
 
     def _keep(self, key: tuple[Any, ...], array: Array, result: Result, make: Callable[[Node], small.Run]) -> Result:
-        """The result; its form is kept if the call was short and went through the staging."""
+        """The result; the form of a short call through the staging is kept, or the places of one in the window."""
         last = self.counters.last
+        if last is not None and last[1] == "window":
+            if result is not None and key[0] in PREPARED_COLLECTIVES:
+                self._keep_place(key, array, result)
+            return result
         nbytes = array.nbytes * (self.size if key[0] in ("all_gather", "gather") else 1)
         limit = SMALL_BYTES if key[0] in ("all_reduce", "reduce") or self.tuning is not None else MOVED_BYTES
         if self._node is None or last is None or last[:2] != (key[0], "staged") or not 0 < nbytes <= limit:
@@ -224,6 +242,44 @@ class Shortcuts(Plans):
         else:
             self._forms[key] = form
         return result
+
+    def _keep_place(self, key: tuple[Any, ...], array: Array, out: Array) -> None:
+        """Keep the plan of a call under the addresses of its arrays, if both lie in the window."""
+        node = self._node
+        if node is None or node.arena.place(out) is None or node.arena.place(array) is None:
+            return
+        name, _, _, *detail = key
+        plan = self._plans.get(self._plan_key(array, out, name, "auto", *detail))
+        if plan is None or not isinstance(plan.run, Windowed) or len(self._forms) + len(self._places) >= KNOWN_FORMS:
+            return
+        last = plan.collective, plan.algorithm, plan.nbytes
+        at = address(array), address(out)
+        self._places[key, *at] = plan.run.again, self.counters.tally(*last, plan.volume), last, out.shape
+        if key not in self._forms:
+            self._forms[key] = self._window_form(key, array.dtype)
+
+    def _window_form(self, key: tuple[Any, ...], dtype: np.dtype[Any]) -> Form:
+        places, deferred, settle, note = self._places, self._deferred, self._settle, self.counters.recent.append
+        name, _, _, *detail = key
+        plans = getattr(super(), name)
+
+        def form(array: Array, out: Array | None) -> Array:
+            if out is not None and type(out) is ndarray and out.dtype is dtype and out.flags.carray:
+                at = address(array)
+                known = places.get((key, at, at if out is array else address(out)))
+                if known is not None and out.shape == known[3] and (out is array or at_home(array)):
+                    run, tally, last, _ = known
+                    if deferred:
+                        settle()
+                    run(array, out)
+                    tally.calls += 1
+                    note((monotonic(), last))
+                    return out
+            result: Array = plans(array, *detail, out=out)
+            self._keep_place(key, array, result)
+            return result
+
+        return form
 
     def _barrier_form(self, node: Node) -> Form:
         run, deferred, settle, note = small.barrier(node), self._deferred, self._settle, self.counters.recent.append

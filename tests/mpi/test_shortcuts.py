@@ -153,3 +153,50 @@ def test_a_table_makes_them_forget(part: Communicator) -> None:
     part.forget()
     assert not part._forms and part.counters.calls("all_reduce") == 2
     np.testing.assert_array_equal(part.all_reduce(array), array * part.size)
+
+
+def test_addresses_in_the_window_are_not_enough(part: Communicator) -> None:
+    """What lies where a known array lay may be strided, of another shape or read-only; its peers may lie elsewhere."""
+    size, count = part.size, 30_000
+    home, whole = part.empty((2 * count, 2)), part.empty((size * count, 2))
+    own, strided = home[:count], home[::2]
+
+    def gathered(array: Any, out: Any) -> None:
+        home[...] = np.random.default_rng(part.rank).standard_normal(home.shape)
+        whole[...] = -1
+        want = part.all_gather(np.ascontiguousarray(array))
+        assert part.all_gather(array, out=out) is out
+        np.testing.assert_array_equal(out, want)
+
+    for _ in range(4):
+        gathered(own, whole)
+    assert strided.shape == own.shape
+    gathered(strided, whole)
+    gathered(own, whole)
+    with pytest.raises(ValueError, match="out has shape"):
+        part.all_gather(own, out=whole[:-1])
+    read_only = whole[:]
+    read_only.flags.writeable = False
+    with pytest.raises(ValueError, match="read-only"):
+        part.all_gather(own, out=read_only)
+    gathered(own, whole)
+    turned = whole.reshape(-1)[: 2 * count * size].reshape(2, -1).T
+    assert turned.shape == whole.shape
+    gathered(own, turned)
+    gathered(own, whole)
+    if part.node is not None and size > 1:
+        assert len(part._places) == 1
+        assert part.counters.calls("all_gather", "window") >= 6
+
+
+def test_places_are_dropped_with_the_plans(part: Communicator) -> None:
+    array = part.empty(part.size * 50_000)
+    for turn in range(4):
+        array[...] = part.rank + turn
+        part.all_reduce(array, out=array)
+        assert (array == part.size * turn + sum(range(part.size))).all()
+    part.forget()
+    assert not part._places and not part._forms
+    array[...] = 1
+    part.all_reduce(array, out=array)
+    assert (array == part.size).all()
