@@ -13,6 +13,7 @@ from dtrain.collectives.algorithms import Algorithm
 from dtrain.collectives.arena import Arena, Place
 from dtrain.collectives.background import Background
 from dtrain.collectives.call import Call
+from dtrain.collectives.closed import Closed
 from dtrain.collectives.conveyor import Conveyor
 from dtrain.collectives.counters import Counters, Last, Volume
 from dtrain.collectives.desync import Desync
@@ -155,7 +156,10 @@ class Group:
             self._levels.close()
             self._levels = None
         self._shares = self._has_levels = False
+        self._desync = None
         self.transport.close()
+        if not isinstance(self.transport, Closed):
+            self.transport = cast(Any, Closed(self.transport, self.name))
 
     def report_to(self, folder: str | Path) -> None:
         """Where this rank's file goes when the job hangs (`watchdog.py`); default: the working directory."""

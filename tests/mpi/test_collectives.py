@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from dtrain.collectives import Communicator
+from dtrain.collectives.closed import CommunicatorClosed
 from dtrain.collectives.waiting import CollectiveMismatch, CollectiveTimeout
 from tests import collective_cases
 from tests.collective_cases import DTYPES, bits, close, inputs, lengths, same_everywhere, total
@@ -264,3 +265,33 @@ def test_results_have_equal_bits_on_all_ranks_and_again(comm: Communicator) -> N
             same_everywhere(comm, first)
             for _ in range(5):
                 assert bits(comm.all_reduce(mine, algorithm=algorithm)) == bits(first)
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_call_after_close_is_told(comm: Communicator, warm: bool) -> None:
+    """Which communicator, and which call in which line; also where calls were prepared before."""
+    if comm.size == 1:
+        pytest.skip("one rank alone needs nobody")
+    part = comm.split(0, name="dp")
+    assert part is not None
+    short, long = np.ones(4 * comm.size, np.float32), np.ones(200_000 * comm.size, np.float32)
+    for _ in range(3 * warm):
+        part.all_reduce(short)
+        part.all_gather(long)
+        part.barrier()
+    part.close()
+    calls: dict[str, Callable[[], Any]] = {
+        "all_reduce": lambda: part.all_reduce(short),
+        "all_gather": lambda: part.all_gather(long),
+        "all_to_all": lambda: part.all_to_all(short, algorithm="native"),
+        "broadcast": lambda: part.broadcast(short, algorithm="chain"),
+        "all_reduce_async": lambda: part.all_reduce_async(long),
+        "barrier": lambda: part.barrier(),
+        "split": lambda: part.split(0),
+        "send": lambda: part.send(short, (part.rank + 1) % part.size),
+    }
+    for name, call in calls.items():
+        with pytest.raises(CommunicatorClosed, match=rf"'dp' is closed, .* in {name}\(.*test_collectives.py:\d+"):
+            call()
+    part.close()
+    comm.barrier()
