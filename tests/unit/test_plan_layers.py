@@ -11,12 +11,13 @@ from dtrain.collectives import run_threads, single
 from dtrain.errors import UserError
 from dtrain.graph import Graph, Leaf, Line
 from dtrain.launch import plan
-from dtrain.launch.plan.layers import elimination
+from dtrain.launch.plan.costs import PASSES
+from dtrain.launch.plan.layers import elimination, sharding
 from dtrain.launch.plan.layers.problem import Problem
 from dtrain.launch.plan.layers.recording import heads, recorded
 from dtrain.launch.plan.layers.runnable import Plan, candidates, costed
 from dtrain.launch.plan.layers.states import Devices, meshes
-from dtrain.launch.plan.machine import Machine
+from dtrain.launch.plan.machine import PROGRAM, Machine
 from dtrain.layout import Layout, Partial, Replicate, Shard
 from tests import training
 from tests.unit.test_tensor_parallel import TRAIN, compare
@@ -196,6 +197,45 @@ def test_megatrons_plan_has_its_collectives():
     assert all(step.kind == "all_reduce" and step.bytes == whole for step in steps)
     blocks = [sum(step.backward is way for step in steps) for way in (False, True)]
     assert blocks == [2 * 2 + 1, 2 * 2 + 1]  # and one for the embedding forward, one for the head backward
+
+
+@pytest.mark.parametrize("per_node", [8, 1])
+def test_zero_of_a_plan_holds_what_the_formulas_say(per_node):
+    """Adam, one microbatch: bytes of the ZeRO paper, and the search of degrees counts the same gathers."""
+    here = training.config(model=GPT, train={"dtype": "float32", "global_batch": 16})
+    machine = Machine(cores=8, per_node=per_node, flops=5e10, bandwidth=5e9)
+    graph = recorded(here, SIZES, 16)
+    plan_of = Plan(4)
+    plain = costed(plan_of, graph, machine, 4, "adamw")
+    plans = {each.data_parallel: found for each, found in sharding.sharded(plan_of, plain)}
+    psi = 4 * graph.num_parameters
+    shared = per_node == 8  # one copy of the parameters in a node
+    kept = plain.memory - 4 * psi
+    own = {"ddp": 4, "zero1": 1 + shared * -3 / 4 + 1 + 2 / 4, "zero2": 1 + shared * -3 / 4 + 3 / 4, "zero3": 1}
+    for kind, parts in own.items():
+        assert plans[kind].memory == pytest.approx(kept + parts * psi), kind
+        assert plans[kind].compute == plain.compute and plans[kind].moved == plain.moved
+    update = 0.75 * PASSES * 4 * psi / machine.bandwidth / machine.threads()
+    gathered = {"zero1": 0, "zero2": 0, "zero3": 0} if shared else {"zero1": 1, "zero2": 1, "zero3": 2}
+    calls = sum(choice.held > 0 for choice in plain.choices)  # those of an op together
+    rounds = 3 * machine.levels()[not shared].beta * psi / 4  # of one all_gather; alpha apart
+    for kind, times in gathered.items():
+        spared = plain.parameters - plans[kind].parameters
+        alphas = 3 * machine.levels()[1].alpha * calls * (1 - times) * (not shared)
+        assert spared == pytest.approx(rounds * (1 - times) + update + alphas, rel=1e-6), kind
+    assert len(list(sharding.sharded(Plan(1, 4), plain))) == 1
+
+
+def test_little_memory_makes_a_plan_of_layers_shard_its_state(capsys):
+    here = training.config(model=GPT, train={"dtype": "float32", "global_batch": 16})
+    plan.plan(here, 4, None, None, 8, 5e10, None, False, 3, layers=True)
+    assert "parallel.dp=4 parallel.tp=1 parallel.data_parallel=ddp" in capsys.readouterr().out.splitlines()[-1]
+    graph = recorded(here, SIZES, 16)
+    plain = costed(Plan(4), graph, MACHINE, 4, "adamw")
+    zero = {each.data_parallel: found.memory for each, found in sharding.sharded(Plan(4), plain)}
+    limit = PROGRAM + (zero["ddp"] + zero["zero1"]) / 2
+    plan.plan(here, 4, limit, None, 8, 5e10, None, False, 3, layers=True)
+    assert "parallel.dp=4 parallel.tp=1 parallel.data_parallel=zero1" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_the_chosen_plan_trains_with_equal_loss():

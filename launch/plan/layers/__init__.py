@@ -1,7 +1,8 @@
 """`dtrain plan CONFIG --ranks N --layers`: for every layer how it is cut over the ranks, by dynamic programming.
 
     recording.py     the recorded graph of a step, for any batch         runnable.py   plans that strategies can run
-    rules.py         how each op can be cut along an axis                report.py     what was found, and why
+    rules.py         how each op can be cut along an axis                sharding.py   ZeRO for these
+    report.py        what was found, and why
     states.py        layouts of tensors, and redistribution between them
     problem.py       a cost for every choice and every edge   ──►   elimination.py     the cheapest of all assignments
 
@@ -22,10 +23,11 @@ from dtrain.launch.plan.layers import report
 from dtrain.launch.plan.layers.problem import Assignment, Problem
 from dtrain.launch.plan.layers.recording import heads, recorded
 from dtrain.launch.plan.layers.runnable import Plan, candidates, costed, megatron
+from dtrain.launch.plan.layers.sharding import sharded
 from dtrain.launch.plan.layers.states import meshes
 from dtrain.launch.plan.machine import PROGRAM, Machine
 from dtrain.launch.plan.report import assumed, size
-from dtrain.launch.plan.search import ALIKE
+from dtrain.launch.plan.search import ALIKE, ZERO
 
 MODELS = ("gpt", "bert", "mlp", "dlrm")
 Costed = tuple[Plan, Assignment]
@@ -34,7 +36,10 @@ Costed = tuple[Plan, Assignment]
 def plan_layers(config: Config, ranks: int, machine: Machine, explain: bool) -> None:
     """Print the cheapest layouts of every layer, and the cheapest plan that runs."""
     if config.model.kind not in MODELS:
-        raise UserError(f"model.kind: {config.model.kind}; --layers knows the ops of {', '.join(MODELS)}")
+        raise UserError(
+            f"model.kind: {config.model.kind}; --layers knows the ops of {', '.join(MODELS)}: how many rows an expert "
+            "has is known in the run only. `dtrain plan` without --layers plans mixtures, experts over parallel.ep"
+        )
     batch, kv_heads, optimizer = config.train.global_batch, heads(config), config.optimizer.kind
     vocabulary, sequence = (getattr(config.model, name, None) for name in ("vocabulary", "sequence"))
     data = open_data(config.data, sequence or 0, config.seed, vocabulary, config.model.kind == "bert")
@@ -58,7 +63,7 @@ def plan_layers(config: Config, ranks: int, machine: Machine, explain: bool) -> 
         found_plans = (
             (plan, costed(plan, graph, machine, kv_heads, optimizer)) for plan in candidates(graph, ranks, batch)
         )
-        plans = [(plan, each) for plan, each in found_plans if each is not None]
+        plans = [one for plan, each in found_plans if each is not None for one in sharded(plan, each)]
         named += [(f"runs: {plan}", each) for plan, each in _told(plans, machine, graph)]
     print("\n" + "\n".join(report.totals(named)))
     shapes = len(meshes(ranks, machine))
@@ -81,13 +86,13 @@ def _best(plans: list[Costed], machine: Machine) -> Costed:
         )
     limit = min(each.seconds for _, each in fitting) * (1 + ALIKE)
     alike = [p for p in fitting if p[1].seconds <= limit]
-    return min(alike, key=lambda p: (p[0].tp > 1, len(p[0].styles), p[1].seconds))
+    return min(alike, key=lambda p: (p[0].tp > 1, len(p[0].styles), ZERO.index(p[0].data_parallel), p[1].seconds))
 
 
 def _told(plans: list[Costed], machine: Machine, graph: Graph) -> list[Costed]:
     """The best that runs, data parallelism, Megatron's plan in the best degrees, and with all ranks."""
-    full = [p for p in plans if megatron(p[0], graph)]
+    full = [p for p in plans if megatron(p[0], graph) and p[0].data_parallel == "ddp"]
     widest = [p for p in full if p[0].dp == 1 and not p[0].sequence]
-    some = [_best(plans, machine), *(p for p in plans if p[0].tp == 1)]
+    some = [_best(plans, machine), *(p for p in plans if p[0].tp == 1)]  # with each stage of ZeRO
     some += [min(each, key=lambda p: p[1].seconds) for each in (full, widest) if each]
     return list({str(p[0]): p for p in some}.values())

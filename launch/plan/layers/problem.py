@@ -9,7 +9,7 @@
     between      the redistribution of the tensor from its maker's layout to its reader's, and of its gradient back
 
 A parameter of one reader lies as that op wants it. All seconds are those of costs.py: same machine, same ring costs.
-Not counted: overlap, and the update's split by ZeRO (`dtrain plan` without --layers knows both).
+Not counted: overlap (`dtrain plan` without --layers knows it). ZeRO changes nothing of what is searched: sharding.py.
 """
 
 from __future__ import annotations
@@ -212,6 +212,8 @@ class Assignment:
 
     problem: Problem
     choices: list[Choice]
+    spared: tuple[float, float] = (0.0, 0.0)
+    """Seconds and bytes that ZeRO spares."""
 
     @property
     def compute(self) -> float:
@@ -221,7 +223,7 @@ class Assignment:
     @property
     def parameters(self) -> float:
         """Seconds of gradient sums and updates."""
-        return sum(choice.parameters for choice in self.choices)
+        return sum(choice.parameters for choice in self.choices) - self.spared[0]
 
     @property
     def moved(self) -> float:
@@ -237,7 +239,7 @@ class Assignment:
     @property
     def memory(self) -> float:
         """Bytes of parameters with their state, and of what ops make, on a rank."""
-        return sum(choice.held + choice.kept for choice in self.choices)
+        return sum(choice.held + choice.kept for choice in self.choices) - self.spared[1]
 
     def ends(self, edge: Edge) -> tuple[Layout, Layout]:
         """The layouts of a tensor at its maker and at its reader."""

@@ -47,6 +47,7 @@ class Plan:
     tp: int = 1
     styles: Mapping[str, str] = field(default_factory=dict)
     sequence: bool = False
+    data_parallel: str = "ddp"
 
     def cut(self, line: Line) -> tuple[str, ...]:
         """How it cuts an op along its axes, those of size 1 left out."""
@@ -72,6 +73,7 @@ class Plan:
     def overrides(self, batch: int) -> str:
         """As arguments of `dtrain run`."""
         parts = [f"parallel.dp={self.dp}", f"parallel.tp={self.tp}"] + ["parallel.sequence=true"] * self.sequence
+        parts += [f"parallel.data_parallel={self.data_parallel}"] * (self.dp > 1)
         if self.tp > 1:
             styles = ", ".join(f"{_quoted(pattern)}: {style}" for pattern, style in self.styles.items())
             parts.append(f'"parallel.plan={{{styles}}}"')
@@ -79,7 +81,8 @@ class Plan:
 
     def __str__(self) -> str:
         styles = ", ".join(f"{pattern}: {style}" for pattern, style in self.styles.items())
-        return f"dp={self.dp} tp={self.tp}" + f" {{{styles}}}" * (self.tp > 1) + " sequence" * self.sequence
+        sharded = f" {self.data_parallel}" * (self.data_parallel != "ddp")
+        return f"dp={self.dp}{sharded} tp={self.tp}" + f" {{{styles}}}" * (self.tp > 1) + " sequence" * self.sequence
 
 
 def module(line: Line) -> str:

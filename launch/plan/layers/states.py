@@ -68,8 +68,13 @@ class Devices:
         return math.prod(self.sizes)
 
     def collective(self, kind: str, axis: int, nbytes: float) -> float:
-        """Seconds of a collective along an axis."""
-        return self.machine.collective(kind, self.sizes[axis], math.prod(self.sizes[axis + 1 :]), nbytes)[0]
+        """Seconds of a collective along an axis; in a node its cores do it, for all ranks that share them."""
+        seconds, inside = self.machine.collective(kind, self.sizes[axis], math.prod(self.sizes[axis + 1 :]), nbytes)
+        return seconds * (self.machine.crowd() if inside else 1.0)
+
+    def inside(self, axis: int) -> bool:
+        """Whether the ranks of an axis are on one node."""
+        return self.machine.level(math.prod(self.sizes[axis + 1 :]) * (self.sizes[axis] - 1) + 1)[1]
 
     def share(self, layout: Layout) -> int:
         """Into how many pieces a tensor is cut."""
