@@ -131,7 +131,7 @@ def window_all_to_all(call: Call) -> Run | None:
     begin, length = item * starts(call.counts)[mine], item * call.counts[mine]
     ranks = [(mine + step) % node.size for step in range(node.size)]
     blocks = [(rank, begin, rank * length, length) for rank in ranks]
-    past = 2 * node.size * node.size * length > last_level_cache()
+    past = 2 * node.size * node.size * length >= last_level_cache()  # they never have all of it to themselves
     record = records.record("all_to_all", "window", "", None, 0, NO_PLACE, hash((item, *call.counts)))
     return _moved(node, record, place, blocks, partial(copies, past=past))
 
