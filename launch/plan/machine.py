@@ -23,7 +23,7 @@ from dtrain.collectives.schedules.simulator import Cluster, Level
 NODE = Level("node", 10e-6, 0.2e-9)
 NETWORK = Level("network", 40e-6, 0.8e-9)
 SWITCH = 25e-6  # seconds of a core's work in every call, for each rank more than one on a core: docs/plan.md
-# An all_to_all of uneven blocks goes through the MPI library, and who waits there looks seldom: measured 1 ms with a
+# An exchange of uneven blocks goes through the MPI library, and who waits there looks seldom: measured 1 ms with a
 # core for each rank, 1.2 with two ranks on a core, 4 to 5 with four.
 LIBRARY = 0.7e-3
 PROGRAM = 100 << 20  # bytes: Python, NumPy, MPI and the kernels of a rank, before there is a model
@@ -78,13 +78,16 @@ class Machine:
         return next((level for level in outer if not level.ranks or reach <= level.ranks), outer[-1]), False
 
     def collective(self, kind: str, size: int, stride: int, nbytes: float) -> tuple[float, bool]:
-        """(seconds, whether cores of the node do it) of one call over `size` ranks that lie `stride` apart."""
+        """(seconds, whether cores of the node do it) of one call over `size` ranks that lie `stride` apart.
+
+        kind "exchange": an all_to_all of blocks that may be uneven.
+        """
         if size == 1:
             return 0.0, True
         level, inside = self.level(stride * (size - 1) + 1)
         moved = (2 if kind == "all_reduce" else 1) * (size - 1) * nbytes / size * level.beta
         if inside:
-            alpha = LIBRARY if kind == "all_to_all" else level.alpha
+            alpha = LIBRARY if kind == "exchange" else level.alpha
             return self.per_op + alpha + self._switches() + moved, inside
         steps = {"all_reduce": 2 * (size - 1), "broadcast": math.ceil(math.log2(size))}.get(kind, size - 1)
         # Groups that lie beside one another send at once, over the same links.

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from dtrain.launch.plan.layout import Job, Layout
 from dtrain.launch.plan.stages import Stage
+from dtrain.strategies.context.ulysses import copies
 
 ROWS = 64  # of queries that attention takes at once
 JOINS = 6  # passes over the results of two blocks of a ring that are joined, each of about two calls of NumPy
@@ -119,7 +120,9 @@ def _context(job: Job, layout: Layout, stage: Stage) -> tuple[float, float]:
     kv = b * job.profile.kv_bytes / cp / layout.tp
     if layout.context == "ulysses":
         q = b * job.profile.boundary / cp / layout.tp
-        seconds = sum(machine.collective("all_to_all", cp, layout.tp, each)[0] for each in (q + kv, q))
+        q_heads, kv_heads = job.profile.query_heads // layout.tp, job.profile.kv_heads // layout.tp
+        kind = "exchange" if copies(q_heads, kv_heads, cp) * kv_heads % cp else "all_to_all"
+        seconds = sum(machine.collective(kind, cp, layout.tp, each)[0] for each in (q + kv, q))
         seconds += (3 * (q + kv) + 2 * q) / machine.bandwidth  # heads in the order of ranks; blocks taken apart, joined
         return stage.blocks * seconds, stage.blocks * seconds
     one = machine.message(layout.tp, kv)
@@ -138,4 +141,4 @@ def _exchanges(job: Job, layout: Layout, stage: Stage) -> float:
     stride = layout.tp * layout.cp
     rows = layout.micro_batch * stage.rows / stage.mixtures / layout.cp
     counts = job.machine.collective("all_gather", layout.ep, stride, 8.0 * job.profile.experts * layout.ep)[0]
-    return stage.mixtures * (2 * job.machine.collective("all_to_all", layout.ep, stride, rows)[0] + counts)
+    return stage.mixtures * (2 * job.machine.collective("exchange", layout.ep, stride, rows)[0] + counts)

@@ -173,17 +173,17 @@ def test_cores_are_own_where_the_mask_is_smaller_than_the_parents(monkeypatch):
 
 
 def test_threads_of_the_user_stay(monkeypatch):
-    for name in environment._THREAD_VARIABLES:
+    for name in environment.THREAD_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(environment, "blas_threads", lambda: 5)
     monkeypatch.setenv("MKL_NUM_THREADS", "3")
     environment.set_blas_threads()
     assert (os.environ["MKL_NUM_THREADS"], os.environ["OPENBLAS_NUM_THREADS"]) == ("3", "5")
-    for name in environment._THREAD_VARIABLES:
+    for name in environment.THREAD_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     environment.set_blas_threads()
-    assert {os.environ[name] for name in environment._THREAD_VARIABLES} == {"2"}
+    assert {os.environ[name] for name in environment.THREAD_VARIABLES} == {"2"}
 
 
 def test_a_launcher_of_another_mpi_is_told(monkeypatch):
