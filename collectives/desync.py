@@ -16,10 +16,12 @@ import json
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Iterable
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from dtrain.collectives import callers
-from dtrain.collectives.waiting import CHECKED, NAPS, CollectiveMismatch, CollectiveTimeout, debugging
+from dtrain.collectives.waiting import CHECKED, CollectiveMismatch, CollectiveTimeout, debugging
 
 if TYPE_CHECKING:
     from dtrain.collectives.call import Call
@@ -37,15 +39,17 @@ class Letters:
         self._lock = threading.Lock()
         self._found: dict[str, dict[int, Any]] = defaultdict(dict)
 
-    def send(self, rank: int, subject: str, content: Any) -> None:
-        """To a rank of the world; never waits."""
-        self.post.send(rank, json.dumps([subject, content]).encode())
+    def send(self, ranks: Iterable[int], subject: str, content: Any) -> None:
+        """To these ranks of the world; never waits."""
+        text = json.dumps([subject, content]).encode()
+        for rank in ranks:
+            self.post.send(rank, text)
 
     def collect(self) -> None:
         """Fetch what has come; never waits."""
         with self._lock:
             for rank, text in self.post.receive():
-                subject, content = json.loads(text)
+                subject, content = _opened(text)
                 self._found[subject][rank] = content
 
     def read(self, subject: str) -> dict[int, Any]:
@@ -56,6 +60,12 @@ class Letters:
         """`read`, and forget them."""
         with self._lock:
             return self._found.pop(subject, {})
+
+
+@lru_cache(64)
+def _opened(text: bytes) -> Any:
+    """[subject, content]; nobody changes them. Where all is well the ranks' letters are the same: one is read."""
+    return json.loads(text)
 
 
 class Desync:
@@ -88,8 +98,7 @@ class Desync:
         del caller  # its frames, this one among them, would live on in a circle, and with them the arrays they name
         mine: list[Any] = [signature(name, algorithm, call), what]
         subject = f"{self._key}#{self._number}"
-        for peer in self._peers:
-            self._letters.send(self._world[peer], subject, mine)
+        self._letters.send([self._world[peer] for peer in self._peers], subject, mine)
         missing = set(self._peers)
         began = time.monotonic()
         while missing:
@@ -109,7 +118,7 @@ class Desync:
                 waited = time.monotonic() - began
                 if waited > self._timeout:
                     raise self._late(what, sorted(missing), waited)
-                time.sleep(0 if waited < 1e-3 else NAPS[waited > 20e-3])
+                self._letters.post.rest(waited)
         self._letters.take(subject)
 
     def _late(self, what: str, missing: list[int], waited: float) -> CollectiveTimeout:

@@ -28,7 +28,7 @@ from mpi4py import MPI
 from dtrain.collectives.dtypes import Array, starts
 from dtrain.collectives.leftovers import remove_names
 from dtrain.collectives.native import Moves, octets
-from dtrain.collectives.waiting import cores
+from dtrain.collectives.waiting import NAPS, YIELD_SECONDS, cores
 from dtrain.collectives.work import Finished, Request
 
 # Native reductions used per kind of dtype. Not here, and therefore done by `exchange`: float16 (MPI has none that is
@@ -98,6 +98,9 @@ class Post:
             self._comm.Recv(text, status.Get_source(), 0)
             came.append((status.Get_source(), bytes(text)))
         return came
+
+    def rest(self, waited: float) -> None:
+        time.sleep(0 if waited < YIELD_SECONDS else NAPS[waited > 20e-3])
 
 
 class Transport(Moves):

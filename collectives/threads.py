@@ -12,8 +12,9 @@ import queue
 import socket
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import numpy as np
@@ -23,6 +24,7 @@ from dtrain.collectives.communicator import Communicator
 from dtrain.collectives.desync import Letters
 from dtrain.collectives.dtypes import OPERATIONS, Array, reduce_rows, starts
 from dtrain.collectives.progress import Progress
+from dtrain.collectives.waiting import LONGEST_NAP
 from dtrain.collectives.work import Finished, Request
 
 
@@ -83,6 +85,7 @@ class _Post:
     def __init__(self, room: _Room, rank: int) -> None:
         self._room = room
         self._rank = rank
+        self._early: deque[tuple[int, bytes]] = deque()  # fetched by `rest`
 
     def send(self, rank: int, text: bytes) -> None:
         self._room.letters[rank].put((self._rank, text))
@@ -90,8 +93,15 @@ class _Post:
     def receive(self) -> list[tuple[int, bytes]]:
         if self._room.broken:
             raise RankLost("another rank failed")
-        letters = self._room.letters[self._rank]
-        return [letters.get_nowait() for _ in range(letters.qsize())]
+        came = [self._early.popleft() for _ in range(len(self._early))]
+        with suppress(queue.Empty):
+            while True:
+                came.append(self._room.letters[self._rank].get_nowait())
+        return came
+
+    def rest(self, waited: float) -> None:
+        with suppress(queue.Empty):  # to look again and again would take the one core that all threads share
+            self._early.append(self._room.letters[self._rank].get(timeout=LONGEST_NAP))
 
 
 class Transport(AtOnce):

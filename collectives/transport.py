@@ -36,6 +36,9 @@ class Post(Protocol):
     def receive(self) -> list[tuple[int, bytes]]:
         """What has come, with its senders; never waits."""
 
+    def rest(self, waited: float) -> None:
+        """Let others run, after a wait of so many seconds: a moment, at most until a letter comes."""
+
 
 class Transport(Protocol):
     """The primitive operations between `size` ranks."""

@@ -134,8 +134,7 @@ class Watchdog:
         self._asked += 1
         subject = f"answer {self._asked} to {self._transport.rank}"
         others = [rank for rank in range(self._transport.size) if rank != self._transport.rank]
-        for rank in others:
-            self._letters.send(rank, "question", [subject, self.folder])
+        self._letters.send(others, "question", [subject, self.folder])
         end = time.monotonic() + seconds
         while len(self._letters.read(subject)) < len(others) and time.monotonic() < end:
             self._letters.collect()
@@ -151,7 +150,7 @@ class Watchdog:
         for rank, (subject, folder) in self._letters.take("question").items():
             self.folder = folder if os.path.isdir(folder) else self.folder
             self.dump()
-            self._letters.send(rank, subject, self.state())
+            self._letters.send([rank], subject, self.state())
 
     def state(self) -> str:
         """Where this rank's main thread is, and its last collective."""
