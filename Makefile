@@ -15,6 +15,8 @@ CONFIG ?= configs/gpt_ddp.yaml
 # So that commands stand here as a user types them in the activated environment.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONUNBUFFERED := 1
+# Some containers forbid Python to keep what it compiled: every rank of every job would compile all of it again.
+unexport PYTHONDONTWRITEBYTECODE
 # More ranks than cores, and root (as in containers), need leave from Open MPI: version 5, version 4.
 export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export OMPI_MCA_rmaps_base_oversubscribe := 1
@@ -40,9 +42,10 @@ test-unit: .venv/dev-$(MPI)
 	$(call limit,900) python -m pytest tests/unit -q -n auto --dist loadfile
 
 # On 3 and 8 ranks without what is about every algorithm of the collectives: 2, 4 and 5 ranks show that. On 8, which share
-# few cores, also without what is about the ways between a few processes, and going on: 2, 3 and 4 show those.
+# few cores, also without what is about the ways between a few processes, and going on: 2, 3 and 4 show those, and threads
+# show levels, stages and cut parameters on as many ranks and more.
 ALGORITHMS := scheduled pitfalls tuning window_leaks bench_collectives bench_overlap compression
-ON_FEW := progress shortcuts window_moves machine_code resume
+ON_FEW := progress shortcuts window_moves machine_code resume hierarchy pipedream cut_parameters
 test-mpi: .venv/dev-$(MPI)
 	@set -e; for ranks in $(MPI_SIZES); do \
 	    fewer=; \

@@ -124,6 +124,8 @@ def test_many_works_in_flight(comm: Communicator) -> None:
 
 def test_pieces(comm: Communicator, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is longer than one MPI call may be goes in pieces; here with a call of 64 bytes."""
+    if comm.size > 4:
+        pytest.skip("thousands of messages: a few ranks show as much")
     monkeypatch.setattr(type(comm.transport), "limit", 64, raising=False)
     for limit in ("PAIR", "PAIR_BROADCAST", "LONG", "PAIR_ALL_TO_ALL", "ALL_TO_ALL"):
         monkeypatch.setattr(f"dtrain.collectives.algorithms.STAGED_{limit}_BYTES", -1)
@@ -147,8 +149,8 @@ def _in_pieces(comm: Communicator) -> None:
             assert (result is not None) == (comm.rank == comm.size - 1)
             if result is not None:
                 close(result, expected)
-    for check in (collective_cases.uneven, collective_cases.messages):
-        check(comm)
+    collective_cases.uneven(comm)
+    collective_cases.messages(comm, longest=3001)
     for count in (1, 33, 500):
         arrays = inputs(comm.size, count, np.dtype("float64"))
         mine = arrays[comm.rank]
@@ -202,8 +204,8 @@ def test_splitting_and_closing_leaks_nothing(comm: Communicator) -> None:
         mapped = len(Path("/proc/self/maps").read_text().splitlines())
         return resident, len(os.listdir("/proc/self/fd")), mapped
 
-    rounds = 200 if comm.size <= 2 else 60
-    for _ in range(20):
+    rounds = 200 if comm.size <= 2 else 60 if comm.size <= 4 else 25  # a turn of many ranks takes its time
+    for _ in range(min(20, rounds // 2)):
         turn()
     before = state()
     for _ in range(rounds):
