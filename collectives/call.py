@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dtrain.collectives import cross_memory
 from dtrain.collectives.arena import Place
 from dtrain.collectives.dtypes import Array
 
@@ -54,6 +55,12 @@ class Call:
         """The shared memory, and the place of the source there."""
         assert self.node is not None and self.place is not None
         return self.node, self.place
+
+    @property
+    def home(self) -> tuple["Node", Place]:
+        """The shared memory, and the place of the source there, or else in the memory of this process."""
+        assert self.node is not None
+        return self.node, self.place or cross_memory.private(self.source)
 
     @property
     def both_levels(self) -> "Levels":

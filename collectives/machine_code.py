@@ -6,6 +6,7 @@
     copy    past the caches by non-temporal stores: what is longer than they are is not read before it is overwritten
     raise   flag = number; wake who sleeps, if with this the last one has come
     await   look at the flags of all -> spin -> yield -> sleep (futex) until somebody wakes us
+    read    blocks out of the memory of other processes (`cross_memory.py`)
     meet    a whole collective: raise and await with the sums and copies between them (`meeting.py`)
 
 Written in LLVM's language and translated when the first communicator with shared memory is made, by llvmlite, which
@@ -22,10 +23,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dtrain.collectives.machine_reading import reading
 from dtrain.collectives.machine_source import loops
 from dtrain.collectives.machine_waiting import waiting
 
-FUTEX_CALL = {("linux", "x86_64"): 202, ("linux", "aarch64"): 98}  # numbers of the system call
+# Numbers of the system calls futex and process_vm_readv
+CALLS = {("linux", "x86_64"): (202, 310), ("linux", "aarch64"): (98, 270)}
 
 MADV_DONTNEED = 4  # of madvise(2)
 
@@ -50,10 +53,10 @@ class MachineCode(NamedTuple):
     meet: Function | None
     """(crew, address of my words, job, number, byte of the record, stage, nanoseconds of sleep): see `meeting.py`."""
     do: Function
-    """(job, word): one action of a job."""
+    """(job, word) -> 0, if it went well: one action of a job."""
     parts: dict[str, int]
-    """Addresses of what a job may do, each with six arguments: the sums by the character of the dtype, "copies" and
-    "swaps"."""
+    """Addresses of what a job may do, each with six arguments: the sums by the character of the dtype, "copies",
+    "swaps", and "reads" where there is such a system call."""
 
 
 @cache
@@ -68,13 +71,13 @@ def machine_code() -> MachineCode | None:
         import llvmlite.binding as llvm
     except ImportError:
         return None
-    futex = FUTEX_CALL.get((sys.platform, platform.machine()))
+    calls = CALLS.get((sys.platform, platform.machine()))
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     target = llvm.Target.from_default_triple()
     features = llvm.get_host_cpu_features().flatten()
     machine = target.create_target_machine(llvm.get_host_cpu_name(), features, opt=2)
-    text = loops() + (waiting(futex) if futex else "")
+    text = loops() + (waiting(calls[0]) + reading(calls[1]) if calls else "")
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(text), machine)
     engine.finalize_object()
     _engines.append(engine)
@@ -83,14 +86,15 @@ def machine_code() -> MachineCode | None:
     def function(name: str, arguments: int) -> Any:
         return ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * arguments)(engine.get_function_address(name))
 
+    names = _PARTS | ({"reads": "reads"} if calls else {})
     return MachineCode(
         {"f": function("dtrain_sum_float", 6), "d": function("dtrain_sum_double", 6)},
         function("dtrain_copy", 4),
-        function("dtrain_raise", 4) if futex else None,
-        function("dtrain_await", 6) if futex else None,
-        function("dtrain_meet", 7) if futex else None,
+        function("dtrain_raise", 4) if calls else None,
+        function("dtrain_await", 6) if calls else None,
+        function("dtrain_meet", 7) if calls else None,
         function("dtrain_do", 2),
-        {part: engine.get_function_address(f"dtrain_{name}") for part, name in _PARTS.items()},
+        {part: engine.get_function_address(f"dtrain_{name}") for part, name in names.items()},
     )
 
 

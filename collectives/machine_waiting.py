@@ -208,6 +208,11 @@ unknown:
   ret i64 -2
 among:
   %d2 = call i64 @dtrain_do(ptr %job, i64 7)
+  %well = icmp eq i64 %d2, 0
+  br i1 %well, label %goon, label %failed
+failed:
+  ret i64 -4
+goon:
   %tp = getelementptr i64, ptr %job, i64 21
   %two = load i64, ptr %tp
   %once = icmp eq i64 %two, 0

@@ -21,9 +21,10 @@ from dtrain.collectives.parts import Part
 from dtrain.collectives.records import RECORD_WORDS, RING
 
 BEFORE, AMONG, AFTER, TWO, EXPECTED = 0, 7, 14, 21, 22  # words of a job: three actions, and these
-_LATE_ARRIVED, _OTHER_PLACES, _LATE_REDUCED = -1, -2, -3
+_LATE_ARRIVED, _OTHER_PLACES, _LATE_REDUCED, _FAILED = -1, -2, -3, -4
 _GO_ON = {_LATE_ARRIVED: 1, _OTHER_PLACES: 1, _LATE_REDUCED: 2}  # stages
 _UNKNOWN = 1 << 62  # no place is packed into this word
+_NOTHING: Array = np.empty(0, np.uint8)
 
 # (number, expected) -> None: where the data of the peers lies depends on what they put aside; it writes the words that
 # it found there into `expected`, one for each peer, and what follows from them into the tables of the parts.
@@ -74,7 +75,7 @@ class Job:
                 table[word] = both[of_target] + nbytes
         if self._fused and node.alone(number):
             self._aimed = True
-            self._in_one(number)
+            self._in_one(number, source, target)
         else:
             self._step_by_step(number, source, target)
 
@@ -82,10 +83,10 @@ class Job:
         """`meet` with the source and target of the last call, if that can be done without them; whether it is done."""
         done = self._aimed and self._node.alone(number)
         if done:
-            self._in_one(number)
+            self._in_one(number, _NOTHING, _NOTHING)
         return done
 
-    def _in_one(self, number: int) -> None:
+    def _in_one(self, number: int, source: Array, target: Array) -> None:
         node = self._node
         meet, stage = node.flags.meet, 0
         assert meet is not None
@@ -97,6 +98,9 @@ class Job:
                 node.await_arrived(number)
             elif found == _LATE_REDUCED:
                 node.await_reduced(number)
+            elif found == _FAILED:
+                self._from_among(number, source, target)  # says why, or does it
+                return
             else:
                 assert self._find is not None
                 self._find(number, self._expected)
@@ -111,6 +115,10 @@ class Job:
         node.await_arrived(number)
         if self._find is not None:
             self._find(number, self._expected)
+        self._from_among(number, source, target)
+
+    def _from_among(self, number: int, source: Array, target: Array) -> None:
+        node = self._node
         self._do(AMONG, source, target)
         if self._two:
             node.reduced(number)
@@ -119,7 +127,7 @@ class Job:
 
     def _do(self, at: int, source: Array, target: Array) -> None:
         part, code = self._parts[at], machine_code()
-        if part is not None and part.action is not None and code is not None:
-            code.do(self._at, at)
-        elif part is not None:
+        if part is None:
+            return
+        if part.action is None or code is None or code.do(self._at, at):
             part.python(source, target)

@@ -5,6 +5,7 @@ Each rank writes only its own part of the control segment, and everybody reads a
     word 0       ARRIVED   number of the last collective to which this rank has brought its data
     word 16      REDUCED   number of the last collective whose part this rank has computed and written
     word 32      bell      of rank 0 alone; with the two above in `flags.py`
+    word 40 ..   identity  of the process, for `cross_memory.py`
     word 48 ..   records   a ring: what collective number n is (name, operation, dtype, count, place)
     then         texts     a ring: who called it, of the first collectives, or of all with DTRAIN_DEBUG=1
     then         staging   two halves, for arrays that do not lie in the arena
@@ -26,7 +27,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dtrain.collectives import records
+from dtrain.collectives import cross_memory, records
 from dtrain.collectives.arena import Arena, Place
 from dtrain.collectives.dtypes import Array
 from dtrain.collectives.flags import Flags, Peers
@@ -38,6 +39,7 @@ from dtrain.collectives.waiting import (
     ARRIVED,
     CHECKED,
     FREE,
+    IDENTITY,
     REDUCED,
     CollectiveMismatch,
     CollectiveTimeout,
@@ -127,11 +129,22 @@ class Node:
 
         self.arena = Arena(self.rank, share, agree)
         code = machine_code()
+        for word, value in enumerate(cross_memory.identity()):
+            self._mine[IDENTITY + word] = value
         bell = np.array([transport.crowded and code is not None and code.raise_flag is not None], np.uint8)
         transport.all_reduce(bell.copy(), bell, "min")  # everybody's flags are zero before anybody's is one
         if bell[0]:
             self.flags.ring()
+        self.processes = [words[IDENTITY] for words in self._words]
+        self.reads = self._all_read(transport)
+        """Whether every rank may copy straight out of the memory of every other."""
         together.queues.append(self)
+
+    def _all_read(self, transport: Transport) -> bool:
+        identities = [words[IDENTITY : IDENTITY + cross_memory.WORDS].tolist() for _, words in self.peers]
+        able = np.array([cross_memory.wanted() and all(cross_memory.reaches(*each) for each in identities)], np.uint8)
+        transport.all_reduce(able.copy(), able, "min")
+        return bool(able[0])
 
     def finish(self) -> None:
         """Return when all works started here are done, on all ranks."""

@@ -2,6 +2,7 @@
 
     copies   rows (source, begin there, begin in the target, bytes)
     swaps    rows (array of a peer, begin there, begin in mine, bytes)
+    reads    rows (process, address there, begin there, begin in the target, bytes)
     sum      inputs in rank order -> outputs, arrays in shared memory or the call's own
 
 Each is there twice, with equal bits: as an action of machine code, which knows float32 and float64 sums and all else,
@@ -14,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dtrain.collectives import cross_memory
 from dtrain.collectives.copying import swap
 from dtrain.collectives.dtypes import Array, address
 from dtrain.collectives.machine_code import Action, machine_code
@@ -61,6 +63,28 @@ def copies(rows: Sequence[tuple[int, int, int, int]], past: bool = False, into: 
     action = None if code is None else (code.parts["copies"], address(table), len(table), into or 0, 0, int(past), 0)
     aims = [Aim(None, 4, False, 0), *([Aim(None, 3, True, 0)] if into is None else [])]
     return Part(python, action, aims, [table])
+
+
+def reads(rows: Sequence[tuple[int, int, int, int, int]], past: bool = False) -> Part:
+    """Rows (process or 0: this one, address of the source there or 0: the call's own, where it begins there, where in
+    the target, bytes).
+
+    past: what lies in this process goes past the caches.
+    """
+    table = np.array(rows, np.int64).reshape(-1, 5)
+    code = machine_code()
+
+    def python(source: Array, target: Array) -> None:
+        for process, there, begin, to, nbytes in table.tolist():
+            if process:
+                cross_memory.read(process, there + begin, address(target) + to, nbytes)
+            else:
+                ctypes.memmove(address(target) + to, (there or address(source)) + begin, nbytes)
+
+    action = None
+    if code is not None and "reads" in code.parts:
+        action = code.parts["reads"], address(table), len(table), 0, 0, int(past), 0
+    return Part(python, action, [Aim(None, 4, False, 0), Aim(None, 3, True, 0)], [table])
 
 
 def swaps(rows: Sequence[tuple[int, int, int, int]]) -> Part:

@@ -2,6 +2,7 @@
 
     window   prepared_window.py
     staged   prepared_staged.py
+    cma      prepared_cma.py
     native   here: all ranks come together in the window, then the MPI library's collective
 
 Each does what the function of its row does in `ways.py`, step by step with the same records; what it leaves out is the
@@ -12,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from dtrain.collectives import prepared_staged, prepared_window, records
+from dtrain.collectives import prepared_cma, prepared_staged, prepared_window, records
 from dtrain.collectives.call import Call
 from dtrain.collectives.dtypes import Array
 from dtrain.collectives.meeting import Job
@@ -79,11 +80,14 @@ PREPARED: dict[tuple[str, str], Callable[[Call], Run | None]] = {
     ("reduce_scatter", "native"): native_reduce_scatter,
     ("all_gather", "window"): prepared_window.window_all_gather,
     ("all_gather", "staged"): prepared_staged.staged_all_gather,
+    ("all_gather", "cma"): prepared_cma.cma_all_gather,
     ("all_gather", "native"): native_all_gather,
     ("all_to_all", "window"): prepared_window.window_all_to_all,
     ("all_to_all", "staged"): prepared_staged.staged_all_to_all,
+    ("all_to_all", "cma"): prepared_cma.cma_all_to_all,
     ("all_to_all", "native"): native_all_to_all,
     ("broadcast", "window"): prepared_window.window_broadcast,
     ("broadcast", "staged"): prepared_staged.staged_broadcast,
+    ("broadcast", "cma"): prepared_cma.cma_broadcast,
     ("broadcast", "native"): native_broadcast,
 }

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dtrain.collectives import records
+from dtrain.collectives.caches import last_level_cache
 from dtrain.collectives.call import Call
 from dtrain.collectives.copying import copy
 from dtrain.collectives.dtypes import OPERATIONS, Array, address, starts
@@ -55,12 +56,13 @@ def staged_all_gather(call: Call) -> Run:
     record = records.record("all_gather", "staged", "", None, 0, NO_PLACE, hash((tuple(call.counts), -1)))
     counts = [count * item for count in call.counts]
     offsets = starts(counts)
+    past = node.size * sum(counts) > last_level_cache()  # the results; the slots stay in the caches
 
     def make(lengths: tuple[int, ...], half: int) -> Job:
         slots = [address(slot) for slot in node.slots(half, _OCTET)]
         own = (0, 0, 0, lengths[mine])
         rows = [(slots[rank] * (rank != mine), 0, offsets[rank], part) for rank, part in enumerate(lengths) if part]
-        return Job(node, copies([own], into=slots[mine]), copies(rows), two=False)
+        return Job(node, copies([own], into=slots[mine]), copies(rows, past), two=False)
 
     return _in_chunks(node, record, counts, STAGE_BYTES, _OCTET, make)
 

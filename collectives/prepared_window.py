@@ -82,17 +82,17 @@ def window_reduce_scatter(call: Call) -> Run:
 # Movement in the window
 
 
-def _view(node: Node, rank: int, number: int, begin: int, length: int) -> Array:
+def view(node: Node, rank: int, number: int, begin: int, length: int) -> Array:
     """Bytes of what a rank that has arrived put aside; the places repeat, and so do the views."""
     place = node.aside(rank, number)
     assert place is not None
     return node.arena.parts((place[0], place[1] + begin), length, _OCTET)[rank]
 
 
-_Rows = list[tuple[int, int, int, int]]  # (rank, where it begins there, where in my target, bytes)
+Rows = list[tuple[int, int, int, int]]  # (rank, where it begins there, where in my target, bytes)
 
 
-def _moved(node: Node, record: Record, place: Place, blocks: _Rows, make: Callable[[_Rows], Part]) -> Run:
+def _moved(node: Node, record: Record, place: Place, blocks: Rows, make: Callable[[Rows], Part]) -> Run:
     """Every rank copies or swaps its blocks out of what the others have put aside; `make` gets addresses for ranks."""
     part = make([(0, *block[1:]) for block in blocks])
     table = part.tables[0]
@@ -100,59 +100,80 @@ def _moved(node: Node, record: Record, place: Place, blocks: _Rows, make: Callab
     def find(number: int, expected: Array) -> None:
         for row, (rank, begin, _, length) in enumerate(blocks):
             if rank != node.rank:
-                table[row, 0] = address(_view(node, rank, number, begin, length)) - begin
+                table[row, 0] = address(view(node, rank, number, begin, length)) - begin
                 expected[rank - (rank > node.rank)] = node.packed_aside(rank, number)
 
     return Windowed(node, record, part, place, find)
 
 
-def window_all_gather(call: Call) -> Run:
-    """Target = the sources of all ranks, one after another."""
-    node, place = call.window
-    item = call.source.itemsize
+def all_gather_rows(call: Call, how: str) -> tuple[Record, Rows, bool]:
+    """Target = the sources of all ranks: the record, the rows, and whether they go past the caches."""
+    node, item = call.stage, call.source.itemsize
     lengths = [count * item for count in call.counts]
     offsets = starts(lengths)
     ranks = [(node.rank + step) % node.size for step in range(node.size)]
-    blocks = [(rank, 0, offsets[rank], lengths[rank]) for rank in ranks]
+    rows = [(rank, 0, offsets[rank], lengths[rank]) for rank in ranks]
     past = (node.size + 1) * sum(lengths) > last_level_cache()
-    record = records.record("all_gather", "window", "", None, 0, NO_PLACE, hash((item, *call.counts)))
-    return _moved(node, record, place, blocks, partial(copies, past=past))
+    return records.record("all_gather", how, "", None, 0, NO_PLACE, hash((item, *call.counts))), rows, past
+
+
+def all_to_all_rows(call: Call, how: str) -> tuple[Record, Rows, bool]:
+    """Target = the blocks for this rank of all sources, all equally long: the same three."""
+    node, item, mine = call.stage, call.source.itemsize, call.stage.rank
+    begin, length = item * starts(call.counts)[mine], item * call.counts[mine]
+    ranks = [(mine + step) % node.size for step in range(node.size)]
+    rows = [(rank, begin, rank * length, length) for rank in ranks]
+    past = 2 * node.size * node.size * length >= last_level_cache()  # they never have all of it to themselves
+    return records.record("all_to_all", how, "", None, 0, NO_PLACE, hash((item, *call.counts))), rows, past
+
+
+def window_all_gather(call: Call) -> Run:
+    """Target = the sources of all ranks, one after another."""
+    node, place = call.window
+    record, rows, past = all_gather_rows(call, "window")
+    return _moved(node, record, place, rows, partial(copies, past=past))
 
 
 def window_all_to_all(call: Call) -> Run | None:
     """Target = the blocks for this rank of all sources, or they change places. Uneven blocks have no plan."""
     node, place = call.window
-    item, mine = call.source.itemsize, node.rank
     if call.in_place:
+        item = call.source.itemsize
         record = records.record("all_to_all", IN_PLACE, "", None, 0, NO_PLACE, hash((item, *call.counts)))
-        return _moved(node, record, place, halves(node, item * call.counts[mine]), swaps)
+        return _moved(node, record, place, halves(node, item * call.counts[node.rank]), swaps)
     if not call.alike:
         return None
-    begin, length = item * starts(call.counts)[mine], item * call.counts[mine]
-    ranks = [(mine + step) % node.size for step in range(node.size)]
-    blocks = [(rank, begin, rank * length, length) for rank in ranks]
-    past = 2 * node.size * node.size * length >= last_level_cache()  # they never have all of it to themselves
-    record = records.record("all_to_all", "window", "", None, 0, NO_PLACE, hash((item, *call.counts)))
-    return _moved(node, record, place, blocks, partial(copies, past=past))
+    record, rows, past = all_to_all_rows(call, "window")
+    return _moved(node, record, place, rows, partial(copies, past=past))
 
 
 def window_broadcast(call: Call) -> Run:
-    """Target of every rank = target of root. Nobody waits for anybody but root, and root for all."""
+    """Target of every rank = target of root."""
     node, place = call.window
-    root, dtype, count = call.root, call.target.dtype, call.target.size
-    length = count * dtype.itemsize
-    record = records.record("broadcast", "window", "", dtype, count, NO_PLACE, root)
-    past = node.size * length > last_level_cache()
+    past = node.size * call.target.nbytes > last_level_cache()
+
+    def fetch(number: int, octets: Array) -> None:
+        copy(octets, view(node, call.root, number, 0, len(octets)), past)
+
+    return broadcast_from_home(call, "window", lambda target: place, fetch)
+
+
+def broadcast_from_home(
+    call: Call, how: str, home: Callable[[Array], Place], fetch: Callable[[int, Array], None]
+) -> Run:
+    """Nobody waits for anybody but root, and root for all; home: the place of an array."""
+    node, root, at_root = call.stage, call.root, call.at_root
+    record = records.record("broadcast", how, "", call.target.dtype, call.target.size, NO_PLACE, root)
     sources = node.only(root)
-    users: Peers | None = None if node.rank == root else []
+    users: Peers | None = None if at_root else []
 
     def run(source: Array, target: Array) -> None:
-        number = node.begin_record(record, place)
+        number = node.begin_record(record, home(target))
         node.arrive(number)
         node.complete(number)  # works started before: REDUCED below speaks for them too
         node.await_arrived(number, sources)
-        if node.rank != root:
-            copy(target.view(np.uint8), _view(node, root, number, 0, length), past)
+        if not at_root:
+            fetch(number, target.view(np.uint8))
         node.reduced(number)
         node.await_reduced(number, users)
 

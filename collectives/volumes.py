@@ -94,6 +94,11 @@ def window_all_to_all(call: "Call") -> Volume:
     if call.in_place:
         moved = sum(row[-1] for row in halves(call.stage, _own(call, call.counts)))
         return Volume(2, moved, moved)
+    return moved_all_to_all(call)
+
+
+def moved_all_to_all(call: "Call") -> Volume:
+    """The blocks for me from all others."""
     return Volume(2, 0, call.target.nbytes - _own(call, call.out_counts))
 
 

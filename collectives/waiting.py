@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 
 # Words of each rank's part of the shared control segment, on cache lines of their own: see `flags.py`, `node.py`.
-ARRIVED, REDUCED, BELL, FREE = 0, 16, 32, 48
+ARRIVED, REDUCED, BELL, IDENTITY, FREE = 0, 16, 32, 40, 48
 
 SPINS = 400
 # In machine code, with more ranks than cores: looks, then yields before sleep. The late ones mostly come after a few

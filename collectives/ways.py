@@ -4,6 +4,8 @@ A function that returns a request has started the collective; the others have do
 """
 # ruff: noqa: D103 (names and types say all there is to say about these functions)
 
+from dataclasses import replace
+
 from dtrain.collectives import exchange, hierarchy, staged, window, window_moves
 from dtrain.collectives.call import Call
 from dtrain.collectives.dtypes import Array
@@ -34,35 +36,45 @@ def window_reduce(call: Call) -> WindowWork:
     return window.start_reduce(node, call.source, place, target, at, call.op, call.root)
 
 
-def window_all_gather(call: Call) -> Request:
-    node, place = call.window
-    return window_moves.start_all_gather(node, call.source, place, call.target, call.counts)
-
-
 def window_all_to_all(call: Call) -> Request:
-    node, place = call.window
     if call.in_place:
+        node, place = call.window
         return window_moves.start_swaps(node, call.target, place, call.counts)
+    return start_all_to_all_at_home(call, "window")
+
+
+# In the window, or where the arrays lie: how = "window" or "cma"
+
+
+def start_all_gather_at_home(call: Call, how: str) -> Request:
+    node, place = call.home
+    return window_moves.start_all_gather(node, call.source, place, call.target, call.counts, how)
+
+
+def start_all_to_all_at_home(call: Call, how: str) -> Request:
+    if call.in_place:
+        call = replace(call, source=call.source.copy(), place=None)
+    node, place = call.home
     return window_moves.start_all_to_all(
-        node, call.source, place, call.target, call.counts, call.out_counts, call.alike
+        node, call.source, place, call.target, call.counts, call.out_counts, call.alike, how
     )
 
 
-def window_broadcast(call: Call) -> Request:
-    node, place = call.window
-    return window_moves.start_broadcast(node, call.target, place, call.root)
+def start_broadcast_at_home(call: Call, how: str) -> Request:
+    node, place = call.home
+    return window_moves.start_broadcast(node, call.target, place, call.root, how)
 
 
-def window_gather(call: Call) -> WindowWork:
-    place = call.target_place if call.at_root else call.place
-    return window_moves.start_gather(
-        call.stage, call.source, place, _at_root(call, call.target), call.counts, call.root
-    )
+def start_gather_at_home(call: Call, how: str) -> WindowWork:
+    node, place = call.home
+    target, at = _at_root(call, call.target), call.target_place if call.at_root else place
+    return window_moves.start_gather(node, call.source, at, target, call.counts, call.root, how)
 
 
-def window_scatter(call: Call) -> Request:
-    node, place = call.window
-    return window_moves.start_scatter(node, _at_root(call, call.source), place, call.target, call.counts, call.root)
+def start_scatter_at_home(call: Call, how: str) -> Request:
+    node, place = call.home
+    source = _at_root(call, call.source)
+    return window_moves.start_scatter(node, source, place, call.target, call.counts, call.root, how)
 
 
 # Through the staging

@@ -19,8 +19,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dtrain.collectives import cross_memory
 from dtrain.collectives.arena import Place
 from dtrain.collectives.copying import swap
+from dtrain.collectives.cross_memory import PRIVATE
 from dtrain.collectives.dtypes import Array, address, starts
 from dtrain.collectives.flags import Peers
 from dtrain.collectives.node import Node
@@ -33,12 +35,14 @@ _OCTET = np.dtype(np.uint8)
 _NOBODY: Peers = []
 
 
-def start_all_gather(node: Node, source: Array, place: Place, target: Array, counts: Sequence[int]) -> WindowWork:
+def start_all_gather(
+    node: Node, source: Array, place: Place, target: Array, counts: Sequence[int], how: str = "window"
+) -> WindowWork:
     """Target = the sources of all ranks one after another; source may be my own block of target."""
     source, target, item = source.view(np.uint8), target.view(np.uint8), source.itemsize
     lengths = [count * item for count in counts]
     offsets = starts(lengths)
-    number = node.begin("all_gather", "window", extra=hash((item, *counts)), aside=place)
+    number = node.begin("all_gather", how, extra=hash((item, *counts)), aside=place)
 
     def compute() -> None:
         for rank in _from_mine(node):
@@ -46,7 +50,7 @@ def start_all_gather(node: Node, source: Array, place: Place, target: Array, cou
             if rank == node.rank:
                 _copy(source, block)
             else:
-                block[...] = _read(node, rank, number, 0, lengths[rank])
+                _fetch(node, rank, number, 0, block)
 
     return WindowWork(node, number, compute)
 
@@ -59,6 +63,7 @@ def start_all_to_all(
     counts: Sequence[int],
     out_counts: Sequence[int],
     alike: bool,
+    how: str = "window",
 ) -> WindowWork:
     """Target = the blocks for this rank of all sources; target and source are disjoint.
 
@@ -70,7 +75,7 @@ def start_all_to_all(
     ends = [begin + count * item for begin, count in zip(begins, counts, strict=True)]
     offsets = [start * item for start in starts(out_counts)]
     lengths = [count * item for count in out_counts]
-    number = node.begin("all_to_all", "window", extra=hash((item, *(counts if alike else ()))), aside=place)
+    number = node.begin("all_to_all", how, extra=hash((item, *(counts if alike else ()))), aside=place)
     slots = None
     if not alike:
         slots = node.stage(number, np.dtype(np.int64))
@@ -88,7 +93,10 @@ def start_all_to_all(
                     f"{lengths[rank]} (out_counts)"
                 )
             block = target[offsets[rank] : offsets[rank] + lengths[rank]]
-            block[...] = source[begin:end] if rank == node.rank else _read(node, rank, number, begin, end)
+            if rank == node.rank:
+                block[...] = source[begin:end]
+            else:
+                _fetch(node, rank, number, begin, block)
 
     return WindowWork(node, number, compute)
 
@@ -115,21 +123,27 @@ def halves(node: Node, length: int) -> list[tuple[int, int, int, int]]:
     return rows
 
 
-def start_broadcast(node: Node, buffer: Array, place: Place, root: int) -> WindowWork:
+def start_broadcast(node: Node, buffer: Array, place: Place, root: int, how: str = "window") -> WindowWork:
     """Buffer of every rank = buffer of root. Nobody waits for anybody but root, and root for all."""
-    number = node.begin("broadcast", "window", array=buffer, extra=root, aside=place)
+    number = node.begin("broadcast", how, array=buffer, extra=root, aside=place)
     if node.rank == root:
         return WindowWork(node, number, _nothing, sources=_NOBODY)
     octets = buffer.view(np.uint8)
 
     def compute() -> None:
-        octets[...] = _read(node, root, number, 0, octets.size)
+        _fetch(node, root, number, 0, octets)
 
     return WindowWork(node, number, compute, sources=node.only(root), users=_NOBODY)
 
 
 def start_gather(
-    node: Node, source: Array, place: Place | None, target: Array | None, counts: Sequence[int], root: int
+    node: Node,
+    source: Array,
+    place: Place | None,
+    target: Array | None,
+    counts: Sequence[int],
+    root: int,
+    how: str = "window",
 ) -> WindowWork:
     """Target on root = the sources of all ranks. `place`: of the target on root, of the source on the others.
 
@@ -138,9 +152,7 @@ def start_gather(
     source, item = source.view(np.uint8), source.itemsize
     lengths = [count * item for count in counts]
     offsets = starts(lengths)
-    number = node.begin(
-        "gather", "window", extra=hash((item, root, *counts)), aside=NO_PLACE if place is None else place
-    )
+    number = node.begin("gather", how, extra=hash((item, root, *counts)), aside=NO_PLACE if place is None else place)
     if node.rank != root:
 
         def write() -> None:
@@ -158,30 +170,43 @@ def start_gather(
             if rank == root:
                 _copy(source, block)
             elif place is None:
-                block[...] = _read(node, rank, number, 0, lengths[rank])
+                _fetch(node, rank, number, 0, block)
 
     return WindowWork(node, number, read, sources=None if place is None else _NOBODY)
 
 
 def start_scatter(
-    node: Node, source: Array | None, place: Place | None, target: Array, counts: Sequence[int], root: int
+    node: Node,
+    source: Array | None,
+    place: Place | None,
+    target: Array,
+    counts: Sequence[int],
+    root: int,
+    how: str = "window",
 ) -> WindowWork:
     """Target = this rank's block of root's source; place: of the source, on root."""
     target, item = target.view(np.uint8), target.itemsize
     lengths = [count * item for count in counts]
     begin = sum(lengths[: node.rank])
     end = begin + lengths[node.rank]
-    number = node.begin(
-        "scatter", "window", extra=hash((item, root, *counts)), aside=NO_PLACE if place is None else place
-    )
+    number = node.begin("scatter", how, extra=hash((item, root, *counts)), aside=NO_PLACE if place is None else place)
     if source is not None:
         block = source.view(np.uint8)[begin:end]
         return WindowWork(node, number, lambda: _copy(block, target), sources=_NOBODY)
 
     def compute() -> None:
-        target[...] = _read(node, root, number, begin, end)
+        _fetch(node, root, number, begin, target)
 
     return WindowWork(node, number, compute, sources=node.only(root), users=_NOBODY)
+
+
+def _fetch(node: Node, rank: int, number: int, begin: int, block: Array) -> None:
+    """Block = bytes from `begin` on of what a rank that has arrived put aside, in the window or in its own memory."""
+    place = node.aside(rank, number)
+    if place is not None and place[0] == PRIVATE:
+        cross_memory.read(node.processes[rank], place[1] + begin, address(block), block.nbytes)
+    else:
+        block[...] = _read(node, rank, number, begin, begin + block.nbytes)
 
 
 def _read(node: Node, rank: int, number: int, begin: int, end: int) -> Array:

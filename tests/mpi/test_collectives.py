@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dtrain.collectives import Communicator
+from dtrain.collectives import Communicator, rules
 from dtrain.collectives.closed import CommunicatorClosed
 from dtrain.collectives.waiting import CollectiveMismatch, CollectiveTimeout
 from tests import collective_cases
@@ -127,8 +127,11 @@ def test_pieces(comm: Communicator, monkeypatch: pytest.MonkeyPatch) -> None:
     if comm.size > 4:
         pytest.skip("thousands of messages: a few ranks show as much")
     monkeypatch.setattr(type(comm.transport), "limit", 64, raising=False)
-    for limit in ("PAIR", "PAIR_BROADCAST", "LONG", "PAIR_ALL_TO_ALL", "ALL_TO_ALL"):
-        monkeypatch.setattr(f"dtrain.collectives.algorithms.STAGED_{limit}_BYTES", -1)
+    for limits in ("GATHER", "BROADCAST", "ALL_TO_ALL"):
+        monkeypatch.setattr(rules, limits, rules.Staged(-1, -1, -1))
+    monkeypatch.setattr(rules, "LONG", -1)
+    if comm.node is not None:
+        monkeypatch.setattr(comm.node, "reads", False)
     comm.forget()  # what was prepared for other limits
     try:
         _in_pieces(comm)

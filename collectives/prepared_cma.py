@@ -1,0 +1,70 @@
+"""Movement straight out of arrays from anywhere, prepared: as in `prepared_window.py`, but the kernel reads.
+
+address of the source put aside -> ARRIVED -> read the blocks of the others (`cross_memory.py`) -> REDUCED
+
+Every call brings other arrays: where an address is not that of the call before, it is looked up again (`Find`).
+"""
+
+from dtrain.collectives import cross_memory
+from dtrain.collectives.arena import Place
+from dtrain.collectives.call import Call
+from dtrain.collectives.cross_memory import PRIVATE
+from dtrain.collectives.dtypes import Array, address
+from dtrain.collectives.meeting import Job
+from dtrain.collectives.node import Node
+from dtrain.collectives.parts import reads
+from dtrain.collectives.prepared_window import Rows, Run, all_gather_rows, all_to_all_rows, broadcast_from_home, view
+from dtrain.collectives.records import Record
+
+
+def cma_all_gather(call: Call) -> Run:
+    """Target = the sources of all ranks, one after another."""
+    return _read(call.stage, *all_gather_rows(call, "cma"))
+
+
+def cma_all_to_all(call: Call) -> Run | None:
+    """Target = the blocks for this rank of all sources. Uneven blocks have no plan, nor what is in place."""
+    return _read(call.stage, *all_to_all_rows(call, "cma")) if call.alike and not call.in_place else None
+
+
+def cma_broadcast(call: Call) -> Run:
+    """Target of every rank = target of root."""
+    node, root = call.stage, call.root
+
+    def fetch(number: int, octets: Array) -> None:
+        process, at = _found(node, root, number, len(octets))
+        cross_memory.read(process or node.processes[node.rank], at, address(octets), len(octets))
+
+    return broadcast_from_home(call, "cma", lambda target: _home(node, target), fetch)
+
+
+def _home(node: Node, array: Array) -> Place:
+    return node.arena.place(array) or cross_memory.private(array)
+
+
+def _found(node: Node, rank: int, number: int, end: int) -> tuple[int, int]:
+    """Process, or 0 for this one, and address of what a rank that has arrived put aside, of `end` bytes."""
+    place = node.aside(rank, number)
+    assert place is not None
+    if place[0] == PRIVATE:
+        return node.processes[rank], place[1]
+    return 0, address(view(node, rank, number, 0, end))
+
+
+def _read(node: Node, record: Record, rows: Rows, past: bool) -> Run:
+    """Every rank reads its blocks out of what the others have put aside."""
+    part = reads([(0, 0, *row[1:]) for row in rows], past)
+    table = part.tables[0]
+
+    def find(number: int, expected: Array) -> None:
+        for k, (rank, begin, _, length) in enumerate(rows):
+            if rank != node.rank:
+                table[k, :2] = _found(node, rank, number, begin + length)
+                expected[rank - (rank > node.rank)] = node.packed_aside(rank, number)
+
+    job = Job(node, among=part, find=find)
+
+    def run(source: Array, target: Array) -> None:
+        job.meet(node.begin_record(record, _home(node, source)), source, target)
+
+    return run
