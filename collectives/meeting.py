@@ -79,6 +79,10 @@ class Job:
         else:
             self._step_by_step(number, source, target)
 
+    def needs_second(self, two: bool) -> None:
+        """For `find`: whether this very meeting needs its second synchronisation; the same on all ranks."""
+        self._words[TWO] = two
+
     def again(self, number: int) -> bool:
         """`meet` with the source and target of the last call, if that can be done without them; whether it is done."""
         done = self._aimed and self._node.alone(number)
@@ -120,7 +124,7 @@ class Job:
     def _from_among(self, number: int, source: Array, target: Array) -> None:
         node = self._node
         self._do(AMONG, source, target)
-        if self._two:
+        if self._words[TWO]:
             node.reduced(number)
             node.await_reduced(number)
         self._do(AFTER, source, target)

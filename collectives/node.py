@@ -29,7 +29,7 @@ import numpy as np
 
 from dtrain.collectives import cross_memory, records
 from dtrain.collectives.arena import Arena, Place
-from dtrain.collectives.dtypes import Array
+from dtrain.collectives.dtypes import Array, address
 from dtrain.collectives.flags import Flags, Peers
 from dtrain.collectives.machine_code import machine_code
 from dtrain.collectives.progress import Progress
@@ -114,6 +114,8 @@ class Node:
         self._alike = 0  # up to here, the records of all ranks were compared
         self._enqueued = 0  # the last work
         self.closed = False
+        self.kept: dict[str, Any] = {}
+        """What modules prepare once for all their calls, by their names."""
         self._computing = threading.RLock()  # held by the thread that takes works from `_pending`
         self._at_work = False  # one of them is computed, maybe by the other thread
 
@@ -159,6 +161,7 @@ class Node:
         with self._computing:
             self._together.queues.remove(self)
             self._pending.clear()
+        self.kept.clear()
         self._halves.clear()
         self.flags.close()
         self._octets.release()
@@ -224,6 +227,14 @@ class Node:
     def packed_aside(self, rank: int, number: int) -> int:
         """The word in which this place stands."""
         return self._words[rank][RECORDS + RECORD_WORDS * (number % RING) + ASIDE]
+
+    def at_home(self, rank: int, where: int) -> tuple[int, int]:
+        """Process, 0 for this one, and address of what a rank put at this packed place, in the window or at home."""
+        place = records.unpacked(where)
+        assert place is not None
+        if place[0] == cross_memory.PRIVATE:
+            return self.processes[rank], place[1]
+        return 0, address(self.arena.part(rank, place, 1, np.dtype(np.uint8)))
 
     def reduced(self, number: int) -> None:
         """Publish: I neither read nor write any more for collectives up to this one."""

@@ -8,12 +8,11 @@ Every call brings other arrays: where an address is not that of the call before,
 from dtrain.collectives import cross_memory
 from dtrain.collectives.arena import Place
 from dtrain.collectives.call import Call
-from dtrain.collectives.cross_memory import PRIVATE
 from dtrain.collectives.dtypes import Array, address
 from dtrain.collectives.meeting import Job
 from dtrain.collectives.node import Node
 from dtrain.collectives.parts import reads
-from dtrain.collectives.prepared_window import Rows, Run, all_gather_rows, all_to_all_rows, broadcast_from_home, view
+from dtrain.collectives.prepared_window import Rows, Run, all_gather_rows, all_to_all_rows, broadcast_from_home
 from dtrain.collectives.records import Record
 
 
@@ -32,7 +31,7 @@ def cma_broadcast(call: Call) -> Run:
     node, root = call.stage, call.root
 
     def fetch(number: int, octets: Array) -> None:
-        process, at = _found(node, root, number, len(octets))
+        process, at = node.at_home(root, node.packed_aside(root, number))
         cross_memory.read(process or node.processes[node.rank], at, address(octets), len(octets))
 
     return broadcast_from_home(call, "cma", lambda target: _home(node, target), fetch)
@@ -42,25 +41,16 @@ def _home(node: Node, array: Array) -> Place:
     return node.arena.place(array) or cross_memory.private(array)
 
 
-def _found(node: Node, rank: int, number: int, end: int) -> tuple[int, int]:
-    """Process, or 0 for this one, and address of what a rank that has arrived put aside, of `end` bytes."""
-    place = node.aside(rank, number)
-    assert place is not None
-    if place[0] == PRIVATE:
-        return node.processes[rank], place[1]
-    return 0, address(view(node, rank, number, 0, end))
-
-
 def _read(node: Node, record: Record, rows: Rows, past: bool) -> Run:
     """Every rank reads its blocks out of what the others have put aside."""
     part = reads([(0, 0, *row[1:]) for row in rows], past)
     table = part.tables[0]
 
     def find(number: int, expected: Array) -> None:
-        for k, (rank, begin, _, length) in enumerate(rows):
+        for k, (rank, _, _, _) in enumerate(rows):
             if rank != node.rank:
-                table[k, :2] = _found(node, rank, number, begin + length)
-                expected[rank - (rank > node.rank)] = node.packed_aside(rank, number)
+                where = expected[rank - (rank > node.rank)] = node.packed_aside(rank, number)
+                table[k, :2] = node.at_home(rank, where)
 
     job = Job(node, among=part, find=find)
 

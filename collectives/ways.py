@@ -6,7 +6,7 @@ A function that returns a request has started the collective; the others have do
 
 from dataclasses import replace
 
-from dtrain.collectives import exchange, hierarchy, staged, window, window_moves
+from dtrain.collectives import exchange, hierarchy, staged, uneven, window, window_moves
 from dtrain.collectives.call import Call
 from dtrain.collectives.dtypes import Array
 from dtrain.collectives.window import WindowWork
@@ -51,9 +51,16 @@ def start_all_gather_at_home(call: Call, how: str) -> Request:
     return window_moves.start_all_gather(node, call.source, place, call.target, call.counts, how)
 
 
-def start_all_to_all_at_home(call: Call, how: str) -> Request:
+def cma_all_to_all(call: Call) -> None:
     if call.in_place:
         call = replace(call, source=call.source.copy(), place=None)
+    if call.alike:
+        start_all_to_all_at_home(call, "cma").wait()
+    else:
+        uneven.exchange(call.stage, call.source, call.target, call.counts, call.out_counts)
+
+
+def start_all_to_all_at_home(call: Call, how: str) -> Request:
     node, place = call.home
     return window_moves.start_all_to_all(
         node, call.source, place, call.target, call.counts, call.out_counts, call.alike, how

@@ -73,14 +73,32 @@ def test_uneven(comm: Communicator) -> None:
         assert np.array_equal(comm.all_gather(rows[comm.rank], counts=counts, algorithm="cma"), np.concatenate(rows))
         gathered = comm.gather(rows[comm.rank], root, counts=counts, algorithm="cma")
         assert gathered is None or np.array_equal(gathered, np.concatenate(rows))
-    sent = [(comm.rank + 2 * other) % 4 for other in range(comm.size)]
-    received = [(other + 2 * comm.rank) % 4 for other in range(comm.size)]
-    message = np.concatenate([np.full((n, width), 10 * comm.rank + d) for d, n in enumerate(sent)])
-    came = np.concatenate([np.full((n, width), 10 * s + comm.rank) for s, n in enumerate(received)])
-    for _ in range(3):
-        assert np.array_equal(comm.all_to_all(message, counts=sent), came)
-        assert np.array_equal(comm.all_to_all(message, counts=sent, out_counts=received), came)
-        assert comm.last is not None and comm.last.algorithm == "cma", "uneven exchanges take this way by themselves"
+
+
+@pytest.mark.parametrize("widths", [(1, 1), (1500, 1500), (1, 60_000), (60_000, 60_000)], ids=str)
+@pytest.mark.parametrize("home", ["elsewhere", "window"])
+def test_uneven_exchanges(comm: Communicator, widths: tuple[int, int], home: str) -> None:
+    """Rank s sends (s + 2 d) % 4 times w numbers 10 s + d to rank d; w: widths[1] from the last rank, else widths[0].
+
+    What is short lies in the staging, what is long stays where it is; both at once, too.
+    """
+    width = [widths[rank == comm.size - 1] for rank in range(comm.size)]
+    sent = [(comm.rank + 2 * other) % 4 * width[comm.rank] for other in range(comm.size)]
+    received = [(other + 2 * comm.rank) % 4 * width[other] for other in range(comm.size)]
+    values = np.concatenate([np.full(n, 10 * comm.rank + d, np.int16) for d, n in enumerate(sent)])
+    came = np.concatenate([np.full(n, 10 * s + comm.rank, np.int16) for s, n in enumerate(received)])
+    room = comm.empty(max(widths) * 3 * comm.size, np.int16)[: len(values)]
+    for turn in range(4):
+        message = values.copy() if home == "elsewhere" else room
+        message[...] = values + turn
+        assert np.array_equal(comm.all_to_all(message, counts=sent, algorithm="cma"), came + turn)
+        message[...] = values - turn
+        result = comm.all_to_all(message, counts=sent, out_counts=received, algorithm="cma")
+        message[...] = -1
+        assert np.array_equal(result, came - turn)
+    if home == "elsewhere":
+        comm.all_to_all(message, counts=sent, out_counts=received)
+        assert comm.last is not None and comm.last.algorithm == "cma", "they take this way by themselves"
 
 
 def test_wrong_counts_are_told(comm: Communicator) -> None:
