@@ -12,6 +12,7 @@ reduction and all-reduction", arXiv:2407.18004 (circulant graph).
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 from dtrain.collectives.schedules import bruck, ring, tree
 from dtrain.collectives.schedules.doubling import ceil_log
@@ -109,6 +110,7 @@ def circulant_broadcast(rank: int, size: int, segments: int, root: int) -> Itera
         )
 
 
+@lru_cache(maxsize=1 << 13)  # every rank asks for those of its neighbours
 def _receives(v: int, size: int, segments: int) -> list[int]:
     """The chunk that rank v (counted from the root) receives in each round; -1: none."""
     rounds = ceil_log(size)

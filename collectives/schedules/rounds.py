@@ -29,6 +29,7 @@ class Messages:
     start: Array
     chunks: Array
     single: bool  # one chunk in each message
+    once: bool  # no rank has two of them
 
     def __len__(self) -> int:
         return len(self.rank)
@@ -80,9 +81,8 @@ def rounds(schedule: Schedule) -> Iterator[Round]:
     if schedule.algorithm.regular:
         everyone = np.arange(schedule.size)
         for step in schedule.generate(everyone):
-            yield Round(
-                _stack(step.sends, schedule.size), _stack(step.receives, schedule.size), _stack_folds(step, everyone)
-            )
+            folds = [Folds(everyone, _row(f.into, everyone), _columns(f.chunks, everyone)) for f in step.folds]
+            yield Round(_stack(step.sends, everyone), _stack(step.receives, everyone), tuple(folds))
         return
     idle = Step()
     for steps in zip_longest(*(schedule.generate(rank) for rank in range(schedule.size)), fillvalue=idle):
@@ -102,15 +102,28 @@ def _numbers(message: Send | Receive) -> Sequence[int]:
 
 
 def _flatten(messages: Sequence[tuple[int, Any, Sequence[int]]]) -> Messages:
-    lengths = [len(chunks) for _, _, chunks in messages]
+    ranks = [rank for rank, _, _ in messages]
+    lists = [chunks for _, _, chunks in messages]
+    lengths = list(map(len, lists))
     return Messages(
-        np.array([rank for rank, _, _ in messages], np.int64),
+        np.array(ranks, np.int64),
         np.array([message.peer for _, message, _ in messages], np.int64),
         np.array([getattr(message, "reduce", False) for _, message, _ in messages], bool),
         _offsets(lengths),
-        np.fromiter(chain.from_iterable(chunks for _, _, chunks in messages), np.int64, sum(lengths)),
-        single=all(length == 1 for length in lengths),
+        _joined(lists, lengths),
+        single=lengths.count(1) == len(lengths),
+        once=len(set(ranks)) == len(ranks),
     )
+
+
+def _joined(lists: list[Sequence[int]], lengths: list[int]) -> Array:
+    """All numbers of the lists; of ranges without a look at each number."""
+    ranges = [numbers for numbers in lists if isinstance(numbers, range) and numbers.step == 1]
+    if len(ranges) < len(lists):
+        return np.fromiter(chain.from_iterable(lists), np.int64, sum(lengths))
+    counts = np.array(lengths, np.int64)
+    shift = np.array([numbers.start for numbers in ranges], np.int64) - (np.cumsum(counts) - counts)
+    return np.asarray(np.arange(int(counts.sum())) + np.repeat(shift, counts))
 
 
 def _offsets(counts: Any) -> Array:
@@ -121,14 +134,14 @@ def _single(rank: int, fold: Fold) -> Folds:
     return Folds(np.array([rank]), np.array([fold.into]), np.array([fold.chunks], np.int64))
 
 
-def _stack(messages: Sequence[Send] | Sequence[Receive], size: int) -> Messages:
+def _stack(messages: Sequence[Send] | Sequence[Receive], everyone: Array) -> Messages:
     """From messages whose fields are arrays over the ranks (or numbers, equal for all)."""
-    parts = [_over_ranks(message, size) for message in messages]
+    parts = [_over_ranks(message, everyone) for message in messages]
     if len(parts) == 1:
         return parts[0]
     if not parts:
         none = np.zeros(0, np.int64)
-        return Messages(none, none, none.astype(bool), np.zeros(1, np.int64), none, True)
+        return Messages(none, none, none.astype(bool), np.zeros(1, np.int64), none, single=True, once=True)
     counts = np.concatenate([part.counts for part in parts])
     return Messages(
         np.concatenate([part.rank for part in parts]),
@@ -137,35 +150,36 @@ def _stack(messages: Sequence[Send] | Sequence[Receive], size: int) -> Messages:
         _offsets(counts),
         np.concatenate([part.chunks for part in parts]),
         single=all(part.single for part in parts),
+        once=False,
     )
 
 
-def _over_ranks(message: Any, size: int) -> Messages:
-    rank, peer = np.arange(size), _row(message.peer, size)
-    chunks = _columns(message.chunks, size)
+def _over_ranks(message: Any, everyone: Array) -> Messages:
+    rank, peer, chunks = everyone, _row(message.peer, everyone), _columns(message.chunks, everyone)
     if message.when is not True:
-        chosen = np.flatnonzero(np.broadcast_to(message.when, (size,)))
-        rank, peer, chunks = rank[chosen], peer[chosen], chunks[chosen]
+        chosen = np.flatnonzero(np.asarray(message.when) & (everyone >= 0))
+        rank, peer, chunks = chosen, peer[chosen], chunks[chosen]
     reduce = np.full(len(rank), getattr(message, "reduce", False))
     width = chunks.shape[1]
     if width > 1 and (chunks == NONE).any():
         there = chunks != NONE
-        return Messages(rank, peer, reduce, _offsets(there.sum(axis=1)), chunks[there], False)
-    return Messages(rank, peer, reduce, np.arange(len(rank) + 1) * width, chunks.reshape(-1), width == 1)
+        return Messages(rank, peer, reduce, _offsets(there.sum(axis=1)), chunks[there], single=False, once=True)
+    start = np.arange(0, (len(rank) + 1) * width, width) if width else np.zeros(len(rank) + 1, np.int64)
+    return Messages(rank, peer, reduce, start, chunks.reshape(-1), single=width == 1, once=True)
 
 
-def _stack_folds(step: Step, everyone: Array) -> tuple[Folds, ...]:
-    size = len(everyone)
-    return tuple(Folds(everyone, _row(fold.into, size), _columns(fold.chunks, size)) for fold in step.folds)
+def _row(value: Any, everyone: Array) -> Array:
+    """One number for each rank."""
+    if isinstance(value, np.ndarray) and value.ndim:
+        return value.astype(np.int64, copy=False)
+    return np.full(len(everyone), value, np.int64)
 
 
-def _row(value: Any, size: int) -> Array:
-    return value if isinstance(value, np.ndarray) else np.full(size, value, np.int64)
-
-
-def _columns(values: Sequence[Any], size: int) -> Array:
+def _columns(values: Sequence[Any], everyone: Array) -> Array:
     """Shape (size, len(values))."""
-    found = np.empty((size, len(values)), np.int64)
+    if len(values) == 1:
+        return _row(values[0], everyone).reshape(-1, 1)
+    found = np.empty((len(everyone), len(values)), np.int64)
     for column, value in enumerate(values):
         found[:, column] = value
     return found

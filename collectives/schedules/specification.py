@@ -119,6 +119,17 @@ class Specification:
         return self.promise.contributors is not None
 
     @property
+    def turns(self) -> bool:
+        """Whether the promise is the same for all ranks, counted from each: that of rank 0, ranks and blocks turned."""
+        promise = self.promise
+        return (
+            not promise.idempotent
+            and self.parts % self.size == 0
+            and {promise.given, promise.wanted} <= ({_row, _column} if promise.pairs else {_all, _block})
+            and promise.contributors in (None, _everyone)
+        )
+
+    @property
     def rooted(self) -> bool:
         """Whether one rank is the root."""
         return self.promise.rooted

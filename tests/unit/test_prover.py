@@ -13,8 +13,9 @@ from dtrain.collectives.schedules.schedule import custom
 from dtrain.collectives.schedules.tree import number_in_tree, parent
 
 ROWS = [(collective, name) for collective, rows in ALGORITHMS.items() for name in rows]
-# DTRAIN_PROVE_TO=1024 proves all of them up to there; that takes minutes.
-LARGE = [s for k in range(6, 14) for s in (2**k - 1, 2**k, 2**k + 1) if s <= int(os.environ.get("DTRAIN_PROVE_TO", 65))]
+# DTRAIN_PROVE_TO=1025 proves all of them up to there, in half a minute.
+PROVE_TO = int(os.environ.get("DTRAIN_PROVE_TO", 257))
+LARGE = [size for k in range(6, 14) for size in (2**k - 1, 2**k, 2**k + 1) if size <= PROVE_TO]
 
 
 def check(collective, name, size, **parameters):

@@ -1,0 +1,105 @@
+"""Which send belongs to which receive of a step, and what to say where one has no partner.
+
+sends      0→1   1→2   2→0            receives   1←0   2←1   0←2       the same pairs, chunk for chunk
+"""
+
+import numpy as np
+
+from dtrain.collectives.dtypes import Array
+from dtrain.collectives.schedules.deadlock import waiting_cycle
+from dtrain.collectives.schedules.lookup import Lookup
+from dtrain.collectives.schedules.refusal import ScheduleError
+from dtrain.collectives.schedules.rounds import Messages, Round
+from dtrain.collectives.schedules.schedule import Schedule, chunk_list
+
+
+class Matching:
+    """Of the steps of one schedule."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.size, self.parts = schedule.size, schedule.parts
+        self.pairs = Lookup(self.size**2)
+
+    def entries(self, sends: Messages, receives: Messages) -> Array | None:
+        """For each chunk that is received, which of the sent ones it is; None where not all have their partner."""
+        order = self.partners(sends, receives)
+        if order is None or not ((sends.single and receives.single) or (sends.counts[order] == receives.counts).all()):
+            return None
+        entries = sends.entries(order)
+        sent, received = sends.chunks[entries], receives.chunks
+        equal = (sent == received).all() or (sent % self.parts == received % self.parts).all()
+        return entries if equal else None
+
+    def partners(self, sends: Messages, receives: Messages) -> Array | None:
+        """The send of each receive; None where that is not one to one."""
+        if len(sends) != len(receives) or not _peers_are_right(receives, self.size):
+            return None
+        if sends.once and receives.once:
+            of_rank = np.zeros(self.size, np.int64)
+            of_rank[sends.rank] = np.arange(len(sends))
+            order = of_rank[receives.peer]
+            # Receivers are different, so the sends that have them as peers are.
+            found = (sends.rank[order] == receives.peer) & (sends.peer[order] == receives.rank)
+            return order if found.all() else None
+        if not _peers_are_right(sends, self.size):
+            return None
+        outgoing, incoming = sends.rank * self.size + sends.peer, receives.peer * self.size + receives.rank
+        if self.pairs.enter(incoming) and self.pairs.enter(outgoing):
+            order, there = self.pairs.find(incoming)
+            return order if there.all() else None
+        order = np.empty(len(sends), np.int64)  # several between the same two: in the order of both lists
+        order[np.argsort(incoming, kind="stable")] = np.argsort(outgoing, kind="stable")
+        return order if (outgoing[order] == incoming).all() else None
+
+
+def _peers_are_right(messages: Messages, size: int) -> bool:
+    """Whether all peers exist and are others."""
+    peer = messages.peer
+    return len(peer) == 0 or bool(peer.view(np.uint64).max() < size and (peer != messages.rank).all())
+
+
+def mismatch(schedule: Schedule, step: int, round_: Round) -> ScheduleError:
+    """Says which message of this step has no partner, or that the ranks would wait for one another for ever."""
+
+    def error(rank: int, chunks: list[list[int]], text: str) -> ScheduleError:
+        return ScheduleError(schedule, rank, step, chunks[0][0] if chunks[0] else None, text)
+
+    for messages, verb in ((round_.sends, "sends to"), (round_.receives, "receives from")):
+        wrong = (messages.peer < 0) | (messages.peer >= schedule.size) | (messages.peer == messages.rank)
+        if wrong.any():
+            m = int(wrong.argmax())
+            who = "itself" if messages.peer[m] == messages.rank[m] else f"rank {messages.peer[m]}, which does not exist"
+            return error(int(messages.rank[m]), [messages.chunks_of(m).tolist()], f"{verb} {who}")
+    cycle = waiting_cycle(schedule)
+    if cycle is not None:
+        return ScheduleError(schedule, *cycle)
+    sent, received = _by_pair(round_.sends, outgoing=True), _by_pair(round_.receives, outgoing=False)
+    for (source, target), chunks in sorted(received.items()):
+        if (source, target) not in sent:
+            text = f"waits for chunks {chunk_list(chunks[0])} from rank {source}, which sends it nothing in this step"
+            return error(target, chunks, text)
+    for (source, target), chunks in sorted(sent.items()):
+        if (source, target) not in received:
+            text = f"sends chunks {chunk_list(chunks[0])} to rank {target}, which receives nothing from it in this step"
+            return error(source, chunks, text)
+    for (source, target), chunks in sorted(sent.items()):
+        expected = received[source, target]
+        if len(chunks) != len(expected):
+            text = f"sends {len(chunks)} messages to rank {target}, which receives {len(expected)} from it"
+            return error(source, chunks, text)
+        for mine, theirs in zip(chunks, expected, strict=True):
+            parts = schedule.parts
+            if [c % parts for c in mine] != [c % parts for c in theirs]:
+                differ = [b for a, b in zip(mine, theirs, strict=False) if a % parts != b % parts]
+                longer = theirs[len(mine) :] or mine[len(theirs) :]
+                text = f"expects chunks {chunk_list(theirs)} from rank {source}, which sends {chunk_list(mine)}"
+                return error(target, [differ or longer], text)
+    raise AssertionError("messages that do not match, and no reason found")
+
+
+def _by_pair(messages: Messages, outgoing: bool) -> dict[tuple[int, int], list[list[int]]]:
+    found: dict[tuple[int, int], list[list[int]]] = {}
+    for m in range(len(messages)):
+        rank, peer = int(messages.rank[m]), int(messages.peer[m])
+        found.setdefault((rank, peer) if outgoing else (peer, rank), []).append(messages.chunks_of(m).tolist())
+    return found
