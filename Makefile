@@ -38,8 +38,10 @@ test: test-unit test-mpi test-system
 # Kernels that one part has compiled serve the next one too.
 test test-unit test-mpi test-system: export DTRAIN_CACHE ?= $(CURDIR)/.venv/cache
 
+# One more than there are cores: some tests wait for processes that they started. Whoever has nothing left takes from others.
+WORKERS := $(shell echo $$(( $$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) + 1 )))
 test-unit: .venv/dev-$(MPI)
-	$(call limit,900) python -m pytest tests/unit -q -n auto --dist loadfile
+	$(call limit,900) python -m pytest tests/unit -q -n $(WORKERS) --dist worksteal
 
 # On 3 and 8 ranks without what is about every algorithm of the collectives: 2, 4 and 5 ranks show that. On 8, which share
 # few cores, also without what is about the ways between a few processes, and going on: 2, 3 and 4 show those, and threads
@@ -56,9 +58,9 @@ test-mpi: .venv/dev-$(MPI)
 	done
 	$(call limit,600) mpirun -n 5 python -m pytest --with-mpi tests/mpi/test_pitfalls.py -q -p no:cacheprovider
 
-# Jobs of a few ranks, which wait for one another and for processes that start: two files at a time, however many cores.
+# Jobs of a few ranks, which wait for one another and for processes that start: two at a time, however many cores.
 test-system: .venv/dev-$(MPI)
-	$(call limit,900) python -m pytest tests/examples tests/system tests/hosts -q -n 2 --dist loadfile
+	$(call limit,900) python -m pytest tests/examples tests/system tests/hosts -q -n 2 --dist worksteal
 
 check: .venv/dev-$(MPI)
 	ruff check .

@@ -31,7 +31,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
     "bert": {**GPT, "kind": "bert"},
 }
-TRAIN = {"steps": 3, "micro_batch": 2, "global_batch": 8, "validate": {"every": 3, "batches": 1}}
+TRAIN = {"steps": 2, "micro_batch": 2, "global_batch": 8, "validate": {"every": 2, "batches": 1}}
 
 
 def train(comm, sections):

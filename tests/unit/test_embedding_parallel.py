@@ -19,7 +19,7 @@ from tests import training
 
 CSV_ROWS = 120
 MODEL = {"kind": "dlrm", "dim": 5, "bottom": [6], "top": [7, 6]}
-TRAIN = {"steps": 3, "global_batch": 24, "micro_batch": 1, "validate": {"every": 3, "batches": 1}}
+TRAIN = {"steps": 2, "global_batch": 24, "micro_batch": 1, "validate": {"every": 2, "batches": 1}}
 OPTIMIZER = {"kind": "adamw", "learning_rate": 0.02, "clip_norm": 0.1}
 
 

@@ -23,7 +23,7 @@ from dtrain.strategies.lora import merged
 from tests import training
 
 GPT: dict[str, Any] = {"kind": "gpt", "layers": 2, "dim": 24, "heads": 4, "sequence": 8}
-TRAIN = {"steps": 3, "global_batch": 16, "micro_batch": 2, "validate": {"every": 3, "batches": 1}}
+TRAIN = {"steps": 2, "global_batch": 16, "micro_batch": 2, "validate": {"every": 2, "batches": 1}}
 LORA = {"rank": 3, "alpha": 6, "targets": ["attention.qkv", "attention.out", "mlp.up", "mlp.down"]}
 OTHER = {"seed": 9}  # another order of the data than the base's
 

@@ -23,7 +23,7 @@ from dtrain.strategies.pipeline.user import to_csv
 from tests import training
 
 GPT = {"kind": "gpt", "layers": 4, "dim": 32, "heads": 4, "sequence": 16}
-BASE: dict[str, Any] = {"model": GPT, "train": {"steps": 3, "micro_batch": 3}}
+BASE: dict[str, Any] = {"model": GPT, "train": {"steps": 2, "micro_batch": 3}}
 
 
 def train(comm, sections):

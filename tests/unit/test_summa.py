@@ -30,7 +30,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "bert": {"model": {**GPT, "kind": "bert"}},
     "mlp": {"model": {"kind": "mlp", "hidden": [48, 9], "dropout": 0.1}, "data": {"kind": "images", "path": "digits"}},
 }
-TRAIN = {"steps": 3, "micro_batch": 4, "global_batch": 16, "validate": {"every": 3, "batches": 1}}
+TRAIN = {"steps": 2, "micro_batch": 4, "global_batch": 16, "validate": {"every": 2, "batches": 1}}
 
 
 def train(comm, sections):
