@@ -127,7 +127,7 @@ BROADCAST: dict[str, Algorithm] = {
     "hierarchical": _hierarchical(ways.hierarchical_broadcast, hierarchy_volumes.broadcast),
     "window": _window(_here(ways.start_broadcast_at_home), volumes.window_from_root, preferred=rules.long),
     "staged": Algorithm(ways.staged_broadcast, rules.on_node, rules.short_broadcast, volumes.staged_broadcast),
-    "cma": _cma(ways.start_broadcast_at_home, volumes.window_from_root, rules.more),
+    "cma": Algorithm(ways.cma_broadcast, rules.readable, rules.always, volumes.window_from_root),
     "native": Algorithm(
         ways.native_broadcast, rules.several, rules.always, volumes.least_broadcast, ways.start_broadcast
     ),

@@ -1,4 +1,5 @@
-"""One copy straight out of the memory of another process of this node, by the kernel: process_vm_readv of Linux (CMA).
+"""One copy straight out of the memory of another process of this node, by the kernel: process_vm_readv of Linux (CMA),
+or into it: process_vm_writev.
 
     identity   pid, an address, the random number that lies there      in the words of each rank (`node.py`)
     reaches    can I read the number of each peer at its address?      no: a filter of the container, kernel.yama, or
@@ -60,10 +61,18 @@ def reaches(pid: int, there: int, number: int) -> bool:
 
 def read(pid: int, there: int, here: int, nbytes: int) -> None:
     """Copy bytes at the address `there` of a process to the address `here` of this one; OSError where that fails."""
-    call = _call()
+    _move("process_vm_readv", pid, there, here, nbytes)
+
+
+def write(pid: int, there: int, here: int, nbytes: int) -> None:
+    """Copy bytes at the address `here` of this process to the address `there` of another; OSError where that fails."""
+    _move("process_vm_writev", pid, there, here, nbytes)
+
+
+def _move(name: str, pid: int, there: int, here: int, nbytes: int) -> None:
+    call, done = _call(name), 0
     if call is None:
-        raise OSError("this system has no process_vm_readv")
-    done = 0
+        raise OSError(f"this system has no {name}")
     while done < nbytes:
         mine, theirs = _vector(here + done, nbytes - done), _vector(there + done, nbytes - done)
         moved = call(pid, mine, 1, theirs, 1, 0)
@@ -74,10 +83,10 @@ def read(pid: int, there: int, here: int, nbytes: int) -> None:
 
 
 @cache
-def _call() -> Any:
+def _call(name: str) -> Any:
     if sys.platform != "linux":
         return None
-    call = getattr(ctypes.CDLL(None, use_errno=True), "process_vm_readv", None)
+    call = getattr(ctypes.CDLL(None, use_errno=True), name, None)
     if call is not None:
         call.restype = ctypes.c_ssize_t
         words = ctypes.c_void_p, ctypes.c_ulong

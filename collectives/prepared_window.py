@@ -149,11 +149,11 @@ def window_all_to_all(call: Call) -> Run | None:
 
 def window_broadcast(call: Call) -> Run:
     """Target of every rank = target of root."""
-    node, place = call.window
+    (node, place), root = call.window, call.root
     past = node.size * call.target.nbytes > last_level_cache()
 
     def fetch(number: int, octets: Array) -> None:
-        copy(octets, view(node, call.root, number, 0, len(octets)), past)
+        copy(octets, view(node, root, number, 0, len(octets)), past)
 
     return broadcast_from_home(call, "window", lambda target: place, fetch)
 

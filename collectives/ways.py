@@ -6,7 +6,7 @@ A function that returns a request has started the collective; the others have do
 
 from dataclasses import replace
 
-from dtrain.collectives import exchange, hierarchy, staged, uneven, window, window_moves
+from dtrain.collectives import exchange, hierarchy, prepared_cma, staged, uneven, window, window_moves
 from dtrain.collectives.call import Call
 from dtrain.collectives.dtypes import Array
 from dtrain.collectives.window import WindowWork
@@ -58,6 +58,10 @@ def cma_all_to_all(call: Call) -> None:
         start_all_to_all_at_home(call, "cma").wait()
     else:
         uneven.exchange(call.stage, call.source, call.target, call.counts, call.out_counts)
+
+
+def cma_broadcast(call: Call) -> None:
+    prepared_cma.cma_broadcast(call)(call.target, call.target)
 
 
 def start_all_to_all_at_home(call: Call, how: str) -> Request:
