@@ -23,7 +23,7 @@ from dtrain.launch.plan.layout import Job
 from dtrain.launch.plan.machine import Machine
 from dtrain.launch.plan.profile import profile
 from dtrain.launch.plan.search import applied, cheapest
-from dtrain.launch.plan.speeds import measured
+from dtrain.launch.plan.speeds import Speeds, measured
 
 EVERY = 1 << 20  # meshes
 MODELS = ("gpt", "moe_gpt", "bert", "mlp")
@@ -113,7 +113,13 @@ def machine(
 ) -> Machine:
     """What is known of the machine; None: this machine, all ranks on it."""
     dtype = named_dtype(config.train.dtype)
-    known = measured(dtype.name if dtype.itemsize >= 4 else "float32")  # BLAS has no halves
+    known: Speeds | Machine
+    try:
+        known = measured(dtype.name if dtype.itemsize >= 4 else "float32")  # BLAS has no halves
+    except UserError:
+        if speed is None:
+            raise
+        known = Machine()  # of a core of another machine, scaled to the speed that was given
     described = None
     if cluster is not None:
         from dtrain.launch.show_collective import read_cluster

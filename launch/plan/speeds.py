@@ -21,11 +21,17 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
 
+from dtrain.errors import UserError
 from dtrain.launch import environment
 
 BUDGET = 0.05  # seconds of each measurement
 LIMIT = 60.0  # seconds of all, on a busy machine
 WIDTH = 32  # of a head
+FAILED = "the process that measures what a core of this machine does failed"
+INSTEAD = (
+    "Try again when the machine is less busy, or give the speed to `dtrain plan`: --gflops, such as --gflops 30; for "
+    "parallel: auto, write the layout that it prints into the configuration, such as parallel.dp=4"
+)
 
 
 @dataclass(frozen=True)
@@ -45,10 +51,18 @@ class Speeds:
 
 @cache
 def measured(dtype: str) -> Speeds:
-    """Of this machine, in the float type of the computation."""
+    """Of this machine, in the float type of the computation. UserError where that cannot be measured."""
     variables = {**os.environ, **dict.fromkeys(environment.THREAD_VARIABLES, "1")}
     command = [sys.executable, "-c", "from dtrain.launch.plan.speeds import main; main()", dtype]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=LIMIT, check=True)
+    try:
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=LIMIT, check=True)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{FAILED}: it took more than {LIMIT:g} s. {INSTEAD}") from None
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.strip().splitlines() or ["it said nothing"]
+        raise UserError(f"{FAILED}: exit code {error.returncode}, {said[-1]}. {INSTEAD}") from None
+    except OSError as error:
+        raise UserError(f"{FAILED}: {error}. {INSTEAD}") from None
     return Speeds(**json.loads(done.stdout))
 
 

@@ -19,7 +19,7 @@ from dtrain.config import filled
 from dtrain.errors import UserError
 from dtrain.launch import configuration, plan
 from dtrain.launch.assembly import planned
-from dtrain.launch.plan import compare, report, speeds
+from dtrain.launch.plan import compare, report
 from dtrain.launch.plan.amounts import total
 from dtrain.launch.plan.compare import spearman, spread
 from dtrain.launch.plan.costs import BUCKET, cost
@@ -357,13 +357,6 @@ def test_a_ring_multiplies_many_small_blocks(cp):
     assert ulysses == pytest.approx(one / cp)
     heads = 4 * GPT["heads"] * task.machine.per_head
     assert ring - ulysses > (2 * cp + 1 - 2 / cp) * heads * 0.99  # runs of a ring are shorter than 64 tokens
-
-
-def test_speeds_are_measured_in_a_process_of_its_own():
-    found = speeds.measured("float32")
-    assert found is speeds.measured("float32")
-    assert all(value >= 0 for value in dataclasses.astuple(found)) and 0 < found.together <= 1
-    assert found.flops > found.bandwidth > 1e6
 
 
 def test_a_rank_shares_its_core_while_gradients_are_summed():
