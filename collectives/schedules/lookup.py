@@ -25,7 +25,7 @@ class Lookup:
         self.numbers, here = numbers, np.arange(len(numbers))
         if len(self.table):
             self.table[numbers] = here
-            return bool((self.table[numbers] == here).all())
+            return not np.count_nonzero(self.table[numbers] != here)
         self.places = np.argsort(numbers, kind="stable")
         self.numbers = numbers[self.places]
         return not bool((self.numbers[1:] == self.numbers[:-1]).any())

@@ -23,12 +23,11 @@ class Matching:
     def entries(self, sends: Messages, receives: Messages) -> Array | None:
         """For each chunk that is received, which of the sent ones it is; None where not all have their partner."""
         order = self.partners(sends, receives)
-        if order is None or not ((sends.single and receives.single) or (sends.counts[order] == receives.counts).all()):
+        if order is None or not ((sends.single and receives.single) or _equal(sends.counts[order], receives.counts)):
             return None
         entries = sends.entries(order)
         sent, received = sends.chunks[entries], receives.chunks
-        equal = (sent == received).all() or (sent % self.parts == received % self.parts).all()
-        return entries if equal else None
+        return entries if _equal(sent, received) or _equal(sent % self.parts, received % self.parts) else None
 
     def partners(self, sends: Messages, receives: Messages) -> Array | None:
         """The send of each receive; None where that is not one to one."""
@@ -39,23 +38,28 @@ class Matching:
             of_rank[sends.rank] = np.arange(len(sends))
             order = of_rank[receives.peer]
             # Receivers are different, so the sends that have them as peers are.
-            found = (sends.rank[order] == receives.peer) & (sends.peer[order] == receives.rank)
-            return order if found.all() else None
+            found = _equal(sends.rank[order], receives.peer) and _equal(sends.peer[order], receives.rank)
+            return order if found else None
         if not _peers_are_right(sends, self.size):
             return None
         outgoing, incoming = sends.rank * self.size + sends.peer, receives.peer * self.size + receives.rank
         if self.pairs.enter(incoming) and self.pairs.enter(outgoing):
-            order, there = self.pairs.find(incoming)
-            return order if there.all() else None
+            order = self.pairs.find(incoming)[0]
+            return order if _equal(outgoing[order], incoming) else None
         order = np.empty(len(sends), np.int64)  # several between the same two: in the order of both lists
         order[np.argsort(incoming, kind="stable")] = np.argsort(outgoing, kind="stable")
-        return order if (outgoing[order] == incoming).all() else None
+        return order if _equal(outgoing[order], incoming) else None
 
 
 def _peers_are_right(messages: Messages, size: int) -> bool:
     """Whether all peers exist and are others."""
     peer = messages.peer
-    return len(peer) == 0 or bool(peer.view(np.uint64).max() < size and (peer != messages.rank).all())
+    return not np.count_nonzero((peer.view(np.uint64) >= size) | (peer == messages.rank))
+
+
+def _equal(a: Array, b: Array) -> bool:
+    """Of two arrays of one shape. Counting takes a fifth of the time of `all` and `any` where arrays are short."""
+    return not np.count_nonzero(a != b)
 
 
 def mismatch(schedule: Schedule, step: int, round_: Round) -> ScheduleError:

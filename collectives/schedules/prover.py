@@ -85,7 +85,7 @@ class _Prover:
         if sent is None:
             raise mismatch(self.schedule, self.step, round_)
         for messages, verb in ((sends, "sends"), (receives, "receives")):
-            if len(messages.chunks) and messages.chunks.view(np.uint64).max() >= self.places:
+            if np.count_nonzero(messages.chunks.view(np.uint64) >= self.places):
                 self.refuse_chunks(messages, verb)
         self.messages += len(sends)
         self.sent += np.bincount(sends.rank, sends.counts, self.size)
@@ -95,16 +95,17 @@ class _Prover:
         read = origin * self.places + sends.chunks[sent]
         landing = receives.each(receives.rank) * self.places + receives.chunks
         values = self.contents.read(read)
-        if (absent := self.contents.absent(values)).any():
+        if np.count_nonzero(absent := self.contents.absent(values)):
             e = int(np.where(absent, sent, len(sent)).argmin())
             raise self.error(
                 *divmod(int(read[e]), self.places), f"is sent to rank {landing[e] // self.places}, but is not there"
             )
         alone = self.landings.enter(landing)
-        if not receives.reduce.any():
+        added = np.count_nonzero(receives.reduce)
+        if added == 0:
             self.check_hazards(read, sent, landing, landing, alone)
             self.contents.write(landing, values)
-        elif receives.reduce.all():
+        elif added == len(receives):
             self.reduce(landing, origin, values, alone)
         else:
             reduce = receives.each(receives.reduce)
@@ -118,7 +119,7 @@ class _Prover:
             return
         if plain is not landing:
             self.landings.enter(plain)
-        if (overwritten := self.landings.find(read)[1]).any():
+        if np.count_nonzero(overwritten := self.landings.find(read)[1]):
             e = int(np.where(overwritten, sent, len(sent)).argmin())
             text = "is overwritten by what arrives, in the step in which it is sent"
             raise self.error(*divmod(int(read[e]), self.places), text)
@@ -138,7 +139,7 @@ class _Prover:
         target = cells // self.places
         self.added += np.bincount(landing // self.places, minlength=self.size)
         own = self.contents.read(cells)
-        if (absent := self.contents.absent(own)).any():
+        if np.count_nonzero(absent := self.contents.absent(own)):
             self.refuse_sum(landing, origin, cells[absent], ", but it is empty")
         if alone:  # one arrival for each cell
             self.contents.write(cells, self.add(cells, values, own, origin < target))
@@ -159,7 +160,8 @@ class _Prover:
     def add(self, cells: Array, left: Values, right: Values, before: Array | None = None) -> Values:
         """The sum of two contents, in this order but where not `before`; refused where both have a contribution."""
         total = self.contents.add(left, right, before)
-        if not self.spec.promise.idempotent and (twice := self.contents.overlap(left, right, total)).any():
+        twice = self.contents.overlap(left, right, total)
+        if np.count_nonzero(twice) and not self.spec.promise.idempotent:
             e = int(np.where(twice, cells, cells.max() + 1).argmin())
             common = self.contents.common(left, right, e)
             text = f"the contribution of {ranks_text(common)} is added a second time"
@@ -171,13 +173,13 @@ class _Prover:
         into = folds.rank * self.places + folds.into
         total: Values = ()
         for number, column in enumerate(folds.chunks.T):
-            if (other := (column - folds.into) % self.parts != 0).any():
-                e = int(other.argmax())
+            if np.count_nonzero(other := (column - folds.into) % self.parts):
+                e = int((other != 0).argmax())
                 raise self.error(
                     int(folds.rank[e]), int(column[e]), f"is folded into place {folds.into[e]}, not its own"
                 )
             value = self.contents.read(folds.rank * self.places + column)
-            if (absent := self.contents.absent(value)).any():
+            if np.count_nonzero(absent := self.contents.absent(value)):
                 e = int(absent.argmax())
                 text = f"is folded into place {folds.into[e]}, but is not there"
                 raise self.error(int(folds.rank[e]), int(column[e]), text)

@@ -72,7 +72,7 @@ class Summed:
         start[length == self.size] = 0
         run = (follows & (free >= 0)) | ((free == 0) & (gap >= left[1]))
         run &= (left[0] | right[0]) >= 0
-        if not run.all():
+        if np.count_nonzero(run) < len(run):
             others = np.flatnonzero(~run)
             start[others], length[others] = self.sets.union(*(a[others] for a in (*left[:2], *right[:2])))
         return start, length
@@ -80,8 +80,8 @@ class Summed:
     def in_order(self, left: Values, right: Values, before: Array | None) -> bool:
         """Whether the ranks in the one are lower than those in the other."""
         (low, high), (other_low, other_high) = self.sets.ends(*left[:2]), self.sets.ends(*right[:2])
-        right_order = high < other_low
-        return bool((right_order if before is None else np.where(before, right_order, other_high < low)).all())
+        in_order = high < other_low if before is None else np.where(before, high < other_low, other_high < low)
+        return not np.count_nonzero(~in_order)
 
     def wrong(self, cells: Array, contributors: Array) -> Array:
         """See `Contents`."""
@@ -114,7 +114,7 @@ class _Sets:
         """The members as booleans, shape (sets, ranks)."""
         begin, end = start[:, None], (start + length)[:, None]
         members = (self.ranks >= begin) & (self.ranks < end) | (self.ranks < end - self.size)
-        if (tabled := start < 0).any():
+        if np.count_nonzero(tabled := start < 0):
             members[tabled] = np.unpackbits(self.bits[-1 - start[tabled]], axis=1, count=self.size, bitorder="little")
         return members
 
@@ -123,7 +123,7 @@ class _Sets:
         last = start + length - 1
         around = last >= self.size  # a run past the last rank
         low, high = np.where(around, 0, start), np.where(around, self.size - 1, last)
-        if (tabled := start < 0).any():
+        if np.count_nonzero(tabled := start < 0):
             low[tabled], high[tabled] = self.low[-1 - start[tabled]], self.high[-1 - start[tabled]]
         return low, high
 
