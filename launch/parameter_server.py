@@ -25,7 +25,7 @@ from dtrain.errors import UserError
 from dtrain.launch import assembly, environment, failures, pictures, stand_in
 from dtrain.launch.configuration import for_ranks
 from dtrain.launch.progress import Progress
-from dtrain.launch.run import RunFolder
+from dtrain.launch.run_folder import RunFolder
 from dtrain.mesh import Mesh
 from dtrain.strategies.parameter_server import Lead, Serve, Server, ServerLost, Worker, needs_whole
 from dtrain.trainer import StepRecord, Trainer
