@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from dtrain.collectives import Communicator, sockets
+from dtrain.collectives.threads import RankLost
 from dtrain.config import Config
 from dtrain.data import Data
 from dtrain.launch import assembly
@@ -15,6 +16,7 @@ from dtrain.launch.configuration import for_ranks
 from dtrain.mesh import Mesh
 from dtrain.models import Model
 from dtrain.strategies.parameter_server import Lead, Serve, Server, Worker, needs_whole
+from dtrain.strategies.parameter_server.worker import ServerLost
 from dtrain.trainer import StepRecord, Trainer
 from tests import training
 
@@ -60,6 +62,8 @@ def serve(
         comm = sockets.connect(comm)
     try:
         return _serve(comm, config, data, model, prepare, folder, resume, records, watch, tells)
+    except ServerLost as lost:  # never the first failure: that of the server may be noted a moment later
+        raise RankLost(str(lost)) from lost
     finally:  # so that the others notice when this rank has failed
         if comm.transport.name == "sockets":
             comm.transport.close()
