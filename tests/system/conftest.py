@@ -1,4 +1,4 @@
-"""For the system tests: one text and one cache for all of them, so that kernels are compiled once."""
+"""For the system tests: one text, one cache (kernels are compiled once) and the small job, run once for all of them."""
 
 import argparse
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.system import program
-from tests.system.program import Process
+from tests.system.program import Ended, Process, needs_mpirun, well, write_config
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,3 +33,32 @@ def warm(cache: None, text: Path, tmp_path_factory: pytest.TempPathFactory) -> N
     ]
     for ended in [job.finish(400) for job in jobs]:
         assert ended.code == 0, ended.out + ended.err
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture(scope="session")
+def config(folder: Path, text: Path) -> Path:
+    return write_config(folder, text, train={"validate": {"every": 10, "batches": 2}})
+
+
+@pytest.fixture(scope="session")
+def alone(folder: Path, config: Path) -> tuple[Ended, Path]:
+    """`dtrain run` without mpirun: what it said, and its folder."""
+    return well("run", config, "name=alone"), folder / "runs" / "alone"
+
+
+@pytest.fixture(scope="session")
+def two(folder: Path, config: Path) -> tuple[Ended, Path]:
+    """The same on two ranks, each gradient accumulated over four micro-batches (alone: over eight)."""
+    return well("run", config, "name=two", ranks=2), folder / "runs" / "two"
+
+
+@pytest.fixture(params=["alone", pytest.param("two", marks=needs_mpirun)])
+def job(request: pytest.FixtureRequest) -> tuple[Ended, Path]:
+    """Each of the two."""
+    found: tuple[Ended, Path] = request.getfixturevalue(request.param)
+    return found

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 MPIRUN = str(BIN / "mpirun") if (BIN / "mpirun").exists() else shutil.which("mpirun")
+needs_mpirun = pytest.mark.skipif(MPIRUN is None, reason="no mpirun: neither the wheel's nor the system's")
 LIMIT = 120  # seconds for one job; a loaded machine takes ten times as long as an idle one
 
 # The smallest model that has everything of a large one; a step takes milliseconds.
@@ -28,6 +30,11 @@ SMALL: dict[str, Any] = {
     "checkpoint": {"every": 10},
     "log": {"every": 1},
     "sample": {"tokens": 20},
+}
+MLP: dict[str, Any] = {
+    "model": {"kind": "mlp", "hidden": [16]},
+    "data": {"kind": "images", "path": "digits", "validation": 0.2},
+    "optimizer": {"kind": "sgd", "learning_rate": 0.1},
 }
 
 

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.program import MPIRUN, Process, on, processes, wait_for, write_config
+from tests.system.program import Process, needs_mpirun, on, processes, wait_for, write_config
 
 pytestmark = [pytest.mark.timeout(300)]
-needs_mpirun = pytest.mark.skipif(MPIRUN is None, reason="no mpirun: neither the wheel's nor the system's")
 SOON = 15  # seconds from the fault to the end of the job; 5 are promised, on a machine with nothing else to do
 
 # The program, except that one rank fails in the middle of a step; the others are on their way to the reduction.

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.system import program
-from tests.system.program import MPIRUN, Process, dtrain, well, write_config
+from tests.system.program import MPIRUN, Process, dtrain, needs_mpirun, well, write_config
 
 pytestmark = [pytest.mark.timeout(300)]
-needs_mpirun = pytest.mark.skipif(MPIRUN is None, reason="no mpirun: neither the wheel's nor the system's")
 RANKS = 2 if MPIRUN else 0
 SOON = 40  # seconds, on a loaded machine; the message stands there after one
 
