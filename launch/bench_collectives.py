@@ -24,6 +24,7 @@ import numpy as np
 from dtrain.collectives import Array, Communicator
 from dtrain.collectives.dtypes import dtype_from_name
 from dtrain.collectives.schedules.own import is_own
+from dtrain.collectives.waiting import CHECKED
 from dtrain.errors import UserError
 from dtrain.launch import bench_cases, bench_memory, bench_peer, bench_table
 from dtrain.launch.bench_cases import Pattern, Place, Run
@@ -89,6 +90,7 @@ def measure(comm: Communicator, options: Options, tell: Tell, peer: Peer | None 
     """Measure all that `options` ask for, and `peer` beside it, telling the rows as they come. Collective."""
     check(comm, options)
     outcome = Outcome([], {}, [])
+    settle(comm)
     dtype = dtype_of(options.dtype)
     memory = Memory(comm, max(options.sizes), dtype, options.cold, options.private)
     for collective in options.collectives:
@@ -103,6 +105,12 @@ def measure(comm: Communicator, options: Options, tell: Tell, peer: Peer | None 
     for note in outcome.notes:
         tell(f"# {note}")
     return outcome
+
+
+def settle(comm: Communicator) -> None:
+    """Let the first collectives of a communicator pass, which are compared one by one."""
+    for _ in range(CHECKED):
+        comm.barrier()
 
 
 def check(comm: Communicator, options: Options) -> None:

@@ -114,6 +114,7 @@ def _measure(comm: Communicator, collectives: Sequence[str], sizes: Sequence[int
     """All collectives, places and lengths on one group."""
     found = Progress()
     bench_memory.check_room(comm, max(sizes), False, False)
+    bench_collectives.settle(comm)
     dtype = bench_collectives.dtype_of("float32")
     for private in (False, True):
         memory = Memory(comm, max(sizes), dtype, False, private)
