@@ -6,21 +6,18 @@ The real ones are tried by `tests/gpu/test_device_collectives.py`, where there a
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import fake_cupy
-from collective_cases import bits, close, inputs, total
-
 from dtrain.collectives import Communicator, run_threads, wait_all
 from dtrain.collectives.schedules import catalogue
 from dtrain.collectives.schedules.refusal import ScheduleError
 from dtrain.collectives.schedules.schedule import Receive, Send, Step, custom
+from tests import fake_cuda, fake_cupy
+from tests.collective_cases import bits, close, inputs, total
 
 SIZES = [1, 2, 3, 4, 5, 8, 9, 16]
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -42,7 +39,7 @@ def on_gpus(size: int, function: Callable[..., Any], *args: Any, layout: str = "
     """`function(comm, *args)` on ranks that have a GPU each, or one for all."""
 
     def run(comm: Communicator) -> Any:
-        fake_cupy.use(comm.rank if layout == "nccl" else 0)
+        fake_cuda.use(comm.rank if layout == "nccl" else 0)
         result = function(comm, *args)
         comm.close()
         return result
