@@ -27,7 +27,7 @@ from dtrain.collectives.counters import Volume
 from dtrain.collectives.schedules import ALGORITHMS, Algorithm, Receive, Send, Step, schedule
 from dtrain.collectives.schedules.executor import Memory, Run
 from dtrain.collectives.schedules.interpreter import interpret
-from dtrain.collectives.schedules.plan import make_plan
+from dtrain.collectives.schedules.planner import make_plan
 from dtrain.collectives.schedules.refusal import ScheduleError
 from dtrain.collectives.schedules.schedule import custom
 from dtrain.collectives.waiting import CollectiveMismatch
