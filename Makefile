@@ -47,7 +47,7 @@ test-unit: .venv/dev-$(MPI)
 # few cores, also without what is about the ways between a few processes, and going on: 2, 3 and 4 show those, and threads
 # show levels, stages and cut parameters on as many ranks and more.
 ALGORITHMS := scheduled pitfalls tuning window_leaks bench_collectives bench_overlap compression
-ON_FEW := progress shortcuts window_moves machine_code resume hierarchy pipedream cut_parameters
+ON_FEW := progress shortcuts window_moves cma machine_code resume hierarchy pipedream cut_parameters
 test-mpi: .venv/dev-$(MPI)
 	@set -e; for ranks in $(MPI_SIZES); do \
 	    fewer=; \
