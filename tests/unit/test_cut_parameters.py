@@ -121,6 +121,8 @@ CASES = [
     *((optimizer, 3, {"tp": 3}) for optimizer in OPTIMIZERS),
     *((optimizer, 4, {"tp": 2, "dp": 2}) for optimizer in ("lamb", "adafactor", "adamw")),
     ("adamw", 4, {"tp": 2, "dp": 2, "order": "dp-tp-cp-ep-pp", "data_parallel": NaiveDataParallel}),
+    ("adamw", 8, {"tp": 8}),
+    ("lamb", 8, {"tp": 2, "dp": 4}),
 ]
 
 

@@ -15,7 +15,7 @@ from tests.pipedream_cases import BASE, CASES, check, train
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("stages", [2, 3, 4])
+@pytest.mark.parametrize("stages", [2, 3, 4, 8])
 def test_delayed_updates_are_those_of_the_simulation(case, stages):
     check(case, run_threads(stages, train, CASES[case][0]))
 
