@@ -125,7 +125,7 @@ ALL_GATHER: dict[str, Algorithm] = {
 BROADCAST: dict[str, Algorithm] = {
     "copy": COPY,
     "hierarchical": _hierarchical(ways.hierarchical_broadcast, hierarchy_volumes.broadcast),
-    "window": _window(_here(ways.start_broadcast_at_home), volumes.window_from_root, preferred=rules.long),
+    "window": _window(ways.window_broadcast, volumes.window_from_root, preferred=rules.long),
     "staged": Algorithm(ways.staged_broadcast, rules.on_node, rules.short_broadcast, volumes.staged_broadcast),
     "cma": Algorithm(ways.cma_broadcast, rules.readable, rules.always, volumes.window_from_root),
     "native": Algorithm(

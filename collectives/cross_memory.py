@@ -6,8 +6,8 @@ or into it: process_vm_writev.
                                                                        process ids of another container
 
 For arrays from anywhere what the window is for those of `comm.empty`: they are read where they lie. The place of such
-an array is its address in a segment that no arena has. Staging takes two copies; but a call of the kernel costs about a
-microsecond, and what it writes goes through the caches. DTRAIN_CMA=off forbids it.
+an array is its address in a segment that no arena has. Staging takes two copies; but a call of the kernel costs some
+microseconds, and what it writes goes through the caches. DTRAIN_CMA=off forbids it.
 
 Source: S. Chakraborty, H. Subramoni, D. K. Panda, "Contention-Aware Kernel-Assisted MPI Collectives for
 Multi-/Many-Core Systems", IEEE Cluster 2017.
@@ -78,7 +78,8 @@ def _move(name: str, pid: int, there: int, here: int, nbytes: int) -> None:
         moved = call(pid, mine, 1, theirs, 1, 0)
         if moved <= 0:
             code = ctypes.get_errno()
-            raise OSError(code, f"{os.strerror(code)}: {nbytes - done} bytes at {there + done:#x} of process {pid}")
+            what = f"{nbytes - done} bytes at {there + done:#x} of process {pid}"
+            raise OSError(code, f"{os.strerror(code)}: {name} of {what}; without it: DTRAIN_CMA=off")
         done += moved
 
 

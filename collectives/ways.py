@@ -43,6 +43,11 @@ def window_all_to_all(call: Call) -> Request:
     return start_all_to_all_at_home(call, "window")
 
 
+def window_broadcast(call: Call) -> Request:
+    node, place = call.window
+    return window_moves.start_broadcast(node, call.target, place, call.root)
+
+
 # In the window, or where the arrays lie: how = "window" or "cma"
 
 
@@ -69,11 +74,6 @@ def start_all_to_all_at_home(call: Call, how: str) -> Request:
     return window_moves.start_all_to_all(
         node, call.source, place, call.target, call.counts, call.out_counts, call.alike, how
     )
-
-
-def start_broadcast_at_home(call: Call, how: str) -> Request:
-    node, place = call.home
-    return window_moves.start_broadcast(node, call.target, place, call.root, how)
 
 
 def start_gather_at_home(call: Call, how: str) -> WindowWork:

@@ -7,6 +7,8 @@
 
     all_to_all in place: of each pair of ranks, b0 and a1 change places; rank 0 does the first half, rank 1 the second
 
+how: "window", or "cma" for arrays from anywhere, which the kernel reads (`cross_memory.py`).
+
 One copy per byte received, two synchronisations: the sources have arrived (ARRIVED: data and the place it lies at,
 which may differ from rank to rank), and the readers are done (REDUCED: the source may change again). Each rank waits
 only for those it reads from and those that read from it. A rank begins with its right neighbour, so that not all read
@@ -36,7 +38,7 @@ _NOBODY: Peers = []
 
 
 def start_all_gather(
-    node: Node, source: Array, place: Place, target: Array, counts: Sequence[int], how: str = "window"
+    node: Node, source: Array, place: Place, target: Array, counts: Sequence[int], how: str
 ) -> WindowWork:
     """Target = the sources of all ranks one after another; source may be my own block of target."""
     source, target, item = source.view(np.uint8), target.view(np.uint8), source.itemsize
@@ -63,7 +65,7 @@ def start_all_to_all(
     counts: Sequence[int],
     out_counts: Sequence[int],
     alike: bool,
-    how: str = "window",
+    how: str,
 ) -> WindowWork:
     """Target = the blocks for this rank of all sources; target and source are disjoint.
 
@@ -123,15 +125,15 @@ def halves(node: Node, length: int) -> list[tuple[int, int, int, int]]:
     return rows
 
 
-def start_broadcast(node: Node, buffer: Array, place: Place, root: int, how: str = "window") -> WindowWork:
+def start_broadcast(node: Node, buffer: Array, place: Place, root: int) -> WindowWork:
     """Buffer of every rank = buffer of root. Nobody waits for anybody but root, and root for all."""
-    number = node.begin("broadcast", how, array=buffer, extra=root, aside=place)
+    number = node.begin("broadcast", "window", array=buffer, extra=root, aside=place)
     if node.rank == root:
         return WindowWork(node, number, _nothing, sources=_NOBODY)
     octets = buffer.view(np.uint8)
 
     def compute() -> None:
-        _fetch(node, root, number, 0, octets)
+        octets[...] = _read(node, root, number, 0, octets.size)
 
     return WindowWork(node, number, compute, sources=node.only(root), users=_NOBODY)
 
@@ -143,7 +145,7 @@ def start_gather(
     target: Array | None,
     counts: Sequence[int],
     root: int,
-    how: str = "window",
+    how: str,
 ) -> WindowWork:
     """Target on root = the sources of all ranks. `place`: of the target on root, of the source on the others.
 
@@ -182,7 +184,7 @@ def start_scatter(
     target: Array,
     counts: Sequence[int],
     root: int,
-    how: str = "window",
+    how: str,
 ) -> WindowWork:
     """Target = this rank's block of root's source; place: of the source, on root."""
     target, item = target.view(np.uint8), target.itemsize

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dtrain.collectives import Communicator, cross_memory
-from dtrain.collectives.waiting import CollectiveMismatch
+from dtrain.collectives.waiting import CHECKED, CollectiveMismatch
 from tests.collective_cases import DTYPES, bits, inputs, join, lengths
 
 Array = np.ndarray[Any, Any]
@@ -138,14 +138,32 @@ def test_changing_and_dropping_the_source_after_the_return_is_safe(comm: Communi
 
 
 def test_what_cannot_be_read_is_told(comm: Communicator) -> None:
-    """The peer, how many bytes and why; machine code and Python alike."""
+    """The peer, how many bytes, why, and what to do instead."""
     node = comm.node
     assert node is not None
     peer = node.processes[(comm.rank + 1) % comm.size]
     target = np.zeros(8, np.uint8)
-    with pytest.raises(OSError, match=rf"8 bytes at 0x10 of process {peer}"):
+    with pytest.raises(OSError, match=rf"8 bytes at 0x10 of process {peer}; without it: DTRAIN_CMA=off"):
         cross_memory.read(peer, 16, target.ctypes.data, 8)
     assert not cross_memory.reaches(peer, target.ctypes.data, -1), "another number than expected"
+
+
+@pytest.mark.parametrize("settled", [False, True])
+def test_a_read_that_fails_within_a_collective(comm: Communicator, settled: bool) -> None:
+    """Step by step, and where the whole collective is one call of machine code."""
+    part = comm.split(0)
+    assert part is not None and part.node is not None
+    for _ in range(CHECKED if settled else 0):
+        part.barrier()
+    sources = np.full(
+        (4, 1000), comm.rank
+    )  # none where the one before lay: what is known of that is not looked up again
+    for source in sources[:3]:
+        assert np.array_equal(part.all_gather(source, algorithm="cma"), np.repeat(np.arange(part.size), 1000))
+    part.node.processes = [1 << 30] * part.size
+    with pytest.raises(OSError, match=rf"No such process.*8000 bytes at 0x.* of process {1 << 30}; without it"):
+        part.all_gather(sources[3], algorithm="cma")
+    comm.barrier()
 
 
 def test_forbidden(comm: Communicator, monkeypatch: pytest.MonkeyPatch) -> None:
