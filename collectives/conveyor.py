@@ -26,6 +26,7 @@ import numpy as np
 
 from dtrain.collectives.node import Node
 from dtrain.collectives.progress import Progress
+from dtrain.collectives.records import Record
 from dtrain.collectives.waiting import NAPS, YIELD_SECONDS, CollectiveTimeout, hand_over
 
 DEPTH = 4
@@ -39,15 +40,12 @@ Steps = Generator[None, None, T]
 class Portion:
     """What one rank does in a numbered part of a collective; all of it but `exchange` returns at once."""
 
-    staged = False
-
-    def __init__(self) -> None:
+    def __init__(self, record: Record, staged: bool = True) -> None:
+        """`staged`: it takes a slot of the staging, which the conveyor gives it."""
+        self.record = record
+        self.staged = staged
         self.slot = 0
         self.sequence = 0  # the same on all ranks of all nodes; part of the tags
-
-    def begin(self, node: Node) -> int:
-        """Write the record."""
-        raise NotImplementedError
 
     def enter(self) -> None:
         """Bring my data."""
@@ -120,6 +118,11 @@ def pipeline(tasks: Iterable[Steps[None]], depth: int) -> Steps[None]:
         if not running:
             return
         yield from _advance(running)
+
+
+def both(*tasks: Steps[None]) -> Steps[None]:
+    """Run the tasks all at once."""
+    return pipeline(tasks, len(tasks))
 
 
 class Conveyor:
@@ -220,7 +223,7 @@ class Conveyor:
         """Number a portion; it may bring its data."""
         portion.sequence = self._sequence
         self._sequence += 1
-        number = portion.begin(self._node)
+        number = self._node.begin_record(portion.record)
         self._open.append(number)
         if portion.staged:
             portion.slot = self._entered % SLOTS

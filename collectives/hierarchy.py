@@ -1,4 +1,4 @@
-"""Collectives over several nodes: shared memory within a node, and between nodes every rank moves its own share.
+"""Sums over several nodes: shared memory within a node, and between nodes every rank moves its own share.
 
     all_reduce, 2 nodes of 2 ranks
 
@@ -10,9 +10,6 @@ Bytes that a node sends, for n bytes on N nodes; no algorithm needs fewer:
 
     all_reduce       2 n (N-1)/N   two nodes exchange their sums at once; more nodes first blocks, then their sums
     reduce_scatter   n (N-1)/N     the sum over the node of each block, straight to the rank that wants it
-    all_gather       n/N (N-1)     each block once to each other node
-    broadcast        n             from node to node, a chain (the last one sends nothing)
-    all_to_all       what its ranks have for others
 
 Pieces follow one another (`conveyor.py`): while the wire carries one, the node adds up the next and writes the last,
 and both directions of the wire are in use. Arrays from elsewhere go through a staging in the window. Invariants: a sum
@@ -21,47 +18,22 @@ alone. Small floats cross the network as float32 until they are added up. Idea: 
 "Decomposing MPI collectives for exploiting multi-lane communication", CLUSTER 2020); pipelining as in HAN (Open MPI).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from dtrain.collectives import records
 from dtrain.collectives.arena import Place
-from dtrain.collectives.conveyor import DEPTH, HierarchyWork, Portion, Steps, pipeline
+from dtrain.collectives.conveyor import DEPTH, HierarchyWork, Steps, both, pipeline
 from dtrain.collectives.dtypes import OPERATIONS, Array, accumulator, cut, starts
-from dtrain.collectives.levels import SLOT_BYTES, Levels
-from dtrain.collectives.node import Node
+from dtrain.collectives.levels import SLOT_BYTES, Levels, LevelsPortion
+from dtrain.collectives.records import NO_PLACE, Record
 from dtrain.collectives.sums import owned, reduce_into
 
 # Of one message where the data lies in the window. Two hosts of 4 ranks, 1 Gbit/s, 16 MiB: 128 KiB reach 96 % of the
 # wire, 512 KiB 93 %: a message waits behind all that was sent before it.
 PIECE_BYTES = 128 * 1024
-_OCTET = np.dtype(np.uint8)
-
-
-class _Step(Portion):
-    """A portion of one of the collectives below; they fill in how it is recorded."""
-
-    def __init__(self, levels: Levels, record: Callable[[Node], int], staged: bool = True) -> None:
-        super().__init__()
-        self.levels = levels
-        self.staged = staged
-        self._record = record
-
-    def begin(self, node: Node) -> int:
-        """Write the record."""
-        return self._record(node)
-
-    def tag(self, piece: int, phase: int = 0) -> int:
-        """Of a message; no two that are under way between two ranks have the same."""
-        return self.sequence % 32 * 1024 + piece % 512 * 2 + phase
-
-    def slots(self, dtype: np.dtype[Any]) -> list[Array]:
-        """My slot of the staging, of all ranks of the node."""
-        return self.levels.slots(self.slot, dtype)
-
-
-# Sums
 
 
 def _partial(ufunc: np.ufunc, parts: Sequence[Array], start: int, stop: int) -> Array:
@@ -74,13 +46,8 @@ def _partial(ufunc: np.ufunc, parts: Sequence[Array], start: int, stop: int) -> 
     return total
 
 
-def _both(*tasks: Steps[None]) -> Steps[None]:
-    """All at once."""
-    return pipeline(tasks, len(tasks))
-
-
 def _sum_over_nodes(
-    step: _Step, ufunc: np.ufunc, mine: Array, dtype: np.dtype[Any], lane: int, piece: int
+    step: LevelsPortion, ufunc: np.ufunc, mine: Array, dtype: np.dtype[Any], lane: int, piece: int
 ) -> Steps[Array]:
     """The sum of what the drivers of a lane have, on each of them."""
     levels, size, here = step.levels, len(step.levels.nodes), step.levels.here
@@ -89,14 +56,14 @@ def _sum_over_nodes(
     if size == 2 and mine.dtype == dtype:
         peer = levels.driver(lane, others[0])
         theirs = np.empty_like(mine)
-        yield from _both(levels.receive(theirs, peer, tag), levels.send(mine, peer, tag))
+        yield from both(levels.receive(theirs, peer, tag), levels.send(mine, peer, tag))
         ufunc(*((mine, theirs) if here == 0 else (theirs, mine)), out=theirs)
         return theirs
     counts = cut(mine.size, size)
     offsets = starts(counts)
     blocks = [mine[start : start + count] for start, count in zip(offsets, counts, strict=True)]
     came = [blocks[here] if node == here else np.empty(counts[here], mine.dtype) for node in range(size)]
-    yield from _both(
+    yield from both(
         *(levels.receive(came[node], levels.driver(lane, node), tag) for node in others),
         *(levels.send(blocks[node], levels.driver(lane, node), tag) for node in others),
     )
@@ -104,7 +71,7 @@ def _sum_over_nodes(
     results = [total[start : start + count] for start, count in zip(offsets, counts, strict=True)]
     _add(ufunc, came, results[here])
     tag = step.tag(piece, 1)
-    yield from _both(
+    yield from both(
         *(levels.receive(results[node], levels.driver(lane, node), tag) for node in others),
         *(levels.send(results[here], levels.driver(lane, node), tag) for node in others),
     )
@@ -119,11 +86,11 @@ def _add(ufunc: np.ufunc, parts: Sequence[Array], target: Array) -> None:
     target[...] = total
 
 
-class _AllReduce(_Step):
+class _AllReduce(LevelsPortion):
     """Of `count` elements that all ranks of the node have at one place; each rank sums up the slices of its lanes."""
 
     def __init__(
-        self, levels: Levels, record: Callable[[Node], int], op: str, source: Array, target: Array, place: Place | None
+        self, levels: Levels, record: Record, op: str, source: Array, target: Array, place: Place | None
     ) -> None:
         super().__init__(levels, record, staged=place is None)
         self.ufunc = OPERATIONS[op]
@@ -169,9 +136,9 @@ class _AllReduce(_Step):
 def start_all_reduce(levels: Levels, source: Array, target: Array, place: Place | None, op: str) -> HierarchyWork:
     """Target (count,) = the sum over all ranks of source (count,). `place`: of source, where the sum replaces it."""
     if place is not None:
-        record = lambda node: node.begin("all_reduce", "window", op, source, place)  # noqa: E731
+        record = records.record("all_reduce", "window", op, source.dtype, source.size, place)
         return levels.conveyor.start("all_reduce", [_AllReduce(levels, record, op, source, target, place)])
-    record = lambda node: node.begin("all_reduce", "staged", op, source)  # noqa: E731
+    record = records.record("all_reduce", "staged", op, source.dtype, source.size)
     length = SLOT_BYTES // source.itemsize
     portions = (
         _AllReduce(levels, record, op, source[begin : begin + length], target[begin : begin + length], None)
@@ -180,7 +147,7 @@ def start_all_reduce(levels: Levels, source: Array, target: Array, place: Place 
     return levels.conveyor.start("all_reduce", portions)
 
 
-class _ReduceScatter(_Step):
+class _ReduceScatter(LevelsPortion):
     """Of the elements [begin, begin + length) of every block. The block of a rank is summed up, in each other node, by
     the rank that has its number there, and sent straight to it.
     """
@@ -188,7 +155,7 @@ class _ReduceScatter(_Step):
     def __init__(
         self,
         levels: Levels,
-        record: Callable[[Node], int],
+        record: Record,
         op: str,
         source: Array,
         target: Array,
@@ -252,7 +219,7 @@ class _ReduceScatter(_Step):
         for receipt in receipts:
             next(receipt)  # posted before the sum, so that the wire need not wait for it
         sums[levels.here] = _partial(self.ufunc, self.parts, home + start, home + stop)
-        yield from _both(*receipts)
+        yield from both(*receipts)
         _add(self.ufunc, sums, self.target[self.at + start : self.at + stop])
 
 
@@ -260,186 +227,11 @@ def start_reduce_scatter(
     levels: Levels, source: Array, target: Array, place: Place | None, counts: Sequence[int], op: str
 ) -> HierarchyWork:
     """Target (counts[rank],) = the sum over all ranks of block `rank` of source; `place`: of source, in the window."""
-    how, extra = "staged" if place is None else "window", hash(tuple(counts))
-    at = (-1, 0) if place is None else place
-    record = lambda node: node.begin("reduce_scatter", how, op, source, at, extra)  # noqa: E731
+    how, at = ("staged", NO_PLACE) if place is None else ("window", place)
+    record = records.record("reduce_scatter", how, op, source.dtype, source.size, at, hash(tuple(counts)))
     length = max(counts) if place is not None else max(1, SLOT_BYTES // source.itemsize // len(counts))
     portions = (
         _ReduceScatter(levels, record, op, source, target, counts, begin, length, place)
         for begin in range(0, max(counts), length)
     )
     return levels.conveyor.start("reduce_scatter", portions)
-
-
-# Movement, in bytes
-
-
-class _AllGather(_Step):
-    """Of the bytes [begin, begin + length) of every block. Each rank sends its block to one rank in each other node:
-    to that which has its number there.
-    """
-
-    def __init__(
-        self,
-        levels: Levels,
-        record: Callable[[Node], int],
-        source: Array,
-        target: Array,
-        lengths: Sequence[int],
-        begin: int,
-        length: int,
-    ) -> None:
-        super().__init__(levels, record)
-        self.source, self.target = source[begin : begin + length], target
-        self.offsets = [start + begin for start in starts(lengths)]
-        self.lengths = [max(0, min(length, whole - begin)) for whole in lengths]
-        self.homes = starts(self.lengths)
-
-    def enter(self) -> None:
-        """Copy into the staging."""
-        self.parts = self.slots(_OCTET)
-        self.parts[self.levels.local][self._home(self.levels.rank)] = self.source
-
-    def _home(self, rank: int) -> slice:
-        return slice(self.homes[rank], self.homes[rank] + self.lengths[rank])
-
-    def exchange(self) -> Steps[None]:
-        """Send mine, receive the others' that I drive."""
-        levels, mine = self.levels, self.parts[self.levels.local]
-        receipts, sends = [], []
-        for node, ranks in enumerate(levels.nodes):
-            if node == levels.here:
-                continue
-            for number in range(levels.local, len(ranks), len(levels.members)):
-                if self.lengths[ranks[number]]:
-                    receipts.append(levels.receive(mine[self._home(ranks[number])], ranks[number], self.tag(0)))
-            if len(self.source):
-                sends.append(levels.send(mine[self._home(levels.rank)], levels.driver(levels.local, node), self.tag(0)))
-        return _both(*receipts, *sends)
-
-    def leave(self) -> None:
-        """Fetch all blocks from the slots of those who have them."""
-        for rank, (offset, length) in enumerate(zip(self.offsets, self.lengths, strict=True)):
-            node, number = self.levels.node_of(rank)
-            holder = number if node == self.levels.here else number % len(self.levels.members)
-            self.target[offset : offset + length] = self.parts[holder][self._home(rank)]
-
-
-def start_all_gather(levels: Levels, source: Array, target: Array, counts: Sequence[int]) -> HierarchyWork:
-    """Target = the sources of all ranks one after another."""
-    lengths = [count * source.itemsize for count in counts]
-    extra = hash(tuple(lengths))
-    record = lambda node: node.begin("all_gather", "staged", extra=extra)  # noqa: E731
-    source, target = source.view(np.uint8), target.view(np.uint8)
-    length = SLOT_BYTES // len(counts)
-    portions = (
-        _AllGather(levels, record, source, target, lengths, begin, length) for begin in range(0, max(lengths), length)
-    )
-    return levels.conveyor.start("all_gather", portions)
-
-
-class _Broadcast(_Step):
-    """Every lane of the root's node is the head of a chain over the other nodes."""
-
-    def __init__(self, levels: Levels, record: Callable[[Node], int], buffer: Array, root: int) -> None:
-        super().__init__(levels, record)
-        self.buffer, self.root = buffer, root
-        self.holder = -1  # number of the root in this node
-        if root in levels.members:
-            self.holder = levels.members.index(root)
-
-    def enter(self) -> None:
-        """On root: copy into the staging."""
-        self.parts = self.slots(_OCTET)
-        if self.levels.rank == self.root:
-            self.parts[self.levels.local][: self.buffer.size] = self.buffer
-
-    def exchange(self) -> Steps[None]:
-        """Pass my lanes on."""
-        return _both(*(self._pass(lane) for lane in self.levels.mine))
-
-    def _pass(self, lane: int) -> Steps[None]:
-        levels, size = self.levels, len(self.levels.nodes)
-        first = levels.node_of(self.root)[0]
-        position = (levels.here - first) % size
-        start, stop = owned(self.buffer.size, lane, levels.lanes)
-        block = self.parts[self.holder if position == 0 else levels.local][start:stop]
-        if start == stop:
-            return
-        if position > 0:
-            yield from levels.receive(block, levels.driver(lane, (levels.here - 1) % size), self.tag(lane))
-        if position < size - 1:
-            yield from levels.send(block, levels.driver(lane, (levels.here + 1) % size), self.tag(lane))
-
-    def leave(self) -> None:
-        """Fetch what the others have."""
-        levels = self.levels
-        if levels.rank == self.root:
-            return
-        for lane in range(levels.lanes):
-            start, stop = owned(self.buffer.size, lane, levels.lanes)
-            holder = self.holder if self.holder >= 0 else lane % len(levels.members)
-            self.buffer[start:stop] = self.parts[holder][start:stop]
-
-
-def start_broadcast(levels: Levels, buffer: Array, root: int) -> HierarchyWork:
-    """Buffer of every rank = buffer of root."""
-    record = lambda node: node.begin("broadcast", "staged", array=buffer, extra=root)  # noqa: E731
-    octets = buffer.view(np.uint8)
-    portions = (
-        _Broadcast(levels, record, octets[begin : begin + SLOT_BYTES], root)
-        for begin in range(0, octets.size, SLOT_BYTES)
-    )
-    return levels.conveyor.start("broadcast", portions)
-
-
-class _AllToAll(_Step):
-    """Bytes [begin, begin + length) of every block: within the node through the staging, to other nodes directly."""
-
-    def __init__(
-        self,
-        levels: Levels,
-        record: Callable[[Node], int],
-        source: Array,
-        target: Array,
-        block: int,
-        begin: int,
-        length: int,
-    ) -> None:
-        super().__init__(levels, record)
-        self.length = min(length, block - begin)
-        self.rows = source.reshape(-1, block)[:, begin : begin + self.length]
-        self.into = target.reshape(-1, block)[:, begin : begin + self.length]
-
-    def enter(self) -> None:
-        """Copy what the ranks of my node get into the staging."""
-        self.parts = self.slots(_OCTET)
-        mine = self.parts[self.levels.local]
-        for number, rank in enumerate(self.levels.members):
-            mine[number * self.length : (number + 1) * self.length] = self.rows[rank]
-
-    def exchange(self) -> Steps[None]:
-        """Each block straight to its rank, a node after the other."""
-        levels, size = self.levels, len(self.levels.nodes)
-        receipts, sends = [], []
-        for shift in range(1, size):
-            behind, ahead = levels.nodes[(levels.here - shift) % size], levels.nodes[(levels.here + shift) % size]
-            receipts += [levels.receive(self.into[rank], rank, self.tag(0)) for rank in behind]
-            sends += [levels.send(self.rows[rank], rank, self.tag(0)) for rank in ahead]
-        return _both(*receipts, *sends)
-
-    def leave(self) -> None:
-        """Fetch what the ranks of my node have for me."""
-        start = self.levels.local * self.length
-        for number, rank in enumerate(self.levels.members):
-            self.into[rank] = self.parts[number][start : start + self.length]
-
-
-def start_all_to_all(levels: Levels, source: Array, target: Array, count: int) -> HierarchyWork:
-    """Block i of source goes to rank i; all blocks of all ranks have `count` elements; source and target disjoint."""
-    block = count * source.itemsize
-    record = lambda node: node.begin("all_to_all", "staged", extra=block)  # noqa: E731
-    source, target = source.view(np.uint8), target.view(np.uint8)
-    length = SLOT_BYTES // max(map(len, levels.nodes))
-    portions = (_AllToAll(levels, record, source, target, block, begin, length) for begin in range(0, block, length))
-    return levels.conveyor.start("all_to_all", portions)

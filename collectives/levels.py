@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dtrain.collectives.conveyor import SLOTS, Conveyor, Steps
+from dtrain.collectives.conveyor import SLOTS, Conveyor, Portion, Steps
 from dtrain.collectives.dtypes import Array
 from dtrain.collectives.node import Node
 from dtrain.collectives.progress import Progress
+from dtrain.collectives.records import Record
 from dtrain.collectives.transport import Transport
 from dtrain.collectives.waiting import Patience
 
@@ -121,3 +122,19 @@ class Levels:
         for part in (self._inner, self._lane):
             if part is not None:
                 part.close()
+
+
+class LevelsPortion(Portion):
+    """A portion of a collective of both levels: `hierarchy.py` and `hierarchy_moves.py` say what is done in it."""
+
+    def __init__(self, levels: Levels, record: Record, staged: bool = True) -> None:
+        super().__init__(record, staged)
+        self.levels = levels
+
+    def tag(self, piece: int, phase: int = 0) -> int:
+        """Of a message; no two that are under way between two ranks have the same."""
+        return self.sequence % 32 * 1024 + piece % 512 * 2 + phase
+
+    def slots(self, dtype: np.dtype[np.generic]) -> list[Array]:
+        """My slot of the staging, of all ranks of the node."""
+        return self.levels.slots(self.slot, dtype)

@@ -35,7 +35,13 @@ pack = struct.Struct("=8q").pack_into
 
 
 def record(
-    name: str, algorithm: str, op: str, dtype: np.dtype[Any] | None, count: int, place: Place, extra: int
+    name: str,
+    algorithm: str,
+    op: str = "",
+    dtype: np.dtype[Any] | None = None,
+    count: int = 0,
+    place: Place = NO_PLACE,
+    extra: int = 0,
 ) -> Record:
     """The words of a collective, all but its number and what is aside."""
     code = _sum(name) | _sum(algorithm) << 24 | OPS.index(op) << 48

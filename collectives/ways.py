@@ -6,7 +6,7 @@ A function that returns a request has started the collective; the others have do
 
 from dataclasses import replace
 
-from dtrain.collectives import exchange, hierarchy, prepared_cma, staged, uneven, window, window_moves
+from dtrain.collectives import exchange, hierarchy, hierarchy_moves, prepared_cma, staged, uneven, window, window_moves
 from dtrain.collectives.call import Call
 from dtrain.collectives.dtypes import Array
 from dtrain.collectives.window import WindowWork
@@ -132,15 +132,15 @@ def hierarchical_reduce_scatter(call: Call) -> Request:
 
 
 def hierarchical_all_gather(call: Call) -> Request:
-    return hierarchy.start_all_gather(call.both_levels, call.source, call.target, call.counts)
+    return hierarchy_moves.start_all_gather(call.both_levels, call.source, call.target, call.counts)
 
 
 def hierarchical_broadcast(call: Call) -> Request:
-    return hierarchy.start_broadcast(call.both_levels, call.target, call.root)
+    return hierarchy_moves.start_broadcast(call.both_levels, call.target, call.root)
 
 
 def hierarchical_all_to_all(call: Call) -> Request:
-    return hierarchy.start_all_to_all(call.both_levels, call.apart, call.target, call.counts[0])
+    return hierarchy_moves.start_all_to_all(call.both_levels, call.apart, call.target, call.counts[0])
 
 
 def staged_barrier(call: Call) -> None:
