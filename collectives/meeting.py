@@ -115,7 +115,7 @@ class Job:
         self._do(BEFORE, source, target)
         node.arrive(number)
         if self._two:
-            node.complete(number)  # works started before: REDUCED below speaks for them too
+            node.works.complete(number)  # works started before: REDUCED below speaks for them too
         node.await_arrived(number)
         if self._find is not None:
             self._find(number, self._expected)

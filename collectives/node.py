@@ -1,4 +1,4 @@
-"""The ranks of one node in one communicator: flags, records, staging, and the works not yet finished.
+"""The ranks of one node in one communicator: what they share, and the steps of a collective between them.
 
 Each rank writes only its own part of the control segment, and everybody reads all parts:
 
@@ -19,11 +19,9 @@ Collectives of a communicator are numbered 1, 2, 3, ... in program order, the sa
   come to the next collective has finished reading this one.
 """
 
-import threading
-from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +33,7 @@ from dtrain.collectives.machine_code import machine_code
 from dtrain.collectives.progress import Progress
 from dtrain.collectives.records import ASIDE, NO_PLACE, RECORD_WORDS, RING, SIGNATURE, TEXT_BYTES, Record
 from dtrain.collectives.transport import Segment, Transport
+from dtrain.collectives.unfinished import IN_FLIGHT, Unfinished
 from dtrain.collectives.waiting import (
     ARRIVED,
     CHECKED,
@@ -49,20 +48,9 @@ from dtrain.collectives.waiting import (
 from dtrain.collectives.work import Request
 
 RECORDS = FREE
-IN_FLIGHT = 64  # works started and not finished; far below RING, so that no record is overwritten that a peer may read
 STAGE_BYTES = 512 * 1024
 TEXTS = 8 * (RECORDS + RING * RECORD_WORDS)
 STAGE_OFFSET = -(-(TEXTS + RING * TEXT_BYTES) // 4096) * 4096 + 2048  # as `arena.SKEW`: no slow copies
-
-
-class Pending(Protocol):
-    """A work whose part of this rank is still to be computed."""
-
-    number: int
-    sources: Peers  # whose data it needs
-
-    def compute(self) -> None:
-        """Compute this rank's part; the sources have arrived."""
 
 
 class Compared:
@@ -108,16 +96,13 @@ class Node:
         self._half = 0
         self._used = [-1, -1]  # the collective in which each half was used last
         self._number = 0
-        self._pending: deque[Pending] = deque()
         self._world = transport.world_ranks
         self.traced = 1 << 62 if debugging() else CHECKED  # up to here, who called is written beside the record
         self._alike = 0  # up to here, the records of all ranks were compared
-        self._enqueued = 0  # the last work
         self.closed = False
         self.kept: dict[str, Any] = {}
         """What modules prepare once for all their calls, by their names."""
-        self._computing = threading.RLock()  # held by the thread that takes works from `_pending`
-        self._at_work = False  # one of them is computed, maybe by the other thread
+        self.works = Unfinished(self, together)
 
         def share(nbytes: int) -> Segment:
             self._meet()
@@ -140,7 +125,6 @@ class Node:
         self.processes = [words[IDENTITY] for words in self._words]
         self.reads = self._all_read(transport)
         """Whether every rank may copy straight out of the memory of every other."""
-        together.queues.append(self)
 
     def _all_read(self, transport: Transport) -> bool:
         identities = [words[IDENTITY : IDENTITY + cross_memory.WORDS].tolist() for _, words in self.peers]
@@ -150,17 +134,15 @@ class Node:
 
     def finish(self) -> None:
         """Return when all works started here are done, on all ranks."""
-        self.complete(self._number)
-        if self._enqueued:
-            self.await_reduced(self._enqueued)
+        self.works.complete(self._number)
+        if self.works.last:
+            self.await_reduced(self.works.last)
 
     def close(self) -> None:
         """Collective: unmap everything."""
         self.closed = True
         self.arena.close()
-        with self._computing:
-            self._together.queues.remove(self)
-            self._pending.clear()
+        self.works.close()
         self.kept.clear()
         self._halves.clear()
         self.flags.close()
@@ -188,8 +170,8 @@ class Node:
 
     def begin_record(self, record: Record, aside: Place = NO_PLACE) -> int:
         """`begin` with a prepared record."""
-        if len(self._pending) >= IN_FLIGHT:
-            self.complete(self._pending[0].number)
+        if len(self.works.pending) >= IN_FLIGHT:
+            self.works.complete(self.works.pending[0].number)
         self._number = number = self._number + 1
         offset = 8 * RECORDS + 8 * RECORD_WORDS * (number % RING)
         records.pack(self._octets, offset, number, *record, aside[0] << 48 | aside[1])
@@ -250,6 +232,11 @@ class Node:
             return False
         return all(words[REDUCED] >= number for _, words in (self.peers if peers is None else peers))
 
+    def alone(self, number: int) -> bool:
+        """Whether this collective is neither compared nor has works before it: machine code may do it in one go."""
+        # `pending` first: a work is at work before it is taken out, so none falls between the two looks.
+        return number > self.traced and not self.works.pending and not self.works.at_work
+
     def note(self, name: str, algorithm: str, op: str = "", array: Array | None = None, extra: int = 0) -> int:
         """Number and publish a collective that runs elsewhere (by messages), for the reports and checks."""
         number = self.begin(name, algorithm, op, array, extra=extra)
@@ -275,50 +262,6 @@ class Node:
     def compared(self, request: Request) -> Request:
         """A request of the MPI library: before anybody waits there, all have come and have brought the same."""
         return Compared(self, self._number, request) if self._number <= self.traced else request
-
-    # Works not yet finished, in order
-
-    def enqueue(self, work: Pending) -> None:
-        """Publish the data of a work; its part is computed later, in the order of the numbers."""
-        self._pending.append(work)
-        self._enqueued = work.number
-        self.arrive(work.number)
-
-    def has_pending(self) -> bool:
-        """Is a part of this rank still to be computed?"""
-        return bool(self._pending)
-
-    def progress(self) -> None:
-        """Compute the parts of works whose sources have arrived, unless another thread is at it. Never waits."""
-        if self._pending and self._computing.acquire(blocking=False):
-            try:
-                while self._pending and self.have_arrived(self._pending[0].number, self._pending[0].sources):
-                    self._compute()
-            finally:
-                self._computing.release()
-
-    def alone(self, number: int) -> bool:
-        """Whether this collective is neither compared nor has works before it: machine code may do it in one go."""
-        # `_pending` first: `_compute` says that it is at work before it takes one out, so none falls between the looks.
-        return number > self.traced and not self._pending and not self._at_work
-
-    def complete(self, number: int) -> None:
-        """Compute the parts of all works up to this number, waiting for the peers where needed."""
-        with self._computing:
-            while self._pending and self._pending[0].number <= number:
-                self._compute()
-        self._together.check()
-
-    def _compute(self) -> None:
-        work = self._pending[0]
-        self.await_arrived(work.number, work.sources)
-        if not self._pending or self._pending[0] is not work:
-            return  # done by `progress` within the wait
-        self._at_work = True
-        self._pending.popleft()  # first: what fails is not tried again
-        work.compute()
-        self.reduced(work.number)
-        self._at_work = False
 
     # Staging
 

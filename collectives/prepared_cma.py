@@ -48,7 +48,7 @@ def _broadcast_in_halves(call: Call) -> Run:
     def run(source: Array, target: Array) -> None:
         number = node.begin_record(record, cross_memory.private(target))
         node.arrive(number)
-        node.complete(number)  # works started before: REDUCED below speaks for them too
+        node.works.complete(number)  # works started before: REDUCED below speaks for them too
         node.await_arrived(number)
         process, there = node.at_home(other, node.packed_aside(other, number))
         if at_root:

@@ -170,7 +170,7 @@ def broadcast_from_home(
     def run(source: Array, target: Array) -> None:
         number = node.begin_record(record, home(target))
         node.arrive(number)
-        node.complete(number)  # works started before: REDUCED below speaks for them too
+        node.works.complete(number)  # works started before: REDUCED below speaks for them too
         node.await_arrived(number, sources)
         if not at_root:
             fetch(number, target.view(np.uint8))

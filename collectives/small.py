@@ -18,8 +18,9 @@ import numpy as np
 from dtrain.collectives import records
 from dtrain.collectives.dtypes import OPERATIONS, Array, accumulator, starts
 from dtrain.collectives.flags import Peers
-from dtrain.collectives.node import IN_FLIGHT, RECORDS, STAGE_BYTES, TEXTS, Node
+from dtrain.collectives.node import RECORDS, STAGE_BYTES, TEXTS, Node
 from dtrain.collectives.records import NO_PLACE, RECORD_WORDS, RING, SIGNATURE, Record
+from dtrain.collectives.unfinished import IN_FLIGHT
 from dtrain.collectives.waiting import ARRIVED
 
 Run = Callable[[Array, Array], None]
@@ -42,13 +43,13 @@ class Meeting:
 
 def _begin(node: Node, record: Record, staged: bool) -> Callable[[], int]:
     """Number, record, and my slot of the next half free: `Node.begin_record` and `Node.next_half`."""
-    octets, pending, used, pack, peers = node._octets, node._pending, node._used, records.pack, node.peers
+    octets, pending, used, pack, peers = node._octets, node.works.pending, node._used, records.pack, node.peers
     signature, code, kind, count, where, extra = record
     aside, traced, first, length, ring = records.packed(NO_PLACE), node.traced, 8 * RECORDS, 8 * RECORD_WORDS, RING
 
     def begin() -> int:
         if pending and len(pending) >= IN_FLIGHT:
-            node.complete(pending[0].number)
+            node.works.complete(pending[0].number)
         node._number = number = node._number + 1
         at = first + length * (number % ring)
         pack(octets, at, number, signature, code, kind, count, where, extra, aside)

@@ -61,7 +61,7 @@ def all_reduce(node: Node, source: Array, target: Array, op: str, root: int | No
             own = list(slots)
             node.arrive(number)
             node.await_arrived(number)
-            node.complete(number)  # works started before: REDUCED below speaks for them too
+            node.works.complete(number)  # works started before: REDUCED below speaks for them too
             if start < stop:
                 own[node.rank] = source[piece]
                 sums = [slots[node.rank][start:stop]]

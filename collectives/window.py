@@ -42,7 +42,7 @@ class WindowWork:
         self._users = node.peers if users is None else users
         self._node = node
         self._compute = compute
-        node.enqueue(self)
+        node.works.enqueue(self)
 
     def compute(self) -> None:
         """This rank's part."""
@@ -52,15 +52,15 @@ class WindowWork:
         """Has everybody finished? Computes this rank's parts of the works that are ready; never waits."""
         if self._node.closed:
             return True
-        self._node.progress()
+        self._node.works.progress()
         return self._node.have_reduced(self.number, self._users)
 
     def wait(self) -> None:
         """Return when everybody has finished with my array."""
         if self._node.closed:
             return
-        self._node.complete(self.number)
-        self._node.progress()
+        self._node.works.complete(self.number)
+        self._node.works.progress()
         self._node.await_reduced(self.number, self._users)
 
 
