@@ -7,7 +7,7 @@ Each rank writes what it is about to do to the others, waits for theirs, and com
 communicator of their own (`Post`), so they meet no collective, whatever went wrong. Always for the first CHECKED
 collectives of a communicator, where such mistakes show; for all with DTRAIN_DEBUG=1. Up to FULL ranks everybody writes
 to everybody; with more, each rank to those 1, 2, 4, ... away: one of them finds the mistake and ends all.
-On one node the records in shared memory do the same (`records.py`), for every collective, at no cost.
+On one node the records in shared memory do the same (`reports.py`), for every collective, at no cost.
 """
 
 from __future__ import annotations

@@ -258,7 +258,7 @@ class Group:
         self.counters.add(name, chosen, max(call.source.nbytes, call.target.nbytes), row.volume(call))
 
     def _check(self, name: str, algorithm: str, call: Call | None = None) -> None:
-        """Do all ranks come to the same? On one node their records say so (`node.py`), over several they ask."""
+        """Do all ranks come to the same? On one node their records say so (`reports.py`), over several they ask."""
         if self._desync is None:
             letters = self._progress.letters
             if self._node is not None or letters is None or self.size == 1:

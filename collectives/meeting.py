@@ -16,9 +16,9 @@ import numpy as np
 
 from dtrain.collectives.dtypes import Array, address
 from dtrain.collectives.machine_code import machine_code
-from dtrain.collectives.node import RECORDS, Node
+from dtrain.collectives.node import Node
 from dtrain.collectives.parts import Part
-from dtrain.collectives.records import RECORD_WORDS, RING
+from dtrain.collectives.records import RECORD_WORDS, RECORDS, RING
 
 BEFORE, AMONG, AFTER, TWO, EXPECTED = 0, 7, 14, 21, 22  # words of a job: three actions, and these
 _LATE_ARRIVED, _OTHER_PLACES, _LATE_REDUCED, _FAILED = -1, -2, -3, -4
@@ -97,7 +97,7 @@ class Job:
         record = 8 * (RECORDS + RECORD_WORDS * (number % RING))
         while (found := meet(self._at, number, record, stage, 0)) != 0:
             if found > 0:
-                raise node.mismatch(node.peers[found - 1][0], number)
+                raise node.reports.mismatch(node.peers[found - 1][0], number)
             if found == _LATE_ARRIVED:
                 node.await_arrived(number)
             elif found == _LATE_REDUCED:

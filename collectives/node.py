@@ -31,30 +31,19 @@ from dtrain.collectives.dtypes import Array, address
 from dtrain.collectives.flags import Flags, Peers
 from dtrain.collectives.machine_code import machine_code
 from dtrain.collectives.progress import Progress
-from dtrain.collectives.records import ASIDE, NO_PLACE, RECORD_WORDS, RING, SIGNATURE, TEXT_BYTES, Record
+from dtrain.collectives.records import ASIDE, NO_PLACE, RECORD_WORDS, RECORDS, RING, SIGNATURE, Record
+from dtrain.collectives.reports import Reports
 from dtrain.collectives.transport import Segment, Transport
 from dtrain.collectives.unfinished import IN_FLIGHT, Unfinished
-from dtrain.collectives.waiting import (
-    ARRIVED,
-    CHECKED,
-    FREE,
-    IDENTITY,
-    REDUCED,
-    CollectiveMismatch,
-    CollectiveTimeout,
-    Patience,
-    debugging,
-)
+from dtrain.collectives.waiting import ARRIVED, CHECKED, IDENTITY, REDUCED, Patience, debugging
 from dtrain.collectives.work import Request
 
-RECORDS = FREE
 STAGE_BYTES = 512 * 1024
-TEXTS = 8 * (RECORDS + RING * RECORD_WORDS)
-STAGE_OFFSET = -(-(TEXTS + RING * TEXT_BYTES) // 4096) * 4096 + 2048  # as `arena.SKEW`: no slow copies
+STAGE_OFFSET = -(-records.END // 4096) * 4096 + 2048  # as `arena.SKEW`: no slow copies
 
 
 class Compared:
-    """What was started elsewhere, of the first collectives."""
+    """One of the first collectives, started by messages: nobody waits in the MPI library before all have come."""
 
     def __init__(self, node: "Node", number: int, request: Request) -> None:
         self._node = node
@@ -96,9 +85,9 @@ class Node:
         self._half = 0
         self._used = [-1, -1]  # the collective in which each half was used last
         self._number = 0
-        self._world = transport.world_ranks
         self.traced = 1 << 62 if debugging() else CHECKED  # up to here, who called is written beside the record
         self._alike = 0  # up to here, the records of all ranks were compared
+        self.reports = Reports(self.rank, self.flags, segment.parts, self.traced, transport.world_ranks, together)
         self.closed = False
         self.kept: dict[str, Any] = {}
         """What modules prepare once for all their calls, by their names."""
@@ -115,22 +104,16 @@ class Node:
             return least
 
         self.arena = Arena(self.rank, share, agree)
-        code = machine_code()
         for word, value in enumerate(cross_memory.identity()):
             self._mine[IDENTITY + word] = value
-        bell = np.array([transport.crowded and code is not None and code.raise_flag is not None], np.uint8)
-        transport.all_reduce(bell.copy(), bell, "min")  # everybody's flags are zero before anybody's is one
-        if bell[0]:
+        code = machine_code()
+        # Both are collective: everybody's flags are zero, and identities written, before anybody goes on.
+        if _all(transport, transport.crowded and code is not None and code.raise_flag is not None):
             self.flags.ring()
         self.processes = [words[IDENTITY] for words in self._words]
-        self.reads = self._all_read(transport)
-        """Whether every rank may copy straight out of the memory of every other."""
-
-    def _all_read(self, transport: Transport) -> bool:
         identities = [words[IDENTITY : IDENTITY + cross_memory.WORDS].tolist() for _, words in self.peers]
-        able = np.array([cross_memory.wanted() and all(cross_memory.reaches(*each) for each in identities)], np.uint8)
-        transport.all_reduce(able.copy(), able, "min")
-        return bool(able[0])
+        self.reads = _all(transport, cross_memory.wanted() and all(cross_memory.reaches(*each) for each in identities))
+        """Whether every rank may copy straight out of the memory of every other."""
 
     def finish(self) -> None:
         """Return when all works started here are done, on all ranks."""
@@ -176,7 +159,7 @@ class Node:
         offset = 8 * RECORDS + 8 * RECORD_WORDS * (number % RING)
         records.pack(self._octets, offset, number, *record, aside[0] << 48 | aside[1])
         if number <= self.traced:
-            records.write_text(self._octets, TEXTS, number)
+            records.write_text(self._octets, number)
         return number
 
     def arrive(self, number: int) -> None:
@@ -188,7 +171,7 @@ class Node:
         slot = RECORDS + RECORD_WORDS * (number % RING) + SIGNATURE
         other = self._await(ARRIVED, number, peers, slot)
         if other is not None:
-            raise self.mismatch(other, number)
+            raise self.reports.mismatch(other, number)
         if self._alike < self.traced:
             self._compare()
 
@@ -245,16 +228,6 @@ class Node:
             self._await(ARRIVED, number - RING // 2)
         return number
 
-    def check(self, number: int, peer: int | None = None) -> None:
-        """CollectiveMismatch if a peer (default: any) has come to something else under this number. Never waits."""
-        slot = RECORDS + RECORD_WORDS * (number % RING)
-        if self._mine[slot] != number:
-            return  # so long ago that the record is overwritten
-        for rank, words in self.peers if peer is None else self.only(peer):
-            if words[ARRIVED] >= number and words[slot + SIGNATURE] != self._mine[slot + SIGNATURE]:
-                if words[slot] == number:
-                    raise self.mismatch(rank, number)
-
     def _meet(self) -> None:
         """Return when all ranks have come here: before what the MPI library does alone."""
         self.await_arrived(self.note("barrier", "none"))
@@ -288,10 +261,10 @@ class Node:
             views = self._halves[half, dtype] = [part.view(dtype) for part in octets]
         return views
 
-    # Waiting and its report
+    # Waiting
 
     def _await(self, index: int, goal: int, peers: Peers | None = None, slot: int = 0) -> int | None:
-        late = partial(self._late, index, goal)
+        late = partial(self.reports.timeout, index, goal)
         if peers is None or peers is self.peers:
             return self.flags.wait(index, goal, self._check, late, slot)
         return self.flags.wait_for(peers, index, goal, self._check, late, slot)
@@ -306,38 +279,16 @@ class Node:
         """The first collectives to which everybody has come: where not all wait for all, others may differ."""
         last = min(self._number, self.traced, *(words[ARRIVED] for _, words in self.peers))
         while self._alike < last:
-            number = self._alike + 1
-            slot = RECORDS + RECORD_WORDS * (number % RING)
-            for rank, words in self.peers:
-                alike = words[slot + SIGNATURE] == self._mine[slot + SIGNATURE]
-                if not alike and words[slot] == self._mine[slot] == number:
-                    raise self.mismatch(rank, number)
-            self._alike = number
+            self.reports.check(self._alike + 1)
+            self._alike += 1
 
     def _compare_and_poll(self) -> None:
         self._compare()
         self._together.poll()
 
-    def _late(self, index: int, goal: int, waited: float) -> CollectiveTimeout:
-        late = [(rank, words) for rank, words in self.peers if words[index] < goal]
-        lines = [
-            f"rank {self.rank} of {self.size} waited {waited:.0f} s for "
-            f"{', '.join(f'rank {rank}' for rank, _ in late)} in {self._describe(self.rank, goal)}"
-        ]
-        for rank, words in late:
-            last = words[ARRIVED]
-            what = self._describe(rank, last) if last else "no collective of this communicator"
-            lines.append(f"rank {rank} last came to {what}")
-        told = self._together.tell([self._world[rank] for rank, _ in late])
-        return CollectiveTimeout("\n".join([*lines, *told]))
 
-    def mismatch(self, rank: int, number: int) -> CollectiveMismatch:
-        """What to raise when a peer came to something else under this number."""
-        return CollectiveMismatch(
-            f"the ranks do not do the same: rank {self.rank} came to {self._describe(self.rank, number)}, "
-            f"rank {rank} to {self._describe(rank, number)}"
-        )
-
-    def _describe(self, rank: int, number: int) -> str:
-        what = records.describe(self._words[rank], RECORDS + RECORD_WORDS * (number % RING), number)
-        return what + records.read_text(self._segment.parts[rank], TEXTS, number) * (number <= self.traced)
+def _all(transport: Transport, mine: bool) -> bool:
+    """Whether it is so on all ranks. Collective."""
+    least = np.empty(1, np.uint8)
+    transport.all_reduce(np.array([mine], np.uint8), least, "min")
+    return bool(least[0])

@@ -4,9 +4,9 @@
            number   signature   name, how, op      dtype   count   place   extra   aside
                                 (checksums)
 
-A ring of them lies in the control segment of each rank. The signature is a hash of the words 2 to 6, which must be
-equal on all ranks; `aside` is a place of this rank alone, which peers look up. The numbers are part of no file and may
-change.
+A ring of them lies in the control segment of each rank, and after it a ring of texts: who called it. The signature is a
+hash of the words 2 to 6, which must be equal on all ranks; `aside` is a place of this rank alone, which peers look up.
+The numbers are part of no file and may change.
 """
 
 import struct
@@ -17,8 +17,12 @@ import numpy as np
 
 from dtrain.collectives import callers
 from dtrain.collectives.arena import Place
+from dtrain.collectives.waiting import FREE
 
 RING, RECORD_WORDS, TEXT_BYTES = 256, 8, 192
+RECORDS = FREE  # the word where the ring of records begins
+TEXTS = 8 * (RECORDS + RING * RECORD_WORDS)  # the byte where that of the texts begins
+END = TEXTS + RING * TEXT_BYTES
 OPS = ("", "sum", "prod", "max", "min")
 NO_PLACE: Place = (-1, 0)
 IN_PLACE = "window, in place"  # how: where the others must know it
@@ -60,9 +64,14 @@ def unpacked(word: int) -> Place | None:
     return None if word < 0 else (word >> 48, word & (1 << 48) - 1)
 
 
-def describe(words: memoryview, start: int, number: int) -> str:
-    """A text about collective `number`, whose record begins at word `start`."""
-    found, _, code, kind, count, where, _, _ = (words[start + word] for word in range(RECORD_WORDS))
+def slot(number: int) -> int:
+    """The word where the record of collective `number` begins."""
+    return RECORDS + RECORD_WORDS * (number % RING)
+
+
+def describe(words: memoryview, number: int) -> str:
+    """A text about collective `number` of the rank with these words."""
+    found, _, code, kind, count, where, _, _ = words[slot(number) : slot(number) + RECORD_WORDS]
     if found != number:
         return f"collective #{number}"
     details = [f"algorithm {_word(code >> 24 & _BITS)}"]
@@ -97,19 +106,19 @@ def _word(number: int) -> str:
     return _spelling.get(number, "of another name")
 
 
-def write_text(octets: memoryview, start: int, number: int) -> None:
+def write_text(octets: memoryview, number: int) -> None:
     """Who called collective `number`: the line of the user's program, and the call."""
     caller = callers.here()
     name = caller.frame.f_code.co_name if caller.frame is not None else "?"
     text = f" at {caller.line}, {name}({caller.arguments})".encode(errors="replace")[:TEXT_BYTES]
     del caller  # its frames, this one among them, would live on in a circle, and with them the arrays they name
-    begin = start + TEXT_BYTES * (number % RING)
+    begin = TEXTS + TEXT_BYTES * (number % RING)
     octets[begin : begin + TEXT_BYTES] = text.ljust(TEXT_BYTES, b"\0")
 
 
-def read_text(octets: memoryview, start: int, number: int) -> str:
+def read_text(octets: memoryview, number: int) -> str:
     """What `write_text` wrote."""
-    begin = start + TEXT_BYTES * (number % RING)
+    begin = TEXTS + TEXT_BYTES * (number % RING)
     return bytes(octets[begin : begin + TEXT_BYTES]).rstrip(b"\0").decode(errors="replace")
 
 

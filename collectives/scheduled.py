@@ -279,7 +279,7 @@ class _Started(Request):
     def _look(self) -> None:
         """Has somebody come to something else?"""
         if self._node is not None:
-            self._node.check(self._number)
+            self._node.reports.check(self._number)
 
 
 class _Check:
@@ -292,7 +292,7 @@ class _Check:
     def __call__(self, peer: int) -> None:
         if peer not in self._seen:
             self._seen.add(peer)
-            self._node.check(self._number, peer)
+            self._node.reports.check(self._number, self._node.only(peer))
 
 
 def ranks_of_a_node(nodes: list[int]) -> int:

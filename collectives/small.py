@@ -18,8 +18,8 @@ import numpy as np
 from dtrain.collectives import records
 from dtrain.collectives.dtypes import OPERATIONS, Array, accumulator, starts
 from dtrain.collectives.flags import Peers
-from dtrain.collectives.node import RECORDS, STAGE_BYTES, TEXTS, Node
-from dtrain.collectives.records import NO_PLACE, RECORD_WORDS, RING, SIGNATURE, Record
+from dtrain.collectives.node import STAGE_BYTES, Node
+from dtrain.collectives.records import NO_PLACE, RECORD_WORDS, RECORDS, RING, SIGNATURE, Record
 from dtrain.collectives.unfinished import IN_FLIGHT
 from dtrain.collectives.waiting import ARRIVED
 
@@ -54,7 +54,7 @@ def _begin(node: Node, record: Record, staged: bool) -> Callable[[], int]:
         at = first + length * (number % ring)
         pack(octets, at, number, signature, code, kind, count, where, extra, aside)
         if number <= traced:
-            records.write_text(octets, TEXTS, number)
+            records.write_text(octets, number)
         if staged:
             node._half = half = 1 - node._half
             last = used[half]
@@ -84,7 +84,7 @@ def _wait(node: Node, record: Record, peers: Peers) -> Callable[[int], None]:
                     node.await_arrived(number, peers)
                     return
             if words[slot] != signature:
-                raise node.mismatch(rank, number)
+                raise node.reports.mismatch(rank, number)
         if fence is not None:
             fence()
         if node._alike < traced:
