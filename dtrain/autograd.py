@@ -1,12 +1,11 @@
-"""The engine of reverse mode: a tape of nodes and one walk over it. It knows no op.
+"""The engine of reverse mode: one walk over the tape, from the newest node to the leaves. It knows no op.
 
-        x ──► node ──► y ──► node ──► loss          forward: every op that needs a gradient leaves a Node
+        x ──► node ──► y ──► node ──► loss          forward: every op that needs a gradient leaves a Node (`tape.py`)
         ▲              ▲
       x.grad ◄─ vjp ◄─ g ◄── vjp ◄─── 1             backward: newest node first, gradients of several uses are summed
 
 Invariants:
-- Nodes are numbered as they are made, so "newest first" is a topological order; no other sort is needed.
-- A node refers to the nodes before it, not to their outputs: an array lives on only where a vjp saved it.
+- "Newest first" is a topological order; no other sort is needed.
 - A leaf's callbacks (`on_gradient`) run when its *last* use has been walked: its gradient is then complete.
 - The graph is freed as it is walked; a second walk is an error unless `retain_graph=True`.
 - A gradient that can be started (`Op.start`: a sum over ranks on other hosts) is under way while the products for the
@@ -19,10 +18,7 @@ Reference: Griewank and Walther, Evaluating Derivatives, 2nd ed., 2008, chapters
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import itertools
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -30,128 +26,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dtrain.arrays import Array
-from dtrain.op import Op, Shape
+from dtrain.tape import GraphError, Node, enable_grad, mode, no_grad, scope, tracing
 
 if TYPE_CHECKING:
     from dtrain.tensor import Tensor
 
-_numbers = itertools.count()
+# What programs import from here, names of the tape among it.
+__all__ = [
+    "GraphError", "Node", "backward", "enable_grad", "gradients", "mode", "no_grad", "scope", "split_backward",
+    "tracing",
+]  # fmt: skip
+
 _newest = attrgetter("order")
 _FREED = object()
-
-
-class Mode(threading.local):
-    """What this thread records: in-process ranks are threads, so the mode belongs to the thread."""
-
-    grad: bool = True
-    forward: bool = False  # carry tangents
-    captured: dict[int, Tensor] | None = None  # under no_grad: collects the tensors that would have needed a gradient
-    collecting: bool = False  # this walk returns gradients and leaves every `.grad` alone
-    deferred: list[Callable[[], None]] | None = None  # this walk leaves the gradients of weights for later
-    scopes: list[str] | None = None  # while tracing: the names of the modules being called
-
-
-mode = Mode()
-
-
-class no_grad:
-    """Within this context ops leave no tape. Also usable as a decorator."""
-
-    value = False
-
-    def __enter__(self) -> None:
-        self._before = mode.grad
-        mode.grad = self.value
-
-    def __exit__(self, *exc: object) -> None:
-        mode.grad = self._before
-
-    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            with type(self)():
-                return function(*args, **kwargs)
-
-        return wrapped
-
-
-class enable_grad(no_grad):
-    """The opposite of `no_grad`, for recomputation inside a backward."""
-
-    value = True
-
-
-@contextlib.contextmanager
-def tracing() -> Iterator[None]:
-    """Within this context nodes remember the modules that made them (`scope`), and `checkpoint` keeps its graph."""
-    before, mode.scopes = mode.scopes, []
-    try:
-        yield
-    finally:
-        mode.scopes = before
-
-
-@contextlib.contextmanager
-def scope(name: str) -> Iterator[None]:
-    """Name the nodes made within this context; only of use (and only to be called) while `mode.scopes` is not None."""
-    scopes = [] if mode.scopes is None else mode.scopes
-    scopes.append(name)
-    try:
-        yield
-    finally:
-        scopes.pop()
-
-
-class GraphError(RuntimeError):
-    """A walk over a graph that cannot be walked: freed, or changed in place since."""
-
-
-class Node:
-    """One application of an op on the tape; also the context that its vjp receives.
-
-    `inputs` has for every input the node that computed it, or the leaf tensor itself; `shapes` are the inputs' shapes,
-    `needs` says which of them need a gradient, `shape` and `dtype` describe the output.
-    """
-
-    __slots__ = (
-        "attributes", "dtype", "hooks", "inputs", "needs", "op", "order", "saved", "scope", "shape", "shapes",
-        "version", "versions",
-    )  # fmt: skip
-    trained = False
-
-    def __init__(self, op: Op, inputs: Sequence[Tensor], attributes: dict[str, Any], saved: Any, output: Array) -> None:
-        self.op = op
-        self.attributes = attributes
-        self.saved = saved
-        self.version = 0  # of the output: counts changes in place
-        self.inputs: tuple[Node | Tensor, ...] = tuple([t.node or t for t in inputs])
-        self.needs = tuple([t.requires_grad for t in inputs])
-        self.shapes: tuple[Shape, ...] = tuple([t.data.shape for t in inputs])
-        self.versions = tuple([source.version for source in self.inputs])
-        self.shape: Shape = output.shape
-        self.dtype = output.dtype
-        self.scope = ".".join(mode.scopes) if mode.scopes else ""
-        self.order = next(_numbers)
-        self.hooks: list[Callable[[Array], Array | None]] | None = None
-
-    def into(self, position: int) -> Array | None:
-        """Where the gradient of this input may be written (overwritten) directly, or None. Return that array then."""
-        leaf: Any = self.inputs[position]
-        if type(leaf) is not Node and leaf.grad is None and leaf.buffer is not None and self._once(leaf):
-            return leaf.buffer  # type: ignore[no-any-return]
-        return None
-
-    def onto(self, position: int) -> Array | None:
-        """The gradient that this input already has, to be added to in place, or None. Return that array then."""
-        leaf: Any = self.inputs[position]
-        return leaf.grad if type(leaf) is not Node and leaf.grad is not None and self._once(leaf) else None
-
-    def _once(self, leaf: Tensor) -> bool:
-        return sum([source is leaf for source in self.inputs]) == 1
-
-    def describe(self) -> str:
-        """The op with the shapes of its inputs, for error messages."""
-        return f"{self.op.name}({', '.join([str(list(shape)) for shape in self.shapes])}) in {self.dtype}"
 
 
 def backward(roots: Sequence[tuple[Tensor, Array]], *, retain_graph: bool = False, complete: bool = True) -> None:
@@ -364,6 +251,7 @@ def _check(node: Node) -> None:
 
 
 def _add(waiting: dict[Node, Array], owned: set[Node], node: Node, gradient: Array) -> None:
+    """One more part of the gradient of a node's output."""
     present = waiting.get(node)
     if present is None:
         waiting[node] = gradient
@@ -375,6 +263,7 @@ def _add(waiting: dict[Node, Array], owned: set[Node], node: Node, gradient: Arr
 
 
 def _accumulate(leaf: Tensor, gradient: Array) -> None:
+    """Add to `leaf.grad`; the first one goes to its buffer, if it has one."""
     if leaf.grad is not None:
         if leaf.grad is not gradient:
             leaf.grad += gradient
@@ -394,6 +283,7 @@ def _like(data: Array, gradient: Array) -> Array:
 
 
 def _finish(leaf: Tensor) -> None:
+    """The gradient is complete: call the callbacks."""
     for hook in leaf.hooks or ():
         if leaf.grad is not None:
             replacement = hook(leaf.grad)

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from dtrain.arrays import Array
-from dtrain.autograd import gradients, no_grad
+from dtrain.autograd import gradients
+from dtrain.tape import no_grad
 from dtrain.tensor import Tensor
 from dtrain.transforms import jvp
 

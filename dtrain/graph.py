@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dtrain.autograd import GraphError, Node, tracing
 from dtrain.op import Shape
+from dtrain.tape import GraphError, Node, tracing
 from dtrain.tensor import Tensor
 
 __all__ = ["Graph", "Leaf", "Line", "capture", "nodes", "svg", "table", "to_svg", "tracing"]

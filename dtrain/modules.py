@@ -22,8 +22,8 @@ import numpy as np
 import dtrain.functional as F
 from dtrain import random
 from dtrain.arrays import Array
-from dtrain.autograd import mode, scope
 from dtrain.parameter import Constant, Normal, Parameter
+from dtrain.tape import mode, scope
 from dtrain.tensor import Tensor
 
 

@@ -16,8 +16,9 @@ from collections.abc import Callable
 from typing import Any
 
 from dtrain.arrays import Array
-from dtrain.autograd import GraphError, Node, backward, enable_grad, gradients, mode, no_grad
+from dtrain.autograd import backward, gradients
 from dtrain.op import Op
+from dtrain.tape import GraphError, Node, enable_grad, mode, no_grad
 from dtrain.tensor import Tensor
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from dtrain.arrays import Array
-from dtrain.autograd import GraphError, Node, backward, mode
+from dtrain.autograd import backward
 from dtrain.op import ITSELF, Op
 from dtrain.ops import arithmetic, elementwise, linear, normalization, reduction, shape
+from dtrain.tape import GraphError, Node, mode
 
 Dims = int | tuple[int, ...] | None
 

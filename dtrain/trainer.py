@@ -25,7 +25,6 @@ import numpy as np
 
 from dtrain import checkpoint, optimizers, reproducible, schedules
 from dtrain.arrays import Array
-from dtrain.autograd import no_grad
 from dtrain.collectives import single
 from dtrain.config import Config, OptimizerConfig
 from dtrain.data import Data, Dataset, Sampler, masked, share
@@ -37,6 +36,7 @@ from dtrain.models import Model
 from dtrain.models.base import IGNORED
 from dtrain.modules import Context
 from dtrain.strategy import Microbatch, Strategy
+from dtrain.tape import no_grad
 
 
 @dataclass(frozen=True, slots=True)

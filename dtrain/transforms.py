@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dtrain.arrays import Array
-from dtrain.autograd import GraphError, enable_grad, gradients, mode, no_grad
+from dtrain.autograd import gradients
+from dtrain.tape import GraphError, enable_grad, mode, no_grad
 from dtrain.tensor import Tensor
 
 Function = Callable[..., Tensor]

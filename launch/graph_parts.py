@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from dtrain.arrays import Array
-from dtrain.autograd import Node
 from dtrain.collectives import Communicator
 from dtrain.graph import Graph, nodes, short
 from dtrain.strategies.pipeline.cut import balanced
+from dtrain.tape import Node
 from dtrain.tensor import Tensor
 
 

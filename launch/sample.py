@@ -19,12 +19,12 @@ import numpy as np
 
 from dtrain import random
 from dtrain.arrays import Array, named_dtype
-from dtrain.autograd import no_grad
 from dtrain.config import Config, GPTConfig
 from dtrain.data import Tokenizer
 from dtrain.errors import UserError
 from dtrain.launch import environment
 from dtrain.models import Model
+from dtrain.tape import no_grad
 
 if TYPE_CHECKING:
     from dtrain.trainer import Trainer

@@ -16,13 +16,13 @@ import numpy as np
 from msgspec.structs import replace
 
 from dtrain.arrays import Array
-from dtrain.autograd import mode
 from dtrain.collectives import single
 from dtrain.config import Config, ParallelConfig, PipelineConfig
 from dtrain.flat import Block
 from dtrain.launch import assembly
 from dtrain.models import Model
 from dtrain.modules import Module
+from dtrain.tape import mode
 from dtrain.tensor import Tensor
 from dtrain.trainer import Trainer
 

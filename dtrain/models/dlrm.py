@@ -22,7 +22,6 @@ import numpy as np
 
 import dtrain.functional as F
 from dtrain.arrays import Array
-from dtrain.autograd import mode
 from dtrain.config import DLRMConfig
 from dtrain.errors import UserError
 from dtrain.mesh import BATCH_AXES, Mesh
@@ -30,6 +29,7 @@ from dtrain.models.auc import auc
 from dtrain.models.base import IGNORED, Model, Sizes
 from dtrain.models.mlp import Layer, initial_std
 from dtrain.modules import Context, Embedding, Linear, Module
+from dtrain.tape import mode
 from dtrain.tensor import Tensor
 
 

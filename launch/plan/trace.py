@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from dtrain import autograd, models
+from dtrain import models
 from dtrain.arrays import Array, named_dtype
 from dtrain.config import Config, MLPConfig
 from dtrain.launch.plan.amounts import Amount, Part, total
 from dtrain.models import Sizes
 from dtrain.models.base import IGNORED
+from dtrain.tape import Node, tracing
 
 VIEWS = ("reshape", "permute", "slice")  # ops that move nothing
 LENGTHS = (20, 40, 60)  # tokens of the traces; of each a whole number is asked for by BERT at the usual 15 %
@@ -31,7 +32,7 @@ def trace(config: Config, sizes: Sizes, length: int, blocks: Sequence[int]) -> l
     for parameter in model.named_parameters().values():
         parameter.data = np.zeros(parameter.shape, parameter.dtype)  # pages of zeros until somebody writes
     batch = sample(config, sizes, length)
-    with autograd.tracing():
+    with tracing():
         loss = model.loss(batch)
     assert loss.node is not None
     known = {_home(p.data) for p in model.named_parameters().values()} | {_home(array) for array in batch.values()}
@@ -86,11 +87,11 @@ def sample(config: Config, sizes: Sizes, length: int, number: int = 1) -> dict[s
     return {"inputs": inputs, "targets": targets}
 
 
-def _nodes(root: autograd.Node) -> Iterable[autograd.Node]:
+def _nodes(root: Node) -> Iterable[Node]:
     seen, stack = {root}, [root]
     while stack:
         for source in stack.pop().inputs:
-            if isinstance(source, autograd.Node) and source not in seen:
+            if isinstance(source, Node) and source not in seen:
                 seen.add(source)
                 stack.append(source)
     return seen

@@ -18,7 +18,6 @@ import numpy as np
 import dtrain.functional as F
 from dtrain import optimizers
 from dtrain.arrays import Array
-from dtrain.autograd import no_grad
 from dtrain.collectives import Communicator, Work, single
 from dtrain.collectives.connections import PeerLost
 from dtrain.collectives.waiting import timeout_seconds
@@ -43,6 +42,7 @@ from dtrain.strategies.parameter_server.messages import (
 )
 from dtrain.strategies.parameter_server.server import shards_of, values
 from dtrain.strategy import Microbatch
+from dtrain.tape import no_grad
 from dtrain.tensor import Tensor
 from dtrain.trainer import Trainer
 

@@ -29,7 +29,6 @@ from typing import Any
 import numpy as np
 
 from dtrain.arrays import Array
-from dtrain.autograd import mode
 from dtrain.collectives import Work
 from dtrain.mesh import Mesh
 from dtrain.models import Model
@@ -37,6 +36,7 @@ from dtrain.modules import Module
 from dtrain.strategies.zero.buffers import SHARDED_OVER, ZeroBuffers, ZeroGroup
 from dtrain.strategies.zero.units import Rooms, Unit, Wrapped
 from dtrain.strategy import Strategy, UnusedParametersError
+from dtrain.tape import mode
 from dtrain.tensor import Tensor
 
 ENDS = 0  # the unit of the model's two ends; block i of the model is unit i + 1
