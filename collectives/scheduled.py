@@ -29,9 +29,10 @@ from dtrain.collectives.progress import Progress
 from dtrain.collectives.schedules.catalogue import ALGORITHMS
 from dtrain.collectives.schedules.executor import Memory, Run
 from dtrain.collectives.schedules.plan import Plan
-from dtrain.collectives.schedules.planner import SEGMENT_BYTES, make_plan
+from dtrain.collectives.schedules.planner import make_plan
 from dtrain.collectives.schedules.prover import prove
 from dtrain.collectives.schedules.schedule import Algorithm, Schedule, Steps, bind
+from dtrain.collectives.schedules.segments import SEGMENT_BYTES
 from dtrain.collectives.schedules.specification import PROMISES
 from dtrain.collectives.work import Request
 

@@ -20,8 +20,9 @@ import numpy as np
 
 from dtrain.collectives.dtypes import Array, accumulator, operation, reduce_rows
 from dtrain.collectives.schedules.plan import ARRIVING, SCRATCH, Plan, Span, Sum
-from dtrain.collectives.schedules.planner import SEGMENT_BYTES, make_plan
+from dtrain.collectives.schedules.planner import make_plan
 from dtrain.collectives.schedules.schedule import Schedule
+from dtrain.collectives.schedules.segments import SEGMENT_BYTES
 from dtrain.collectives.waiting import SPINS, CollectiveTimeout, hand_over
 from dtrain.collectives.work import Request
 
