@@ -29,7 +29,8 @@ from dtrain.collectives import single
 from dtrain.config import Config, OptimizerConfig
 from dtrain.data import Data, Dataset, Sampler, masked, share
 from dtrain.errors import UserError
-from dtrain.flat import Block, FlatBuffers, reduce_partial
+from dtrain.flat import FlatBuffers, reduce_partial
+from dtrain.flat_group import Block
 from dtrain.loss_scale import make_loss_scale
 from dtrain.mesh import BATCH_AXES, Mesh
 from dtrain.models import Model

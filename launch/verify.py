@@ -26,7 +26,7 @@ from dtrain.arrays import Array, named_dtype
 from dtrain.collectives import Communicator
 from dtrain.config import Config, ValidateConfig
 from dtrain.errors import UserError
-from dtrain.flat import Block
+from dtrain.flat_group import Block
 from dtrain.launch import assembly, configuration
 from dtrain.launch.verify_reference import Reference, Tensors, gradients, parameters, probed, unprobed
 from dtrain.manifest import Box, check_tiling

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from dtrain.arrays import Array
 from dtrain.collectives import single
 from dtrain.config import Config, ParallelConfig, PipelineConfig
-from dtrain.flat import Block
+from dtrain.flat_group import Block
 from dtrain.launch import assembly
 from dtrain.models import Model
 from dtrain.modules import Module

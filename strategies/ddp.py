@@ -25,7 +25,8 @@ from typing import Protocol
 from dtrain.arrays import Array
 from dtrain.checkpoint import Piece, Reader
 from dtrain.collectives import Communicator, Work, wait_all
-from dtrain.flat import FlatBuffers, FlatGroup
+from dtrain.flat import FlatBuffers
+from dtrain.flat_group import FlatGroup
 from dtrain.mesh import BATCH_AXES, Mesh
 from dtrain.modules import Module
 from dtrain.strategy import Strategy, UnusedParametersError, unused_parameters

@@ -20,7 +20,7 @@ import numpy as np
 from dtrain import kernels
 from dtrain.arrays import Array
 from dtrain.config import AdafactorConfig
-from dtrain.flat import Block
+from dtrain.flat_group import Block
 from dtrain.optimizers.base import Optimizer, Part
 from dtrain.parameter import Parameter, whole_boxes
 

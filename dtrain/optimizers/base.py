@@ -20,7 +20,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from dtrain.arrays import Array
-from dtrain.flat import Block, FlatBuffers, FlatGroup, Piece
+from dtrain.flat import FlatBuffers
+from dtrain.flat_group import Block, FlatGroup, Piece
 
 # Half-precision gradients are widened in blocks of this many elements: 4 MiB of float32 at a time.
 BLOCK = 1 << 20

@@ -26,7 +26,7 @@ import numpy as np
 from dtrain.arrays import Array
 from dtrain.checkpoint import Piece, Reader
 from dtrain.collectives import Communicator, Work, single, wait_all
-from dtrain.flat import FlatGroup
+from dtrain.flat_group import FlatGroup
 from dtrain.mesh import Mesh
 from dtrain.strategies.compression.interface import Compression, Part
 

@@ -18,9 +18,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from dtrain import flat
 from dtrain.arrays import Array
 from dtrain.collectives import Communicator, Work
+from dtrain.flat_group import Piece
 
 
 @dataclass(slots=True)
@@ -31,7 +31,7 @@ class Part:
     """Of the bucket."""
     gradient: Array
     """(n,), a view of the flat gradients."""
-    pieces: list[flat.Piece]
+    pieces: list[Piece]
     """Which parameters lie in it."""
     wide: np.dtype[Any]
     """In which it is added up: float32, or float64 where gradients are."""

@@ -23,7 +23,8 @@ import numpy as np
 
 from dtrain.arrays import Array
 from dtrain.collectives import Communicator
-from dtrain.flat import FlatBuffers, FlatGroup, boxes_within
+from dtrain.flat import FlatBuffers
+from dtrain.flat_group import FlatGroup, boxes_within
 from dtrain.mesh import Mesh
 from dtrain.modules import Module
 from dtrain.parameter import Parameter

@@ -24,7 +24,8 @@ import numpy as np
 from dtrain.arrays import Array
 from dtrain.collectives import Communicator, single
 from dtrain.errors import UserError
-from dtrain.flat import FlatBuffers, FlatGroup
+from dtrain.flat import FlatBuffers
+from dtrain.flat_group import FlatGroup
 from dtrain.mesh import BATCH_AXES, Mesh
 from dtrain.parameter import Parameter
 

@@ -9,7 +9,8 @@ import pytest
 
 from dtrain.arrays import named_dtype
 from dtrain.collectives import Communicator, run_threads
-from dtrain.flat import FlatBuffers, FlatGroup
+from dtrain.flat import FlatBuffers
+from dtrain.flat_group import FlatGroup
 from dtrain.mesh import Mesh
 from dtrain.modules import Linear, Module
 from dtrain.strategies.compression import COMPRESSIONS, BetweenNodes, Compression
