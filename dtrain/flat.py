@@ -17,7 +17,7 @@ the mesh meets there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from dtrain.collectives import Communicator, single
 from dtrain.flat_group import FlatGroup, Kind, kind, summed_axes
@@ -58,16 +58,16 @@ class FlatBuffers:
             by_kind.setdefault((kind(parameter), section(name)), {})[name] = parameter
         self.parameters = parameters
         # One order on all ranks, also where each has other parameters: what is summed over an axis meets there.
-        kinds = sorted(by_kind, key=lambda each: (each[0][2], each[0][3], each[0][1], str(each[0][0]), each[1]))
-        joined = [_joined(each[0], kinds) if join and mesh else () for each in kinds]
+        kinds = sorted(by_kind, key=_order)
+        joined = [_joined(each, by_kind) if join and mesh else () for each, _ in kinds]
         if mesh is not None:
-            mesh.open((*summed_axes(each[0][1], mesh), *axes) for each, axes in zip(kinds, joined, strict=True))
+            mesh.open((*summed_axes(each.cut_axes, mesh), *axes) for (each, _), axes in zip(kinds, joined, strict=True))
         # What is cut over an axis of the batch has another length on each rank there: no memory of all of them.
         homes = [
-            mesh[(*summed_axes(cut_axes, mesh), *axes)]
-            if mesh and (axes or (comm.size > 1 and set(cut_axes) & set(BATCH_AXES)))
+            mesh[(*summed_axes(each.cut_axes, mesh), *axes)]
+            if mesh and (axes or (comm.size > 1 and set(each.cut_axes) & set(BATCH_AXES)))
             else comm
-            for ((_, cut_axes, _, _), _), axes in zip(kinds, joined, strict=True)
+            for (each, _), axes in zip(kinds, joined, strict=True)
         ]
         self.groups = [
             self.group_type(by_kind[each], home, pad_to, mesh, axes)
@@ -140,10 +140,15 @@ def reduce_partial(flat: FlatBuffers) -> None:
                 comm.all_reduce(gradient, out=gradient)
 
 
-def _joined(of: Kind, kinds: Sequence[tuple[Kind, int]]) -> tuple[str, ...]:
+def _order(group: tuple[Kind, int]) -> tuple[object, ...]:
+    each, section = group
+    return each.partial_axes, each.only, each.cut_axes, str(each.dtype), section
+
+
+def _joined(of: Kind, groups: Iterable[tuple[Kind, int]]) -> tuple[str, ...]:
     """The axes of its partial gradients along which all ranks hold whole parameters, and the same."""
-    apart = {axis for (_, cut_axes, _, only), _ in kinds for axis in (*cut_axes, *dict(only))}
-    return tuple(axis for axis in of[2] if axis not in apart)
+    apart = {axis for each, _ in groups for axis in (*each.cut_axes, *dict(each.only))}
+    return tuple(axis for axis in of.partial_axes if axis not in apart)
 
 
 def _meetings(group: FlatGroup) -> Iterator[tuple[str | int, ...]]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,14 +32,23 @@ from dtrain.parameter import Parameter
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
 
 
-Kind = tuple[np.dtype[Any], tuple[str, ...], tuple[str, ...], tuple[tuple[str, tuple[int, ...]], ...]]
+class Kind(NamedTuple):
+    """What the parameters of a group have in common."""
+
+    dtype: np.dtype[Any]
+    cut_axes: tuple[str, ...]
+    """The axes of the mesh that cut them."""
+    partial_axes: tuple[str, ...]
+    """Those over which their gradients are summed."""
+    only: tuple[tuple[str, tuple[int, ...]], ...]
+    """(axis, coordinates) where alone they are."""
 
 
 def kind(parameter: Parameter) -> Kind:
-    """(dtype, axes that cut it, axes over which its gradient is summed, (axis, coordinates) where alone it is)."""
+    """The kind of a parameter, by its layouts."""
     layout, gradient = parameter.layout, parameter.gradient_layout
     only = tuple((axis, layout.coordinates(axis)) for axis in sorted(layout.axes(Only)))
-    return parameter.dtype, tuple(sorted(layout.axes(Shard))), tuple(sorted(gradient.axes(Partial))), only
+    return Kind(parameter.dtype, tuple(sorted(layout.axes(Shard))), tuple(sorted(gradient.axes(Partial))), only)
 
 
 @dataclass(frozen=True)
