@@ -18,7 +18,7 @@ from dtrain.collectives.window import WindowWork
 from dtrain.collectives.work import Request
 
 if TYPE_CHECKING:
-    from dtrain.collectives.scheduled import Own
+    from dtrain.collectives.choices import Own
 
 __all__ = ["TABLES", "Algorithm", "Call", "choose", "choose_start", "names"]
 
@@ -192,14 +192,14 @@ TABLES: dict[str, dict[str, Algorithm]] = {
     "exscan": EXSCAN,
     "barrier": BARRIER,
 }
-"""For scans, and beside the rows of the others, there are the schedules of the catalogue (`scheduled.py`)."""
+"""For scans, and beside the rows of the others, there are the schedules of the catalogue (`choices.py`)."""
 
 
 def names(collective: str) -> tuple[str, ...]:
     """All names that `algorithm=` may have; a schedule may have parameters behind it."""
-    from dtrain.collectives import scheduled
+    from dtrain.collectives import choices
 
-    return tuple(dict.fromkeys(("auto", *TABLES[collective], *scheduled.names(collective))))
+    return tuple(dict.fromkeys(("auto", *TABLES[collective], *choices.names(collective))))
 
 
 def choose(
@@ -253,9 +253,9 @@ def _schedule(table: dict[str, Algorithm], name: "str | Own", call: Call) -> tup
 
 @lru_cache(maxsize=256)
 def _named(collective: str, name: str) -> tuple[str, Algorithm] | None:
-    from dtrain.collectives import scheduled
+    from dtrain.collectives import choices
 
-    if name.partition(":")[0] not in scheduled.names(collective):
+    if name.partition(":")[0] not in choices.names(collective):
         if name in TABLES[collective]:
             return None
         raise ValueError(f"algorithm={name!r}: not an algorithm; allowed: {', '.join(names(collective))}")
@@ -263,9 +263,9 @@ def _named(collective: str, name: str) -> tuple[str, Algorithm] | None:
 
 
 def _own(collective: str, name: "str | Own") -> tuple[str, Algorithm]:
-    from dtrain.collectives import scheduled
+    from dtrain.collectives import choices
 
-    choice = scheduled.find(collective, name)
+    choice = choices.find(collective, name)
     return choice.name, Algorithm(choice.run, rules.several, rules.always, choice.volume, choice.start)
 
 

@@ -32,7 +32,7 @@ from dtrain.collectives.window import WindowWork
 from dtrain.collectives.work import Request, Watched, Work
 
 if TYPE_CHECKING:
-    from dtrain.collectives.scheduled import Own
+    from dtrain.collectives.choices import Own
 
 
 class Communicator(Shortcuts):

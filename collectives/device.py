@@ -24,9 +24,9 @@ from dtrain.collectives.dtypes import dtype_from_name, operation
 from dtrain.collectives.forms import check_rank, elements, rows_brought, rows_per_rank
 
 if TYPE_CHECKING:
+    from dtrain.collectives.choices import Own
     from dtrain.collectives.communicator import Communicator
     from dtrain.collectives.nccl import Connection
-    from dtrain.collectives.scheduled import Own
 
 NCCL = "nccl"  # among the names of algorithms
 ON_GPU = "gpu"  # where root's array of a scatter lies
@@ -234,7 +234,7 @@ class DeviceCollectives:
         empty: bool | None = None,
     ) -> None:
         """NCCL's own way if there is one and no other was asked for, else a schedule (counts None: there is none)."""
-        from dtrain.collectives import device_schedules, scheduled
+        from dtrain.collectives import choices, device_schedules
         from dtrain.collectives.schedules.catalogue import ALGORITHMS
 
         table = ALGORITHMS[collective] if counts is not None else {}
@@ -257,7 +257,7 @@ class DeviceCollectives:
             own(connection)
             self._comm.counters.add(collective, NCCL, nbytes, volume(call))
             return
-        choice = scheduled.find(collective, default if algorithm == "auto" else algorithm)
+        choice = choices.find(collective, default if algorithm == "auto" else algorithm)
         schedule = self._comm._messages().schedule(call, choice)
         source = call.source
         if collective == "broadcast" and not call.at_root:

@@ -29,7 +29,8 @@ from dtrain.collectives.waiting import Patience, timeout_seconds
 from dtrain.collectives.work import Deferred, Work
 
 if TYPE_CHECKING:
-    from dtrain.collectives.scheduled import Channel, Own
+    from dtrain.collectives.choices import Own
+    from dtrain.collectives.scheduled import Channel
 
 BARRIER = Volume(1, 0, 0)
 

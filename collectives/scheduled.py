@@ -1,13 +1,10 @@
-"""The schedules of the catalogue, and the user's own, as algorithms of a communicator's collectives.
+"""Schedules as collectives of a communicator: bound to its ranks, planned for the arrays, run by messages.
 
-    comm.all_reduce(x, algorithm="ring")                              a row of the catalogue
-    comm.broadcast(x, algorithm="chain:segments=16")                  with its parameters, one after each colon
-    comm.all_reduce(x, algorithm="ring:segment_bytes=65536")          messages cut into segments of so many bytes
-    comm.all_reduce(x, algorithm=ROW)                                 a row or function of one's own, proven first
+    Choice ──► Schedule ──► Plan ──► Run         `choices.py`: the row and its parameters; `schedules/`: the rest
+               kept         kept     one per call
 
-    Choice     what was asked for: the row and its parameters
-    Channel    one per communicator: messages of its own (a duplicate of the transport, one tag per call), so that
-               calls in flight, other collectives and the user's messages never meet; plans and buffers, kept
+A Channel, one per communicator, has messages of its own (a duplicate of the transport, one tag per call), so that calls
+in flight, other collectives and the user's messages never meet.
 
 On one node every call is announced in the records of the node. Nobody waits there for the others: with the first
 message of a peer its record is looked at, and again whenever a message is late, so a rank that does something else is
@@ -16,23 +13,21 @@ named before its data is used. Counted are the steps in which the rank sends or 
 
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dtrain.collectives import choices
 from dtrain.collectives.call import Call
+from dtrain.collectives.choices import Choice
 from dtrain.collectives.counters import Volume
 from dtrain.collectives.dtypes import Array
 from dtrain.collectives.progress import Progress
-from dtrain.collectives.schedules.catalogue import ALGORITHMS
 from dtrain.collectives.schedules.executor import Memory, Run
 from dtrain.collectives.schedules.plan import Plan
 from dtrain.collectives.schedules.planner import make_plan
 from dtrain.collectives.schedules.prover import prove
-from dtrain.collectives.schedules.schedule import Algorithm, Schedule, Steps, bind
-from dtrain.collectives.schedules.segments import SEGMENT_BYTES
+from dtrain.collectives.schedules.schedule import Algorithm, Schedule, bind
 from dtrain.collectives.schedules.specification import PROMISES
 from dtrain.collectives.work import Request
 
@@ -44,83 +39,6 @@ KNOWN_PLANS = 256
 TAGS = 1024
 IN_FLIGHT = TAGS // 2
 SHORTEST_CHUNK = 16 * 1024  # bytes: where `segments` is not given, shorter vectors are cut into fewer
-
-Own = Algorithm | Steps
-"""A user's algorithm: a row, or the function alone."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """An algorithm of one collective with the parameters that were given."""
-
-    collective: str
-    name: str
-    text: str
-    """With its parameters, as in `algorithm=`."""
-    row: Own
-    parameters: dict[str, int]
-    segment_bytes: int = SEGMENT_BYTES
-    own: bool = False
-    """Not in the catalogue, and so not proven by its tests."""
-
-    def start(self, call: Call) -> Request:
-        """Start the call."""
-        return _channel(call).start(call, self)
-
-    def run(self, call: Call) -> None:
-        """Do the call."""
-        self.start(call).wait()
-
-    def volume(self, call: Call) -> Volume:
-        """Steps and bytes of the call, which has been started."""
-        assert call.moved is not None
-        return call.moved
-
-
-def find(collective: str, algorithm: str | Own) -> Choice:
-    """What `algorithm` asks for; ValueError for what is in no catalogue or has no such parameter."""
-    return _parse(collective, algorithm) if isinstance(algorithm, str) else _own(collective, algorithm)
-
-
-def names(collective: str) -> tuple[str, ...]:
-    """The algorithms of the catalogue for a collective."""
-    return tuple(ALGORITHMS.get(collective, ()))
-
-
-@lru_cache(maxsize=256)
-def _parse(collective: str, text: str) -> Choice:
-    name, *assignments = text.split(":")
-    rows = ALGORITHMS[collective]
-    if name not in rows:
-        raise ValueError(f"algorithm={name!r}: not an algorithm of {collective}; allowed: {', '.join(rows)}")
-    allowed = (*rows[name].parameters, "segment_bytes")
-    parameters: dict[str, int] = {}
-    for assignment in assignments:
-        key, _, value = assignment.partition("=")
-        if key not in allowed or not value.isdecimal() or (key != "local" and int(value) < 1):
-            raise ValueError(
-                f"algorithm={text!r}: {assignment}: allowed after {name}: "
-                f"{', '.join(f':{key}=NUMBER' for key in allowed)}"
-            )
-        parameters[key] = int(value)
-    segment_bytes = parameters.pop("segment_bytes", SEGMENT_BYTES)
-    return Choice(collective, name, text, rows[name], parameters, segment_bytes)
-
-
-def _own(collective: str, row: Own) -> Choice:
-    steps = row.steps if isinstance(row, Algorithm) else row
-    if not callable(steps):
-        raise ValueError(
-            f"algorithm={row!r}: allowed: a name, a row of dtrain.collectives.schedules.Algorithm, or a function "
-            "(rank, size) -> steps"
-        )
-    name = getattr(steps, "__name__", "own")
-    return Choice(collective, name, name, row, {}, own=True)
-
-
-def _channel(call: Call) -> "Channel":
-    assert call.channel is not None
-    return call.channel()
 
 
 class Channel:
@@ -248,7 +166,7 @@ class Channel:
         if self._forwards[id(schedule)]:
             row, everyone = np.array(call.counts, np.int64), np.empty(size * size, np.int64)
             inner = Call(call.transport, None, row, everyone, counts=[size] * size, channel=call.channel)
-            find("all_gather", "bruck").run(inner)
+            choices.find("all_gather", "bruck").run(inner)
             return tuple(everyone.tolist())
         matrix[:, rank], matrix[rank] = call.out_counts, call.counts
         return tuple(matrix.reshape(-1).tolist())

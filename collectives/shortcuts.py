@@ -33,7 +33,7 @@ from dtrain.collectives.staged import SMALL_BYTES
 from dtrain.collectives.transport import Transport
 
 if TYPE_CHECKING:
-    from dtrain.collectives.scheduled import Own
+    from dtrain.collectives.choices import Own
 
 KNOWN_FORMS = 4096
 # Up to here the built-in choice is the staging wherever the arrays lie; where a table of `dtrain bench tune` is in use,
