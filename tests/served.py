@@ -1,5 +1,6 @@
 """Tiny runs with parameter servers on the ranks of a communicator, workers first."""
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,30 @@ from dtrain.strategies.parameter_server import Lead, Serve, Server, Worker, need
 from dtrain.strategies.parameter_server.worker import ServerLost
 from dtrain.trainer import StepRecord, Trainer
 from tests import training
+
+BASE: dict[str, Any] = {
+    "model": {"kind": "gpt", "layers": 1, "dim": 16, "heads": 2, "sequence": 8},
+    "train": {"steps": 3, "global_batch": 12, "micro_batch": 2, "validate": {"every": 2, "batches": 2}},
+}
+"""A small model, three steps."""
+
+
+class Gate:
+    """Holds a worker in its first step until it is opened."""
+
+    def __init__(self) -> None:
+        self.open, self.reached = threading.Event(), threading.Event()
+
+    def hold(self, worker: Any) -> None:
+        """Before the run, on the worker that is to be held."""
+        compute = worker.execute
+
+        def held(microbatches: Any) -> Any:
+            self.reached.set()
+            assert self.open.wait(50)
+            return compute(microbatches)
+
+        worker.execute = held
 
 
 class Killed(BaseException):

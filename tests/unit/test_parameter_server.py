@@ -5,27 +5,16 @@ stale), 23 (a quorum of 0.9 of 10 workers goes on with 9). Counted in updates, n
 """
 
 import functools
-import itertools
 import json
-import threading
 from typing import Any
 
 import numpy as np
 import pytest
 
 from dtrain.collectives import run_threads, single
-from dtrain.config import ParameterServerConfig
 from dtrain.errors import UserError
-from dtrain.flat import FlatBuffers
-from dtrain.strategies.parameter_server import Ledger, WorkersLost
-from dtrain.strategies.parameter_server.messages import Kind
-from dtrain.strategies.parameter_server.shards import borders, shards
 from tests import served, training
-
-BASE: dict[str, Any] = {
-    "model": {"kind": "gpt", "layers": 1, "dim": 16, "heads": 2, "sequence": 8},
-    "train": {"steps": 3, "global_batch": 12, "micro_batch": 2, "validate": {"every": 2, "batches": 2}},
-}
+from tests.served import BASE, Gate
 
 
 @functools.cache
@@ -113,59 +102,7 @@ def test_a_run_is_the_same_again_bit_for_bit():
             np.testing.assert_array_equal(values, other.parameters[name][1])
 
 
-# --- key ranges -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("servers", [1, 2, 3, 5, 8])
-@pytest.mark.parametrize("whole", [False, True])
-def test_ranges_cover_everything_once_and_are_even(servers, whole):
-    model = training.trainer(single(), **BASE).model
-    (group,) = FlatBuffers(model.named_parameters(), single()).groups
-    places = borders(group, servers, whole)
-    assert places[0] == 0 and places[-1] == group.size and places == sorted(places)
-    widest = max((where.stop - where.start) for where in group.slices.values())
-    unit = widest if whole else max(max(np.prod(shape[1:], dtype=int) for shape in group.shapes.values()), 8)
-    for a, b in itertools.pairwise(places):
-        assert abs((b - a) - group.size / servers) <= 2 * unit
-    for place in places[1:-1]:
-        inside = [(name, where) for name, where in group.slices.items() if where.start < place < where.stop]
-        assert not (whole and inside)
-        for name, where in inside:
-            assert (place - where.start) % np.prod(group.shapes[name][1:], dtype=int) == 0
-
-
-def test_runs_and_tables_tile_each_range():
-    model = training.trainer(single(), **{**BASE, "model": {**BASE["model"], "tied": False}}).model
-    groups = FlatBuffers(model.named_parameters(), single()).groups
-    found = shards(groups, 3, False, ["embedding.weight"])
-    rows = sorted((table.first, table.last) for shard in found for table in shard.tables)
-    assert rows[0][0] == 0 and rows[-1][1] == 256 and all(a[1] == b[0] for a, b in itertools.pairwise(rows))
-    for shard in found:
-        spans = sorted((span.start, span.stop) for _, span in shard.runs)
-        spans = sorted(spans + [(table.where.start, table.where.stop) for table in shard.tables])
-        assert spans[0][0] == shard.ranges[0].start and spans[-1][1] == shard.ranges[0].stop
-        assert all(a[1] == b[0] for a, b in itertools.pairwise(spans))
-
-
 # --- asynchronous, bounded staleness, quorum --------------------------------------------------------------------------
-
-
-class Gate:
-    """Holds a worker in its first step until it is opened."""
-
-    def __init__(self) -> None:
-        self.open, self.reached = threading.Event(), threading.Event()
-
-    def hold(self, worker: Any) -> None:
-        """Before the run, on the worker that is to be held."""
-        compute = worker.execute
-
-        def held(microbatches: Any) -> Any:
-            self.reached.set()
-            assert self.open.wait(50)
-            return compute(microbatches)
-
-        worker.execute = held
 
 
 def test_asynchronous_goes_on_while_one_worker_stands_still():
@@ -376,135 +313,6 @@ def test_a_table_that_is_no_embedding_is_told():
         run(1, 1, options={"sparse": ["positions"]})
 
 
-# --- deaths -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mode", ["async", "ssp"])
-def test_the_rest_go_on_when_a_worker_dies(mode):
-    """Worker 1 fails in its second step; its samples are computed by others, and it waits for the end."""
-    calls = []
-
-    def prepare(worker):
-        if worker.comm.rank == 1:
-            execute = worker.execute
-
-            def fail(microbatches: Any) -> Any:
-                calls.append(worker.step)
-                if len(calls) > 1:
-                    raise MemoryError("no more")
-                return execute(microbatches)
-
-            worker.execute = fail
-
-    sections = {**BASE, "parameter_server": {"servers": 2, "mode": mode, "staleness": 1}}
-    results = run_threads(5, lambda comm: served.serve(comm, prepare, tells=True, **sections))
-    book = results[3].lead.ledger
-    assert book.version == 9 and book.workers[1].applied <= 1
-    assert "MemoryError: no more" in book.workers[1].dead
-    assert any("worker 1" in note and "lost" in note for note in results[3].notes)
-    assert results[3].records[-1].validation_loss is not None
-
-
-def killed_in(part: str) -> Any:
-    """Worker 1 is gone: in its second forward, or in the middle of its first push, when one of two servers has it."""
-
-    def prepare(worker):
-        if worker.comm.rank != 1:
-            return
-        if part == "forward":
-            execute, calls = worker.execute, []
-
-            def fail(microbatches: Any) -> Any:
-                calls.append(worker.step)
-                if len(calls) > 1:
-                    raise served.Killed
-                return execute(microbatches)
-
-            worker.execute = fail
-        else:
-            start, wait, pushing = worker.start_request, worker.wait, []
-
-            def push(server: int, header: Any, body: Any) -> Any:
-                pushing.extend([server] if header.kind == Kind.PUSH else [])
-                return start(server, header, body)
-
-            def end(works: Any, server: int, limit: float | None = None) -> None:
-                if pushing and server == worker.lead:
-                    raise served.Killed
-                wait(works, server, limit)
-
-            worker.start_request, worker.wait = push, end
-
-    return prepare
-
-
-@pytest.mark.parametrize("part", ["forward", "push"])
-@pytest.mark.parametrize("options", [{"mode": "async"}, {"mode": "ssp"}, {"mode": "sync", "quorum": 0.6}], ids=str)
-def test_the_rest_go_on_when_a_worker_is_gone(options, part):
-    """No time limit has to pass (it is 60 s), and all updates are made."""
-    section = {"servers": 2, "staleness": 1, "transport": "sockets", **options}
-    prepare = killed_in(part)
-    results = run_threads(5, lambda comm: served.serve(comm, prepare, **{**BASE, "parameter_server": section}))
-    book = results[3].lead.ledger
-    assert book.version == (3 if options["mode"] == "sync" else 9)
-    assert len(results[3].records) == 3 and results[3].records[-1].validation_loss is not None
-    assert any("worker 1 (rank 1 on " in note and "is lost: " in note for note in results[3].notes)
-    assert "1" in results[3].lead.summary()["lost"]
-
-
-@pytest.mark.parametrize("part", ["forward", "push"])
-def test_synchronous_ends_with_a_report_when_a_worker_is_gone(part):
-    section = {"servers": 2, "mode": "sync", "transport": "sockets"}
-    prepare = killed_in(part)
-    with pytest.raises(WorkersLost, match=r"worker 1 of 3: .*sync needs 3 of 3 workers, 2 are left"):
-        run_threads(5, lambda comm: served.serve(comm, prepare, **{**BASE, "parameter_server": section}))
-
-
-def test_the_rest_go_on_when_a_worker_falls_silent():
-    """It hangs for longer than the time limit; when it comes back, it works on."""
-    gate = Gate()
-
-    def prepare(worker):
-        if worker.comm.rank == 1:
-            gate.hold(worker)
-
-    def watch(lead):
-        note = lead.note
-
-        def heard(text: str) -> None:
-            note(text)
-            if "lost" in text:
-                gate.open.set()
-
-        lead.note = heard
-
-    sections = {**BASE, "parameter_server": {"servers": 1, "mode": "async", "timeout": 0.3}}
-    results = run_threads(3, lambda comm: served.serve(comm, prepare, watch=watch, **sections))
-    assert any("no sign of life for 0.3 s" in note for note in results[2].notes)
-    assert results[2].lead.ledger.version >= 6 and len(results[2].records) == 3
-
-
-def test_synchronous_ends_with_a_report_when_a_worker_falls_silent():
-    gate = Gate()
-
-    def prepare(worker):
-        if worker.comm.rank == 1:
-            gate.hold(worker)
-
-    def watch(lead):
-        lose = lead.ledger.lose
-
-        def lost(*arguments: Any) -> None:
-            gate.open.set()  # so that the thread ends, too
-            lose(*arguments)
-
-        lead.ledger.lose = lost
-
-    sections = {**BASE, "parameter_server": {"servers": 1, "mode": "sync", "timeout": 0.3}}
-    with pytest.raises(WorkersLost, match=r"worker 1 of 2: no sign of life.*sync needs 2 of 2 workers, 1 are left"):
-        run_threads(3, lambda comm: served.serve(comm, prepare, watch=watch, **sections))
-
-
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
@@ -540,44 +348,6 @@ def test_other_modes_go_on_from_their_checkpoints(mode, tmp_path):
     assert results[1].records[0].loss == pytest.approx(losses[2, 0], rel=1e-10)
     for name, values in served.whole(results, parameters).items():
         np.testing.assert_allclose(values, parameters[name], rtol=1e-10, atol=1e-12)
-
-
-# --- the book ---------------------------------------------------------------------------------------------------------
-
-
-def book(mode: str, workers: int = 2, steps: int = 4, fence: int = 4, **options: Any) -> Ledger:
-    config = ParameterServerConfig(servers=1, mode=mode, **options)  # type: ignore[arg-type]
-    return Ledger(config, workers, steps, lambda step: min(steps, (step // fence + 1) * fence))
-
-
-def test_nothing_beyond_a_fence_is_handed_out_before_all_before_it_is_applied():
-    ledger = book("async", fence=1)
-    assert ledger.assign(0) == ledger.workers[0].holds and ledger.workers[0].holds.part == 0
-    ledger.pushed(0, 0)
-    assert ledger.assign(0).part == 1 and ledger.assign(1) is None  # type: ignore[union-attr]
-    ledger.pushed(0, 1)
-    assert ledger.at_fence and ledger.assign(1) is None
-    ledger.go_on()
-    assert ledger.assign(1).step == 1  # type: ignore[union-attr]
-
-
-def test_the_work_of_the_dead_is_done_by_others():
-    ledger = book("async")
-    ledger.assign(0), ledger.assign(1)
-    ledger.lose(0, "gone")
-    ledger.pushed(1, 0)
-    assert ledger.assign(1).part == 0 and ledger.assign(1).part == 0  # type: ignore[union-attr]
-    with pytest.raises(WorkersLost, match="0 are left"):
-        ledger.lose(1, "gone too")
-
-
-def test_parts_of_a_validation_are_not_lost_with_a_worker():
-    ledger = book("sync", quorum=0.5)
-    ledger.validate()
-    assert ledger.assign(0).part == 0 and ledger.assign(1).part == 1  # type: ignore[union-attr]
-    ledger.lose(1, "gone")
-    assert ledger.evaluated(0) and not ledger.validated
-    assert ledger.assign(0).part == 1 and ledger.evaluated(0) and ledger.validated  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
