@@ -13,7 +13,7 @@ from dtrain.collectives import Communicator, hierarchy_volumes, wait_all
 from dtrain.collectives.algorithms import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, BROADCAST, REDUCE_SCATTER
 from dtrain.collectives.call import Call
 from dtrain.collectives.levels import Levels
-from tests.collective_cases import DTYPES, OPS, bits, inputs, join, same_everywhere
+from tests.oracle import DTYPES, OPS, bits, inputs, join, same_everywhere
 
 Array = np.ndarray[Any, Any]
 HOW = "hierarchical"

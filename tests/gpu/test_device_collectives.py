@@ -17,7 +17,7 @@ if not cupy.cuda.is_available():
 
 from dtrain.collectives import Communicator, run_threads, wait_all, world  # noqa: E402 - after the skips
 from dtrain.collectives.schedules import catalogue  # noqa: E402
-from tests.collective_cases import bits, close, inputs, total  # noqa: E402
+from tests.oracle import bits, close, inputs, total  # noqa: E402
 
 DTYPES = [np.dtype(word) for word in ("f4", "f8", "f2", "i2", "u8", "?", "c8")]
 

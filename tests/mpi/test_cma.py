@@ -8,7 +8,7 @@ import pytest
 
 from dtrain.collectives import Communicator, cross_memory
 from dtrain.collectives.waiting import CHECKED, CollectiveMismatch
-from tests.collective_cases import DTYPES, bits, inputs, join, lengths
+from tests.oracle import DTYPES, bits, inputs, join, lengths
 
 Array = np.ndarray[Any, Any]
 

@@ -15,7 +15,7 @@ from dtrain.collectives import Communicator, rules
 from dtrain.collectives.closed import CommunicatorClosed
 from dtrain.collectives.waiting import CollectiveMismatch, CollectiveTimeout
 from tests import collective_cases
-from tests.collective_cases import DTYPES, bits, close, inputs, lengths, same_everywhere, total
+from tests.oracle import DTYPES, bits, close, inputs, lengths, same_everywhere, total
 
 Array = np.ndarray[Any, Any]
 

@@ -5,7 +5,7 @@ import pytest
 
 from dtrain.collectives import Communicator, copying, node, parts, sums
 from dtrain.collectives.machine_code import machine_code
-from tests.collective_cases import bits
+from tests.oracle import bits
 
 
 def results(comm: Communicator) -> list[bytes]:

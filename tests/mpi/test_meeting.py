@@ -9,7 +9,7 @@ import pytest
 
 from dtrain.collectives import Communicator, flags, node, parts, window
 from dtrain.collectives.waiting import CollectiveMismatch
-from tests.collective_cases import bits, normals
+from tests.oracle import bits, normals
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ import pytest
 
 from dtrain.collectives import Communicator, wait_all
 from dtrain.collectives.waiting import CollectiveMismatch
-from tests.collective_cases import bits, close, inputs, same_everywhere, total
+from tests.oracle import bits, close, inputs, same_everywhere, total
 
 Array = np.ndarray[Any, Any]
 

@@ -8,7 +8,7 @@ import pytest
 
 from dtrain.collectives import Communicator
 from dtrain.collectives.waiting import CollectiveMismatch
-from tests.collective_cases import DTYPES, bits, inputs, join, lengths, total
+from tests.oracle import DTYPES, bits, inputs, join, lengths, total
 
 Array = np.ndarray[Any, Any]
 RECORD = np.dtype([("a", "i2"), ("b", "f8")])

@@ -17,7 +17,7 @@ from dtrain.collectives.schedules import catalogue
 from dtrain.collectives.schedules.refusal import ScheduleError
 from dtrain.collectives.schedules.schedule import Receive, Send, Step, custom
 from tests import fake_cuda, fake_cupy
-from tests.collective_cases import bits, close, inputs, total
+from tests.oracle import bits, close, inputs, total
 
 SIZES = [1, 2, 3, 4, 5, 8, 9, 16]
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
