@@ -3,7 +3,7 @@
     $DTRAIN_CACHE, else ~/Library/Caches/dtrain on macOS, else $XDG_CACHE_HOME/dtrain, else ~/.cache/dtrain
 
 Many ranks may make the same file at the same time. Each writes a file of its own and gives it the final name in one
-step, so a reader sees nothing or all of it, and the first one to finish wins.
+step, so a reader sees nothing or all of it.
 """
 
 import contextlib
@@ -25,19 +25,8 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dtrain"
 
 
-def write_once(path: Path, content: bytes) -> bool:
-    """Create `path` with `content` unless it exists; return whether it was this call that did. OSError as from open."""
-    return _write(path, content, replace=False)
-
-
 def write_atomic(path: Path, content: bytes) -> None:
     """Write `path` whole or not at all, replacing what was there. OSError as from open."""
-    _write(path, content, replace=True)
-
-
-def _write(path: Path, content: bytes, replace: bool) -> bool:
-    if not replace and path.exists():
-        return False
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
@@ -46,16 +35,7 @@ def _write(path: Path, content: bytes, replace: bool) -> bool:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o644)  # mkstemp's files are for their owner alone
-        if replace:
-            os.replace(name, path)
-            return True
-        try:
-            os.link(name, path)  # fails where a rename would replace
-        except FileExistsError:
-            return False
-        except OSError:  # a file system without links: the last one wins, with the same content
-            os.replace(name, path)
-        return True
+        os.replace(name, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)

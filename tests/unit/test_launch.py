@@ -208,27 +208,12 @@ def test_cache_folder(monkeypatch, tmp_path):
     assert cache.cache_folder() == tmp_path / "Library" / "Caches" / "dtrain"
 
 
-def test_the_first_writer_wins(tmp_path):
+def test_a_file_is_written_whole_over_what_was_there(tmp_path):
     path = tmp_path / "new" / "file"
-    assert cache.write_once(path, b"one")
-    assert not cache.write_once(path, b"two")
-    assert path.read_bytes() == b"one"
-    cache.write_atomic(path, b"three")
-    assert path.read_bytes() == b"three"
+    for content in (b"one", b"three"):
+        cache.write_atomic(path, content)
+        assert path.read_bytes() == content
     assert [file.name for file in path.parent.iterdir()] == ["file"]
-
-
-def test_the_first_writer_wins_when_both_began(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    link = os.link
-
-    def late(source, target):
-        path.write_bytes(b"other rank")
-        link(source, target)
-
-    monkeypatch.setattr(os, "link", late)
-    assert not cache.write_once(path, b"one")
-    assert path.read_bytes() == b"other rank"
 
 
 def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
