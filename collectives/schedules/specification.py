@@ -26,10 +26,6 @@ def _all(spec: "Specification", rank: int) -> range:
     return range(spec.parts)
 
 
-def _none(spec: "Specification", rank: int) -> range:
-    return range(0)
-
-
 def _block(spec: "Specification", rank: int) -> range:
     length = spec.parts // spec.size
     return range(rank * length, (rank + 1) * length)

@@ -91,12 +91,6 @@ class Fused:
 
     # ---- elementwise ----
 
-    def bias_add(self, x: Array, bias: Array) -> Array:
-        x, (rows, columns) = self._plain(x), _rows(x)
-        b, y = self._sized(bias, columns), empty(x.shape, self.dtype)
-        self.run["bias_add"](at(x), at(b), at(y), rows, columns)
-        return y
-
     def column_sum(self, g: Array) -> Array:
         g, (rows, columns) = self._plain(g), _rows(g)
         total = np.empty(columns, self.dtype)

@@ -63,11 +63,6 @@ def _affine(x: Array, weight: Maybe, bias: Maybe) -> Array:
 # ---- elementwise ----
 
 
-def bias_add(x: Array, bias: Array) -> Array:
-    """x + bias."""
-    return x + bias
-
-
 def column_sum(g: Array) -> Array:
     """(..., C) -> (C,): the gradient of a bias."""
     return g.reshape(-1, g.shape[-1]).sum(axis=0)

@@ -22,12 +22,6 @@ def kernels_for(m: Mathematics) -> dict[str, Any]:
     bell_height = real(1 / math.sqrt(2 * math.pi))
     U, V = np.uint32, np.uint64
 
-    def bias_add(xp, bp, yp, rows, columns):
-        x, b, y = carray(xp, (rows, columns)), carray(bp, columns), carray(yp, (rows, columns))
-        for i in range(rows):
-            for j in range(columns):
-                y[i, j] = x[i, j] + b[j]
-
     def bias_residual(xp, bp, residualp, yp, rows, columns):
         x, b, y = carray(xp, (rows, columns)), carray(bp, columns), carray(yp, (rows, columns))
         residual = carray(residualp, (rows, columns))

@@ -22,7 +22,6 @@ SIGNATURES: dict[str, str] = {
     "attention_delta": "PP P IIII",  # g out | delta | batch length heads depth
     "rotary": "PPP P IIII III D",  # x cos sin | y | batch length heads half | strides of x | sign
     # elementwise.py
-    "bias_add": "PP P II",
     "bias_residual": "PPP P II",
     "column_sum": "P P II",
     "gelu_tanh": "PP P II",  # x bias | y | rows columns
