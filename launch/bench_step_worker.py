@@ -33,8 +33,8 @@ def work(folder: Path) -> None:
 
     config = configuration.load(folder / "config.yaml")
     from dtrain.collectives import world
+    from dtrain.kernels.memory import peak_memory
     from dtrain.launch.assembly import assemble
-    from dtrain.launch.run_folder import peak_memory
 
     comm = world()
     environment.check_world(comm.size)

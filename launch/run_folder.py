@@ -14,9 +14,7 @@ import contextlib
 import json
 import math
 import platform
-import resource
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ import numpy as np
 from dtrain import __version__, cache, checkpoint
 from dtrain.config import GPTConfig
 from dtrain.errors import UserError
+from dtrain.kernels.memory import peak_memory
 from dtrain.launch import configuration, experts, memory, pictures, timelines
 from dtrain.models import Model
 from dtrain.trainer import StepRecord, Trainer
@@ -271,9 +270,3 @@ class RunFolder:
     def _unwritable(self, path: Path, error: OSError) -> UserError:
         free = shutil.disk_usage(self.path).free
         return UserError(f"output: cannot write {path}: {error.strerror} ({free:,} bytes free)")
-
-
-def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

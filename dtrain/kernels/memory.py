@@ -1,4 +1,4 @@
-"""Memory for large temporaries that is used again, rather than given back to the system.
+"""The memory of this process: what temporaries took is used again, rather than given back to the system.
 
 glibc maps a large array freshly from the system, faults it in page by page and unmaps it in the end; for arrays that
 live for a part of a step this costs more than the arithmetic on them. So malloc is told, once per process, to keep what
@@ -12,6 +12,8 @@ free list per size takes 21 ms too, and serves only those who ask it. Most memor
 
 import ctypes
 import os
+import resource
+import sys
 from typing import Any
 
 import numpy as np
@@ -41,3 +43,9 @@ KEEPS_PAGES = keep_pages()
 def empty(shape: Any, dtype: Any) -> Array:
     """An uninitialised C-contiguous array for a temporary; its memory is used again when the last view of it dies."""
     return np.empty(shape, dtype)
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

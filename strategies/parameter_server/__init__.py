@@ -8,6 +8,7 @@
     shards.py     which server has which range          messages.py   what they say, and how nobody waits in MPI
     ledger.py     who may do what: the four modes       server.py     pull, push, rows, update
     lead.py       the first server, which leads         worker.py     a trainer of one process whose updates are remote
+    rows.py       embeddings that travel by rows
 
 Invariant: mode sync = one process; in every mode, each sample of the steps is used once while nobody dies.
 References: Li et al., "Scaling distributed machine learning with the parameter server", OSDI 2014; Dean et al., "Large
@@ -17,8 +18,8 @@ workers), arXiv:1604.00981; Stich, "Local SGD converges fast and communicates li
 
 from dtrain.strategies.parameter_server.lead import Lead
 from dtrain.strategies.parameter_server.ledger import Ledger, WorkersLost
-from dtrain.strategies.parameter_server.server import Server, needs_whole
-from dtrain.strategies.parameter_server.shards import Serve
+from dtrain.strategies.parameter_server.server import Server
+from dtrain.strategies.parameter_server.shards import Serve, needs_whole
 from dtrain.strategies.parameter_server.worker import ServerLost, Worker
 
 __all__ = ["Lead", "Ledger", "Serve", "Server", "ServerLost", "Worker", "WorkersLost", "needs_whole"]

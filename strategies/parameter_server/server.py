@@ -26,7 +26,6 @@ from dtrain.arrays import Array
 from dtrain.collectives import Communicator, Work
 from dtrain.collectives.connections import PeerLost
 from dtrain.collectives.dtypes import OPERATIONS, reduce_rows
-from dtrain.optimizers import Optimizer
 from dtrain.strategies.parameter_server.messages import (
     BODY,
     ORDER,
@@ -38,7 +37,7 @@ from dtrain.strategies.parameter_server.messages import (
     receive_all,
     send_all,
 )
-from dtrain.strategies.parameter_server.shards import Shard, shards
+from dtrain.strategies.parameter_server.shards import shards_of, values
 from dtrain.trainer import Trainer
 
 Condition = Callable[[], bool]
@@ -282,28 +281,3 @@ class Server:
     def norm(self, squares: float, count: float) -> float:
         """Of a gradient, from the squares of what was computed for `count` targets."""
         return math.sqrt(squares) * self.trainer.expected_targets / (count * self.trainer.loss_scale)
-
-
-def shards_of(trainer: Trainer, sparse: Sequence[str]) -> list[Shard]:
-    """The shards of all servers, on a server or on a worker."""
-    config = trainer.config
-    names = [f"{name}.weight" for name in sparse]
-    return shards(
-        trainer.flat.groups, config.parameter_server.servers, needs_whole(trainer.config.optimizer.kind), names
-    )
-
-
-def needs_whole(kind: str) -> bool:
-    """Whether an optimizer looks at whole parameters, which then lie on one server each."""
-    return optimizers.OPTIMIZERS[kind].by_parameter
-
-
-def values(optimizer: Optimizer) -> list[Array]:
-    """All that an optimizer changes, in a fixed order: parameters (or their master copies) and state."""
-    arrays: list[Array] = []
-    for part in optimizer.parts:
-        arrays += [] if part.is_half else [part.data]
-        arrays += [part.state[name] for name in sorted(part.state)]
-    for factors in getattr(optimizer, "factors", {}).values():
-        arrays += [factors[name] for name in sorted(factors)]
-    return arrays

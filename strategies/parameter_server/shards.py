@@ -21,14 +21,17 @@ from typing import Any
 
 import numpy as np
 
+from dtrain import optimizers
 from dtrain.arrays import Array
 from dtrain.collectives import Communicator
 from dtrain.flat import FlatBuffers
 from dtrain.flat_group import FlatGroup, boxes_within
 from dtrain.mesh import Mesh
 from dtrain.modules import Module
+from dtrain.optimizers import Optimizer
 from dtrain.parameter import Parameter
 from dtrain.strategy import Strategy
+from dtrain.trainer import Trainer
 
 
 def borders(group: FlatGroup, servers: int, whole: bool) -> list[int]:
@@ -97,6 +100,28 @@ def shards(groups: Sequence[FlatGroup], servers: int, whole: bool, sparse: Seque
             runs.append((i, slice(start, part.stop)))
         found.append(Shard(ranges, tuple(run for run in runs if run[1].stop > run[1].start), tuple(tables)))
     return found
+
+
+def shards_of(trainer: Trainer, sparse: Sequence[str]) -> list[Shard]:
+    """The shards of all servers, on a server or on a worker."""
+    servers, whole = trainer.config.parameter_server.servers, needs_whole(trainer.config.optimizer.kind)
+    return shards(trainer.flat.groups, servers, whole, [f"{name}.weight" for name in sparse])
+
+
+def needs_whole(kind: str) -> bool:
+    """Whether an optimizer looks at whole parameters, which then lie on one server each."""
+    return optimizers.OPTIMIZERS[kind].by_parameter
+
+
+def values(optimizer: Optimizer) -> list[Array]:
+    """All that an optimizer changes, in a fixed order: parameters (or their master copies) and state."""
+    arrays: list[Array] = []
+    for part in optimizer.parts:
+        arrays += [] if part.is_half else [part.data]
+        arrays += [part.state[name] for name in sorted(part.state)]
+    for factors in getattr(optimizer, "factors", {}).values():
+        arrays += [factors[name] for name in sorted(factors)]
+    return arrays
 
 
 class ServedGroup(FlatGroup):

@@ -8,14 +8,11 @@ ordinary one per server range, and what is pushed every few steps is what it has
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-import dtrain.functional as F
 from dtrain import optimizers
 from dtrain.arrays import Array
 from dtrain.collectives import Communicator, Work, single
@@ -25,9 +22,9 @@ from dtrain.config import Config
 from dtrain.data import Data, share
 from dtrain.errors import UserError
 from dtrain.flat import FlatBuffers
+from dtrain.kernels.memory import peak_memory
 from dtrain.mesh import Mesh
 from dtrain.models import Model
-from dtrain.modules import Embedding
 from dtrain.optimizers import Optimizer
 from dtrain.strategies.parameter_server.messages import (
     ANSWER,
@@ -40,10 +37,10 @@ from dtrain.strategies.parameter_server.messages import (
     send_all,
     wait,
 )
-from dtrain.strategies.parameter_server.server import shards_of, values
+from dtrain.strategies.parameter_server.rows import Rows, check_sparse
+from dtrain.strategies.parameter_server.shards import shards_of, values
 from dtrain.strategy import Microbatch
 from dtrain.tape import no_grad
-from dtrain.tensor import Tensor
 from dtrain.trainer import Trainer
 
 
@@ -57,25 +54,6 @@ class RemoteOptimizer(Optimizer):
     def __init__(self, flat: FlatBuffers) -> None:
         self.flat, self.steps = flat, 0
         self.parts = []
-
-
-class Rows:
-    """An embedding whose rows come when they are needed: `forward` pulls those that this work has not pulled yet."""
-
-    def __init__(self, worker: Worker, embedding: Embedding) -> None:
-        self.worker, self.weight = worker, embedding.weight
-        self.ids = np.empty(0, np.int64)
-        """Distinct, ascending: those whose rows are of this work."""
-        embedding.forward = self.forward  # type: ignore[method-assign]
-
-    def forward(self, ids: Array) -> Tensor:
-        """As Embedding.forward."""
-        distinct = np.unique(ids).astype(np.int64)
-        fresh = np.setdiff1d(distinct, self.ids, assume_unique=True)
-        if fresh.size:
-            self.worker.pull_rows(self.weight.name, fresh)
-            self.ids = np.union1d(self.ids, fresh)
-        return F.embedding(self.weight, ids)
 
 
 class Worker(Trainer):
@@ -100,7 +78,8 @@ class Worker(Trainer):
             self.pulled = [[groups[i].data[run] for i, run in shard.runs] for shard in self.shards]
             self.pushed = [[groups[i].grad[run] for i, run in shard.runs] for shard in self.shards]
         modules = model.named_modules()
-        self.rows = {f"{name}.weight": Rows(self, check_sparse(model, modules, name)) for name in self.options.sparse}
+        tables = {name: check_sparse(model, modules, name) for name in self.options.sparse}
+        self.rows = {f"{name}.weight": Rows(table, self.pull_rows) for name, table in tables.items()}
 
     # The loop
 
@@ -285,25 +264,3 @@ class Worker(Trainer):
             wait(works, limit, lambda: ServerLost(f"{who}, does not answer for {limit:.0f} s"))
         except PeerLost as lost:
             raise ServerLost(f"{who}, is gone: {str(lost).partition(': ')[2]}") from None
-
-
-def check_sparse(model: Model, modules: Mapping[str, object], name: str) -> Embedding:
-    """The embedding of that name, whose weight is used nowhere else; UserError."""
-    paths: dict[int, int] = {}
-    for _, part in model.walk():
-        paths[id(part)] = paths.get(id(part), 0) + 1
-    fitting = {
-        path: each for path, each in modules.items() if isinstance(each, Embedding) and paths[id(each.weight)] == 1
-    }
-    if name not in fitting:
-        allowed = f"allowed: {', '.join(fitting)}" if fitting else "this model has none (model.tied: false?)"
-        raise UserError(
-            f"parameter_server.sparse: {name}; must be an embedding whose weight nothing else uses; {allowed}"
-        )
-    return fitting[name]
-
-
-def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
