@@ -28,7 +28,7 @@ endif
 LIMIT := $(shell command -v timeout >/dev/null 2>&1 && echo timeout -k 10)
 limit = $(if $(LIMIT),$(LIMIT) $(1))
 
-.PHONY: battery bench-hosts run test test-unit test-mpi test-system check format bench clean
+.PHONY: battery bench-hosts run test test-unit test-mpi test-system check check-types check-rest format bench clean
 
 run: .venv/run-$(MPI)
 	mpirun -n 8 dtrain run $(CONFIG)
@@ -62,11 +62,21 @@ test-mpi: .venv/dev-$(MPI)
 test-system: .venv/dev-$(MPI)
 	$(call limit,900) python -m pytest tests/examples tests/system tests/hosts -q -n 2 --dist worksteal
 
+COLLECT := python -m pytest tests/unit tests/examples tests/system tests/hosts --collect-only -q
+# mypy keeps one core busy; beside it, in one process: every test can be imported, which compiles what the tests' workers
+# would all compile at once.
+BESIDE := --no-print-directory -j 2 $(if $(filter output-sync,$(.FEATURES)),-O)
 check: .venv/dev-$(MPI)
+	@$(MAKE) $(BESIDE) check-types check-rest
+
+check-types:
+	mypy
+
+check-rest:
 	ruff check .
 	ruff format --check .
-	mypy
 	lint-imports
+	@echo "$(COLLECT)"; told=$$($(COLLECT) 2>&1) && echo "$$told" | tail -n 1 || { echo "$$told"; exit 1; }
 
 format: .venv/dev-$(MPI)
 	ruff check --fix .
@@ -90,13 +100,14 @@ battery: .venv/dev-$(MPI)
 clean:
 	rm -rf .venv build dist *.egg-info
 
-# The environment; the stamps keep it from being made twice, pyproject.toml makes it anew.
+# The environment; the stamps keep it from being made twice, pyproject.toml makes it anew. All that pip could compile takes
+# as long as the rest of the installation; the tests import a small part of it.
 .venv/run-$(MPI): .venv/bin/python pyproject.toml
 	python -m pip install --quiet -e '.$(if $(MPI),[$(MPI)])'
 	@touch $@
 
 .venv/dev-$(MPI): .venv/bin/python pyproject.toml
-	python -m pip install --quiet -e '.[$(if $(MPI),$(MPI)$(,))test$(,)dev$(,)plots$(,)bpe$(,)digits$(,)survey]'
+	python -m pip install --quiet --no-compile -e '.[$(if $(MPI),$(MPI)$(,))test$(,)dev$(,)plots$(,)bpe$(,)digits$(,)survey]'
 	@touch $@ .venv/run-$(MPI)
 
 , := ,
