@@ -11,7 +11,7 @@ import ast
 import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, cast
 
 import numpy as np
@@ -84,6 +84,11 @@ def cut(count: int, size: int) -> list[int]:
     """Lengths of `size` consecutive blocks of `count` things: the first `count % size` blocks get one more."""
     small, extra = divmod(count, size)
     return [small + 1] * extra + [small] * (size - extra)
+
+
+def spans(count: int, size: int) -> list[tuple[int, int]]:
+    """Start and stop of these blocks."""
+    return list(pairwise(accumulate(cut(count, size), initial=0)))
 
 
 def starts(counts: Sequence[int]) -> list[int]:

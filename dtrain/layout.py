@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from dtrain.collectives.dtypes import cut
+from dtrain.collectives.dtypes import spans
 
 Run = tuple[int, int]
 """Start and stop of consecutive elements of a dim."""
@@ -146,9 +146,8 @@ class Layout:
                     )
                 held[placement.dim] = [run for run in placement.ranges[rank] if run[1] > run[0]] or [(0, 0)]
             else:
-                lengths = cut(sum(stop - start for start, stop in before), size)
-                first = sum(lengths[:rank])
-                held[placement.dim] = _within(before, first, first + lengths[rank])
+                first, last = spans(sum(stop - start for start, stop in before), size)[rank]
+                held[placement.dim] = _within(before, first, last)
         return held
 
     def part(self, mesh: Place, shape: Sequence[int]) -> tuple[slice, ...]:

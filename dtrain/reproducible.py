@@ -24,7 +24,7 @@ from functools import cache
 import numpy as np
 
 from dtrain.arrays import Array
-from dtrain.collectives.dtypes import cut
+from dtrain.collectives.dtypes import spans
 from dtrain.flat import FlatBuffers
 from dtrain.parameter import Parameter
 
@@ -101,9 +101,8 @@ def sum_squares(flat: FlatBuffers) -> float:
     shares = []
     for group in flat.groups:
         index, count = group.replicas()
-        lengths = cut(group.owned_grad.size, count)
-        start = sum(lengths[:index])
-        shares.append(np.square(group.owned_grad[start : start + lengths[index]], dtype=np.float64))
+        start, stop = spans(group.owned_grad.size, count)[index]
+        shares.append(np.square(group.owned_grad[start:stop], dtype=np.float64))
     squares = np.concatenate(shares) if shares else np.zeros(0)
     largest = float(comm.all_reduce(np.array([squares.max(initial=0.0)]), op="max")[0])
     if largest == 0 or not math.isfinite(largest):

@@ -12,12 +12,12 @@ arXiv:2407.21783, section 3.3.2.
 
 from __future__ import annotations
 
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 import numpy as np
 
 from dtrain.arrays import Array
-from dtrain.collectives.dtypes import cut
+from dtrain.collectives.dtypes import spans
 
 Runs = tuple[tuple[int, int], ...]
 """Start and stop of neighbouring tokens."""
@@ -25,12 +25,12 @@ Runs = tuple[tuple[int, int], ...]
 
 def blocks(length: int, size: int) -> tuple[Runs, ...]:
     """For each rank one run."""
-    return tuple((run,) for run in pairwise((0, *accumulate(cut(length, size)))))
+    return tuple((run,) for run in spans(length, size))
 
 
 def zigzag(length: int, size: int) -> tuple[Runs, ...]:
     """For each rank two runs of a causal attention with equal work; an empty one is left out."""
-    runs = list(pairwise((0, *accumulate(cut(length, 2 * size)))))
+    runs = spans(length, 2 * size)
     return tuple(tuple(run for run in (runs[i], runs[-1 - i]) if run[0] < run[1]) for i in range(size))
 
 

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 
 import numpy as np
 
 from dtrain.arrays import Array
-from dtrain.collectives.dtypes import cut
+from dtrain.collectives.dtypes import spans
 from dtrain.layout import Shard
 
 Range = tuple[int, int]
@@ -67,7 +66,7 @@ def by_table(shapes: Shapes, ranks: int) -> Plan:
 
 def by_row(shapes: Shapes, ranks: int) -> Plan:
     """A block of rows of every table."""
-    blocks = [_blocks(rows, ranks) for rows, _ in shapes]
+    blocks = [spans(rows, ranks) for rows, _ in shapes]
     return Plan(
         [Shard(0)] * len(shapes), [[b[rank] for b in blocks] for rank in range(ranks)], [(0, shapes[0][1])] * ranks
     )
@@ -75,11 +74,7 @@ def by_row(shapes: Shapes, ranks: int) -> Plan:
 
 def by_column(shapes: Shapes, ranks: int) -> Plan:
     """A block of columns of every table."""
-    return Plan([Shard(1)] * len(shapes), [[(0, rows) for rows, _ in shapes]] * ranks, _blocks(shapes[0][1], ranks))
-
-
-def _blocks(length: int, ranks: int) -> list[Range]:
-    return list(pairwise([0, *accumulate(cut(length, ranks))]))
+    return Plan([Shard(1)] * len(shapes), [[(0, rows) for rows, _ in shapes]] * ranks, spans(shapes[0][1], ranks))
 
 
 PLANS: dict[str, Callable[[Shapes, int], Plan]] = {"table": by_table, "row": by_row, "column": by_column}

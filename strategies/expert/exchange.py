@@ -9,14 +9,13 @@ Invariant: what comes back stands where it stood, so the layer around it does no
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
 from dtrain.arrays import Array
 from dtrain.collectives import Communicator
-from dtrain.collectives.dtypes import cut
+from dtrain.collectives.dtypes import spans
 from dtrain.modules import Module
 from dtrain.op import ITSELF, Op
 from dtrain.ops.routing import REORDER_ROWS
@@ -52,9 +51,9 @@ class Exchanged(Module):
         """Rows (R, C), of which counts[e] in turn are expert e's -> (R, C). Collective over `ep`."""
         comm = self.comm
         everyone = comm.all_gather(counts.astype(np.int64)).reshape(comm.size, len(counts))  # (rank, expert)
-        ends = [0, *accumulate(cut(len(counts), comm.size))]
-        mine = everyone[:, ends[comm.rank] : ends[comm.rank + 1]]
-        sent = [int(counts[ends[rank] : ends[rank + 1]].sum()) for rank in range(comm.size)]
+        owners = [slice(*span) for span in spans(len(counts), comm.size)]  # the experts of each rank
+        mine = everyone[:, owners[comm.rank]]
+        sent = [int(counts[experts].sum()) for experts in owners]
         received = mine.sum(axis=1).tolist()
         order = np.argsort(np.repeat(np.tile(np.arange(mine.shape[1]), comm.size), mine.reshape(-1)), kind="stable")
         back = np.argsort(order, kind="stable")

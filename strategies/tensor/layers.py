@@ -14,7 +14,6 @@ References: Shoeybi et al., Megatron-LM, arXiv:1909.08053; Korthikanti et al., a
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +22,7 @@ import dtrain.functional as F
 from dtrain import conjugate, random
 from dtrain.arrays import Array
 from dtrain.collectives import Communicator
-from dtrain.collectives.dtypes import accumulator, cut
+from dtrain.collectives.dtypes import accumulator, spans
 from dtrain.layout import Run
 from dtrain.models.base import IGNORED
 from dtrain.models.blocks import Attention, add_branch
@@ -77,7 +76,7 @@ class VocabularyEmbedding(Embedding):
         self.weight, self.name = whole.weight, whole.name
         self.rows = rows
         self._leave = leave or (lambda y: conjugate.all_reduce(y, comm))
-        self.first = sum(cut(rows, comm.size)[: comm.rank])
+        self.first = spans(rows, comm.size)[comm.rank][0]
 
     def forward(self, ids: Array) -> Tensor:
         """Ids (...) -> (..., dim), the same on all ranks."""
@@ -118,7 +117,7 @@ def cut_heads(attention: Attention, size: int) -> Heads:
     """For `size` ranks."""
     width = attention.qkv.weight.whole[0] // (attention.heads + 2 * attention.kv_heads)
     per_group = attention.heads // attention.kv_heads
-    ends = list(pairwise([0, *accumulate(cut(attention.kv_heads, size))]))
+    ends = spans(attention.kv_heads, size)
     mixed = tuple(((start * per_group * width, stop * per_group * width),) for start, stop in ends)
     first_key = attention.heads * width
     first_value = first_key + attention.kv_heads * width
@@ -165,7 +164,7 @@ class SequenceDropout(Dropout):
         if context is None or self.p == 0:
             return x
         total = self.length()
-        first = sum(cut(total, self.comm.size)[: self.comm.rank])
+        first = spans(total, self.comm.size)[self.comm.rank][0]
         row_ids = context.rows(x.shape[TOKENS], first, total)
         return F.dropout(x, self.p, random.key(context.seed, "dropout " + self.name, context.step), row_ids)
 
@@ -208,6 +207,6 @@ def cross_entropy(logits: Tensor, targets: Array, comm: Communicator, vocabulary
 
     Three all_reduces of as many numbers as there are targets; equal on all ranks.
     """
-    first = sum(cut(vocabulary, comm.size)[: comm.rank])
+    first = spans(vocabulary, comm.size)[comm.rank][0]
     targets = np.asarray(targets).reshape(-1)
     return apply(CROSS_ENTROPY, logits.reshape(len(targets), logits.shape[-1]), comm=comm, targets=targets, first=first)

@@ -17,7 +17,7 @@ from dataclasses import replace
 from dtrain import conjugate
 from dtrain.arrays import Array
 from dtrain.collectives import Communicator
-from dtrain.collectives.dtypes import cut
+from dtrain.collectives.dtypes import spans
 from dtrain.layout import Partial
 from dtrain.models import Model
 from dtrain.modules import Context, Module
@@ -36,9 +36,8 @@ class OfSamples(Module):
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """As the block; what depends on a sample goes by its number in the whole batch."""
         if context is not None:
-            lengths = cut(len(context.row_ids), self.comm.size)
-            first = sum(lengths[: self.comm.rank])
-            context = replace(context, row_ids=context.row_ids[first : first + lengths[self.comm.rank]])
+            mine = slice(*spans(len(context.row_ids), self.comm.size)[self.comm.rank])
+            context = replace(context, row_ids=context.row_ids[mine])
         return self.inner(x, context)
 
 

@@ -14,7 +14,6 @@ Reference: Xu, Li, Gong, You, "An efficient 2D method for training super-large d
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ import numpy as np
 from dtrain import kernels, random
 from dtrain.arrays import Array
 from dtrain.collectives import Communicator
-from dtrain.collectives.dtypes import accumulator, cut
+from dtrain.collectives.dtypes import accumulator, cut, spans
 from dtrain.modules import Context, Dropout, LayerNorm, Linear, Module, RMSNorm
 from dtrain.op import ITSELF, Op
 from dtrain.ops.common import rows
@@ -97,8 +96,7 @@ class GridDropout(Dropout):
 
 def block(length: int, comm: Communicator) -> slice:
     """Which of `length` things this rank has of those that `comm` cuts."""
-    ends = [0, *accumulate(cut(length, comm.size))]
-    return slice(ends[comm.rank], ends[comm.rank + 1])
+    return slice(*spans(length, comm.size)[comm.rank])
 
 
 # Norms: each rank's n, mean and sum of squares around it, joined as by Chan, Golub, LeVeque (1979)
