@@ -118,7 +118,7 @@ class Trainer:
             loss, count, squares = self.total(loss, count, optimizers.sum_squares(self.flat))
             if self.tree is not None:
                 squares = reproducible.sum_squares(self.flat)
-        self._refuse_divergence(loss)
+        self.refuse_divergence(loss)
 
         used = self.loss_scale
         correction = self.expected_targets / (count * used)
@@ -206,8 +206,7 @@ class Trainer:
     def validation(self) -> float | None:
         """Mean loss on the first samples of the validation set, if this step is to have one. Collective."""
         options, dataset = self.config.train.validate, self.data.validation
-        due = options.every and (self.step % options.every == 0 or self.step == self.total_steps)
-        if not due or dataset is None:
+        if not self.validates or dataset is None:
             return None
         total, (rank, size) = min(len(dataset), options.batches * self.config.train.global_batch), self._data_rank()
         start, count = share(0, total, rank, size)
@@ -218,6 +217,13 @@ class Trainer:
         with no_grad(), self.mesh.comm.counters.purpose("validation"):
             loss, targets, _ = self.total(*self._executor("evaluate", self.evaluate)(portions))
         return loss / targets
+
+    @property
+    def validates(self) -> bool:
+        """Whether a validation is due after this step."""
+        every = self.config.train.validate.every
+        due = every > 0 and (self.step % every == 0 or self.step == self.total_steps)
+        return due and self.data.validation is not None
 
     @property
     def loss_scale(self) -> float:
@@ -255,7 +261,8 @@ class Trainer:
     def _mask_fraction(self) -> float:
         return float(getattr(self.config.model, "mask_fraction", 0.15))
 
-    def _refuse_divergence(self, loss: float) -> None:
+    def refuse_divergence(self, loss: float) -> None:
+        """UserError for a loss of the step under way that is no number."""
         if not math.isfinite(loss):
             raise UserError(
                 f"the loss of step {self.step + 1} is {loss}: training diverged. "

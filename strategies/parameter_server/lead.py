@@ -165,28 +165,21 @@ class Lead(Server):
         norms = np.sqrt(np.mean([norms**2 for _, norms in self.tallies], axis=0))
         self.tallies.clear()
         for (loss, count, _), norm in zip(tallies.tolist(), norms.tolist(), strict=True):
-            trainer._refuse_divergence(loss)
+            trainer.refuse_divergence(loss)
             trainer.step += 1
             trainer.consumed += trainer.config.train.global_batch
             mean, rate = loss / count, trainer.learning_rate(trainer.step)
             record = StepRecord(trainer.step, mean, norm, rate, (now - self.since) / steps, int(count), None)
-            if trainer.step == self.ledger.limit and self.validates:
+            if trainer.step == self.ledger.limit and trainer.validates:
                 self.held = record
             else:
                 self.record(record)
         self.since = now
 
-    @property
-    def validates(self) -> bool:
-        """Whether a validation is due after this step."""
-        trainer, options = self.trainer, self.trainer.config.train.validate
-        due = options.every and (trainer.step % options.every == 0 or trainer.step == trainer.total_steps)
-        return bool(due) and trainer.data.validation is not None
-
     def at_fence(self) -> None:
         """Validation first, then the checkpoint, then on."""
         trainer, every = self.trainer, self.trainer.config.checkpoint.every
-        if self.validates:
+        if trainer.validates:
             if self.ledger.validating is None:
                 self.ledger.validate()
             if not self.ledger.validated:

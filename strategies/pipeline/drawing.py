@@ -32,9 +32,8 @@ def cells(spans: Sequence[Span], ranks: int, width: int) -> Cells:
     begin, length = _extent(spans)
     shortest = min(span.stop - span.start for span in spans)
     digits = max(len(str(span.action.microbatch)) for span in spans)
-    columns = min(
-        digits + 1, int(shortest * width / length)
-    )  # of the shortest action; whole, so that none looks longer
+    # Of the shortest action; a whole number, so that of equal actions none looks longer.
+    columns = min(digits + 1, int(shortest * width / length))
     unit = shortest / columns if columns else length / width
     rows: Cells = []
     for rank in range(ranks):

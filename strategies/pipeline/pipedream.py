@@ -83,10 +83,15 @@ class Stash:
 class AsynchronousEngine(Engine):
     """The engine of 1F1B with an update of its stage after every `every` microbatches."""
 
-    kind = "pipedream"
-    vertical = False
     stashing = True
     """False: without weight stashing, for tests: forward and backward see different weights."""
+
+    def __init__(self, synchronous: Engine, kind: str, vertical: bool) -> None:
+        """synchronous: an engine with the same stages; kind, vertical: see `version`."""
+        super().__init__(synchronous.comm, synchronous.stages, synchronous.rank_of)
+        self.kind, self.vertical = kind, vertical
+        (self.stage,) = self.stages
+        self.every = self.comm.size if kind == "pipedream_2bw" else 1
 
     def run(
         self, trainer: Trainer, program: Program, microbatches: Sequence[Microbatch], training: bool = True
@@ -94,8 +99,6 @@ class AsynchronousEngine(Engine):
         """As of the synchronous engine; in training this rank's parameters are updated on the way."""
         if not training:
             return super().run(trainer, program, microbatches, training)
-        (self.stage,) = self.stages
-        self.every = self.comm.size if self.kind == "pipedream_2bw" else 1
         self.updates, self.pending, self.targets = 0, 0, 0
         self.using: dict[int, int] = {}
         self.staleness: Counter[int] = Counter()
@@ -194,8 +197,7 @@ class PipeDream(PipelineParallel):
                 f"pipeline.schedule: {self.kind}; {tied[0]} is used by two stages, which update it at different "
                 "times: set model.tied: false"
             )
-        self.engine = AsynchronousEngine(self.comm, self.engine.stages, self.plan.rank_of)
-        self.engine.kind, self.engine.vertical = self.kind, self.vertical_sync
+        self.engine = AsynchronousEngine(self.engine, self.kind, self.vertical_sync)
         return model
 
     def notes(self) -> list[str]:

@@ -134,10 +134,8 @@ def check(programs: Sequence[Program]) -> list[int]:
             for earlier in needs(action, 1 + action.stage, {}):
                 if earlier.stage == action.stage and earlier not in seen:
                     raise ScheduleError(f"{where}: before {earlier}")
-            if (
-                action.kind in "BI"
-                and Action(action.stage, "BI"["BI".index(action.kind) - 1], action.microbatch) in seen
-            ):
+            other = {"B": "I", "I": "B"}.get(action.kind)
+            if other is not None and action._replace(kind=other) in seen:
                 raise ScheduleError(f"{where}: the backward of this microbatch is there already")
             seen[action] = rank
     if not seen:
