@@ -24,9 +24,9 @@ from typing import Any
 
 import numpy as np
 
+from dtrain.array_blocks import block, exchanged, gathered, reduce_scattered
 from dtrain.arrays import Array
 from dtrain.collectives.dtypes import cut
-from dtrain.conjugate import block, exchanged, gathered, reduce_scattered
 from dtrain.layout import Layout, Only, Partial, Place, Placement, Replicate, Shard
 from dtrain.mesh import Mesh
 from dtrain.op import ITSELF, Op, Shape
@@ -74,7 +74,11 @@ def plan(source: Layout, target: Layout) -> list[Step]:
     axes = list(dict.fromkeys([*source, *target]))
     for axis in axes:
         for what in (source[axis], target[axis]):
-            if isinstance(what, Only) or (isinstance(what, Shard) and what.ranges) or what == _other_partial(what):
+            if (
+                isinstance(what, Only)
+                or (isinstance(what, Shard) and what.ranges)
+                or (isinstance(what, Partial) and what.op != "sum")
+            ):
                 raise ValueError(f"redistribute: {axis}={what}; allowed: Replicate, Shard(dim) without ranges, a sum")
     wanted = {dim: target.cutters(dim) for dim in _dims(source) | _dims(target)}
     steps: list[Step] = []
@@ -141,10 +145,6 @@ def _moved(layout: Layout, axis: str, after: Placement) -> Layout:
 
 def _dims(layout: Layout) -> set[int]:
     return {placement.dim for axis in layout if isinstance(placement := layout[axis], Shard)}
-
-
-def _other_partial(what: Placement) -> Placement | None:
-    return what if isinstance(what, Partial) and what.op != "sum" else None
 
 
 def redistribute_array(array: Array, mesh: Mesh, source: Layout, target: Layout, shape: Shape) -> Array:

@@ -23,7 +23,7 @@ from functools import partial
 
 import numpy as np
 
-from dtrain import conjugate
+from dtrain.array_blocks import gathered
 from dtrain.arrays import Array
 from dtrain.errors import UserError
 from dtrain.layout import Partial
@@ -89,8 +89,8 @@ class ContextParallel(Strategy):
 
     def _whole(self, array: Array) -> Array:
         """What the ranks have of their tokens, (B, t, …), as that of all tokens in their order, (B, T, …)."""
-        gathered = conjugate.gathered(array, self.comm, TOKENS, [places.count(each) for each in self.runs])
-        return gathered[:, np.argsort(np.concatenate([places.positions(each) for each in self.runs]))]
+        parts = gathered(array, self.comm, TOKENS, [places.count(each) for each in self.runs])
+        return parts[:, np.argsort(np.concatenate([places.positions(each) for each in self.runs]))]
 
     def _replace(self, attention: Attention) -> None:
         width = attention.qkv.weight.shape[0] // (attention.heads + 2 * attention.kv_heads)
