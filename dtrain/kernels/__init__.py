@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 
 from dtrain.arrays import Array
-from dtrain.kernels import backends
+from dtrain.kernels import backends, memory  # malloc is told when `memory` is imported
 from dtrain.kernels.interface import NAMES, Kernels
-from dtrain.kernels.memory import empty
 
-__all__ = ["NAMES", "Kernels", "describe", "empty", "of"]
+__all__ = ["NAMES", "Kernels", "describe", "memory", "of"]
 
 _by_dtype: dict[Any, Kernels] = {}  # filled on first use: a pure cache, the choice depends on the process alone
 

@@ -16,7 +16,6 @@ from dtrain.arrays import Array
 from dtrain.kernels import fused_attention
 from dtrain.kernels.address import address as at
 from dtrain.kernels.interface import Maybe, check_row
-from dtrain.kernels.memory import empty
 from dtrain.kernels.native import Function
 from dtrain.kernels.philox import threshold
 
@@ -61,7 +60,7 @@ class Fused:
         x, (rows, columns) = self._plain(x), _rows(x)
         w, b = self._vector(weight, columns, 1), self._vector(bias, columns, 0)
         y, mean, rstd = (
-            empty(x.shape, self.dtype),
+            np.empty(x.shape, self.dtype),
             np.empty(x.shape[:-1], self.dtype),
             np.empty(x.shape[:-1], self.dtype),
         )
@@ -71,21 +70,21 @@ class Fused:
     def layer_norm_vjp(self, g: Array, x: Array, weight: Maybe, mean: Array, rstd: Array) -> tuple[Array, Maybe, Array]:
         g, x, (rows, columns) = self._like(g, x), self._plain(x), _rows(x)
         w, mean, rstd = self._vector(weight, columns, 1), self._sized(mean, rows), self._sized(rstd, rows)
-        dx, dw, db = empty(x.shape, self.dtype), np.empty(columns, self.dtype), np.empty(columns, self.dtype)
+        dx, dw, db = np.empty(x.shape, self.dtype), np.empty(columns, self.dtype), np.empty(columns, self.dtype)
         self.run["layer_norm_vjp"](at(g), at(x), at(w), at(mean), at(rstd), at(dx), at(dw), at(db), rows, columns)
         return dx, None if weight is None else dw, db
 
     def rms_norm(self, x: Array, weight: Maybe, eps: float) -> tuple[Array, Array]:
         x, (rows, columns) = self._plain(x), _rows(x)
         w = self._vector(weight, columns, 1)
-        y, rstd = empty(x.shape, self.dtype), np.empty(x.shape[:-1], self.dtype)
+        y, rstd = np.empty(x.shape, self.dtype), np.empty(x.shape[:-1], self.dtype)
         self.run["rms_norm"](at(x), at(w), at(y), at(rstd), rows, columns, eps)
         return y, rstd
 
     def rms_norm_vjp(self, g: Array, x: Array, weight: Maybe, rstd: Array) -> tuple[Array, Maybe]:
         g, x, (rows, columns) = self._like(g, x), self._plain(x), _rows(x)
         w, rstd = self._vector(weight, columns, 1), self._sized(rstd, rows)
-        dx, dw = empty(x.shape, self.dtype), np.empty(columns, self.dtype)
+        dx, dw = np.empty(x.shape, self.dtype), np.empty(columns, self.dtype)
         self.run["rms_norm_vjp"](at(g), at(x), at(w), at(rstd), at(dx), at(dw), rows, columns)
         return dx, None if weight is None else dw
 
@@ -99,19 +98,19 @@ class Fused:
 
     def bias_residual(self, x: Array, bias: Maybe, residual: Array) -> Array:
         x, residual, (rows, columns) = self._plain(x), self._like(residual, x), _rows(x)
-        b, y = self._vector(bias, columns, 0), empty(x.shape, self.dtype)
+        b, y = self._vector(bias, columns, 0), np.empty(x.shape, self.dtype)
         self.run["bias_residual"](at(x), at(b), at(residual), at(y), rows, columns)
         return y
 
     def gelu(self, x: Array, bias: Maybe, approximate: bool) -> Array:
         x, (rows, columns) = self._plain(x), _rows(x)
-        b, y = self._vector(bias, columns, 0), empty(x.shape, self.dtype)
+        b, y = self._vector(bias, columns, 0), np.empty(x.shape, self.dtype)
         self.run["gelu_tanh" if approximate else "gelu_exact"](at(x), at(b), at(y), rows, columns)
         return y
 
     def gelu_vjp(self, g: Array, x: Array, bias: Maybe, approximate: bool) -> tuple[Array, Maybe]:
         g, x, (rows, columns) = self._like(g, x), self._plain(x), _rows(x)
-        b, dx, db = self._vector(bias, columns, 0), empty(x.shape, self.dtype), np.empty(columns, self.dtype)
+        b, dx, db = self._vector(bias, columns, 0), np.empty(x.shape, self.dtype), np.empty(columns, self.dtype)
         self.run["gelu_tanh_vjp" if approximate else "gelu_exact_vjp"](
             at(g), at(x), at(b), at(dx), at(db), rows, columns
         )
@@ -119,25 +118,25 @@ class Fused:
 
     def silu(self, x: Array) -> Array:
         x = self._plain(x)
-        y = empty(x.shape, self.dtype)
+        y = np.empty(x.shape, self.dtype)
         self.run["silu"](at(x), at(y), x.size)
         return y
 
     def silu_vjp(self, g: Array, x: Array) -> Array:
         g, x = self._like(g, x), self._plain(x)
-        dx = empty(x.shape, self.dtype)
+        dx = np.empty(x.shape, self.dtype)
         self.run["silu_vjp"](at(g), at(x), at(dx), x.size)
         return dx
 
     def swiglu(self, gate: Array, up: Array) -> Array:
         gate, up = self._plain(gate), self._like(up, gate)
-        y = empty(gate.shape, self.dtype)
+        y = np.empty(gate.shape, self.dtype)
         self.run["swiglu"](at(gate), at(up), at(y), gate.size)
         return y
 
     def swiglu_vjp(self, g: Array, gate: Array, up: Array) -> tuple[Array, Array]:
         g, gate, up = self._like(g, gate), self._plain(gate), self._like(up, gate)
-        dgate, dup = empty(gate.shape, self.dtype), empty(gate.shape, self.dtype)
+        dgate, dup = np.empty(gate.shape, self.dtype), np.empty(gate.shape, self.dtype)
         self.run["swiglu_vjp"](at(g), at(gate), at(up), at(dgate), at(dup), gate.size)
         return dgate, dup
 
@@ -157,7 +156,7 @@ class Fused:
 
     def _row_map(self, name: str, *inputs: Array) -> Array:
         arrays = [self._plain(array) for array in inputs]
-        result = empty(arrays[0].shape, self.dtype)
+        result = np.empty(arrays[0].shape, self.dtype)
         self.run[name](*[at(array) for array in arrays], at(result), *_rows(result))
         return result
 
@@ -175,7 +174,7 @@ class Fused:
             self._sized(g, rows),
             self._sized(logsumexp, rows),
         )
-        dlogits = empty(logits.shape, self.dtype)
+        dlogits = np.empty(logits.shape, self.dtype)
         self.run["cross_entropy_vjp"](at(g), at(logits), at(targets), at(logsumexp), at(dlogits), rows, columns, ignore)
         return dlogits
 
@@ -189,7 +188,7 @@ class Fused:
         if depth % 2:
             raise ValueError(f"rotary embedding turns pairs: the last dim of {x.shape} must be even")
         cos, sin = self._sized(cos, length * (depth // 2)), self._sized(sin, length * (depth // 2))
-        y = empty(x.shape, self.dtype)
+        y = np.empty(x.shape, self.dtype)
         strides = [stride // size for stride in x.strides[:3]]
         self.run["rotary"](
             at(x), at(cos), at(sin), at(y), batch, length, heads, depth // 2, *strides, -1 if inverse else 1
@@ -226,7 +225,7 @@ class Fused:
         ids = np.asarray(row_ids, np.int64, order="C")
         if ids.size != rows:
             raise ValueError(f"{ids.size} row ids for {rows} rows")
-        y, limit = empty(x.shape, self.dtype), threshold(p)
+        y, limit = np.empty(x.shape, self.dtype), threshold(p)
         if limit > 0xFFFFFFFF:  # no word is that large
             y[...] = 0
         else:
@@ -236,7 +235,7 @@ class Fused:
     def embedding(self, weight: Array, ids: Array) -> Array:
         weight, (num_rows, columns) = self._plain(weight), weight.shape
         ids = _ids(ids, num_rows)
-        y = empty((*ids.shape, columns), self.dtype)
+        y = np.empty((*ids.shape, columns), self.dtype)
         self.run["embedding"](at(weight), at(ids), at(y), ids.size, columns)
         return y
 
@@ -245,7 +244,7 @@ class Fused:
         ids = _ids(ids, num_rows)
         g = self._sized(g, ids.size * columns)
         if out is None:
-            out = empty((num_rows, columns), self.dtype)
+            out = np.empty((num_rows, columns), self.dtype)
             out[...] = 0
         total = self._updated(out, num_rows * columns)
         self.run["embedding_vjp"](at(g), at(ids), at(total), ids.size, columns)

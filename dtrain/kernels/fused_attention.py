@@ -17,7 +17,6 @@ import numpy as np
 from dtrain.arrays import Array
 from dtrain.kernels.address import address as at
 from dtrain.kernels.interface import Maybe
-from dtrain.kernels.memory import empty
 from dtrain.kernels.native import Function
 
 BLOCK_BYTES = 256 * 1024  # of scores: half a second-level cache (measured best on 64 KiB to 2 MiB)
@@ -33,11 +32,11 @@ def attention(
     q, k, v = _strided(q, dtype), _strided(k, dtype), _strided(v, dtype)
     batch, length, heads, _ = q.shape
     keys = k.shape[1]
-    out, logsumexp = empty(q.shape, dtype), np.empty((batch, heads, length), dtype)
+    out, logsumexp = np.empty(q.shape, dtype), np.empty((batch, heads, length), dtype)
     q_by_head, out_by_head = _by_group(q, k.shape[2]), _by_group(out, k.shape[2])
     k_by_head, v_by_head = _by_group(k, k.shape[2]), _by_group(v, k.shape[2])
     rows = _block_rows(heads, keys, dtype)
-    buffer = empty(heads * min(rows, length) * keys, dtype)
+    buffer = np.empty(heads * min(rows, length) * keys, dtype)
     for b in range(batch):
         for start in range(0, length, rows):
             stop = min(start + rows, length)
@@ -78,14 +77,14 @@ def attention_vjp(
     batch, length, heads, depth = q.shape
     keys, groups = k.shape[1:3]
     dq, dk, dv = (
-        empty(like.shape, dtype) if given is None else given for given, like in zip(results, (q, k, v), strict=True)
+        np.empty(like.shape, dtype) if given is None else given for given, like in zip(results, (q, k, v), strict=True)
     )
     delta = np.empty((batch, heads, length), dtype)
     run["attention_delta"](at(g), at(out), at(delta), batch, length, heads, depth)
     q_, k_, v_, g_, dq_, dk_, dv_ = (_by_group(x, groups) for x in (q, k, v, g, dq, dk, dv))
     rows = _block_rows(heads, keys, dtype)
     size = heads * min(rows, length) * keys
-    weight_buffer, gradient_buffer = empty(size, dtype), empty(size, dtype)
+    weight_buffer, gradient_buffer = np.empty(size, dtype), np.empty(size, dtype)
     for b in range(batch):
         for start in reversed(range(0, length, rows)):  # the last block first: it sees all keys, the others add to it
             stop = min(start + rows, length)

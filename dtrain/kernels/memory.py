@@ -14,11 +14,6 @@ import ctypes
 import os
 import resource
 import sys
-from typing import Any
-
-import numpy as np
-
-from dtrain.arrays import Array
 
 # Parameters of mallopt(3), from malloc.h.
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
@@ -38,11 +33,6 @@ def keep_pages() -> bool:
 
 
 KEEPS_PAGES = keep_pages()
-
-
-def empty(shape: Any, dtype: Any) -> Array:
-    """An uninitialised C-contiguous array for a temporary; its memory is used again when the last view of it dies."""
-    return np.empty(shape, dtype)
 
 
 def peak_memory() -> int:

@@ -1,4 +1,4 @@
-"""What several rows share: sums over broadcast dims, half-precision accumulation, contiguous and pooled arrays."""
+"""What several rows share: sums over broadcast dims, half-precision accumulation, contiguous and new arrays."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def contiguous(x: Array) -> Array:
 
 
 def fresh(like: Array, shape: Shape) -> Array:
-    """An uninitialised array beside `like`, from the pool when it is NumPy's."""
+    """An uninitialised array beside `like`, of NumPy or CuPy, in C order."""
     if type(like) is np.ndarray:
-        return kernels.empty(shape, like.dtype)
+        return np.empty(shape, like.dtype)
     return np.empty_like(like, shape=shape)
 
 

@@ -32,8 +32,9 @@ class Part:
 
     def __init__(self, group: FlatGroup, where: slice | None = None) -> None:
         """`where`: the elements of the group; default: what this rank owns of it."""
-        self.group, self.where = group, group.owned if where is None else where
-        where, owned = self.where, where is None
+        owned = where is None
+        where = group.owned if where is None else where
+        self.group, self.where = group, where
         self.runs = group.runs(where)
         self.pieces = group.pieces(where)
         self.parameters = group.owned_data if owned else group.data[where]

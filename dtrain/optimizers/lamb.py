@@ -30,7 +30,7 @@ class LAMB(Optimizer):
     def update(self, part: Part, learning_rate: float, scale: float) -> None:
         """Directions by one kernel call per run, then one scaled step per matrix and one for all vectors."""
         kernel = kernels.of(part.data)
-        direction = kernels.empty(part.data.shape, part.data.dtype)
+        direction = np.empty_like(part.data)
         for where, decayed in part.blocks():
             self._direction(part, where, decayed, scale, direction[where])
         matrices = [name for name, shape in part.group.shapes.items() if len(shape) >= 2]
