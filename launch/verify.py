@@ -28,6 +28,7 @@ from dtrain.config import Config, ValidateConfig
 from dtrain.errors import UserError
 from dtrain.flat_group import Block
 from dtrain.launch import assembly, configuration
+from dtrain.launch.verify_finding import diverged, finding
 from dtrain.launch.verify_reference import Reference, Tensors, gradients, parameters, probed, unprobed
 from dtrain.manifest import Box, check_tiling
 from dtrain.trainer import Trainer
@@ -138,7 +139,7 @@ def _compare(trainer: Trainer, reference: Reference | None, steps: int, toleranc
     comm = trainer.mesh.comm
     relative = tolerance.relative
     scalars: list[tuple[float, float]] = comm.broadcast_object(reference.records if reference else None)
-    rows, diverged = [], None
+    rows, began = [], None
     sums = probed(trainer)
     for step in range(steps):
         record = trainer.train_step()
@@ -150,13 +151,13 @@ def _compare(trainer: Trainer, reference: Reference | None, steps: int, toleranc
             rows.append(Row(kind, f"step {step + 1}", difference, scale, _excess(difference, relative * scale)))
         if step == 0:
             unprobed(trainer)
-            diverged = _diverged(trainer, sums, reference, relative)
+            began = diverged(trainer, sums, reference, relative)
             rows += _tensors(trainer, "gradient 1", gradients(trainer), reference, relative)
     rows += _tensors(trainer, f"gradient {steps}", gradients(trainer), reference, relative) if steps > 1 else []
     rows += _tensors(trainer, "parameter", parameters(trainer), reference, relative)
     order = comm.broadcast_object(list(reference.values) if reference else None)
     wrong = any(not row.right for row in rows)
-    return Report(steps, tolerance, rows, _finding(rows, diverged, order) if wrong else None)
+    return Report(steps, tolerance, rows, finding(rows, began, order) if wrong else None)
 
 
 def _tensors(
@@ -249,64 +250,6 @@ def _adapted(name: str, reference: Reference | None, relative: float) -> Array:
         LEAST_SCALE * max(float(np.abs(g).max(initial=0)) for g in reference.first.values()),
     )
     return 2 * reference.moved[name] * noise / np.maximum(smallest, max(noise, np.finfo(np.float64).tiny))
-
-
-# Where it began
-
-
-def _diverged(trainer: Trainer, sums: dict[str, Array], reference: Reference | None, relative: float) -> str | None:
-    """The first block, in forward order, from which something else came than in the reference. Collective."""
-    mesh = trainer.mesh
-    mine = {name: each.tolist() for name, each in sums.items()}
-    inner = {axis: mesh.coordinates[axis] for axis in ("tp", "cp")}  # ranks that may have parts of the same tokens
-    everyone = mesh.comm.all_gather_object([mine, [*inner.values()]])
-    first = None
-    if reference is not None:
-        for name, expected in reference.sums.items():
-            places: dict[tuple[int, ...], Array] = {}
-            for others, place in everyone:
-                if name in others:
-                    places[tuple(place)] = places.get(tuple(place), np.zeros(3)) + others[name]
-            whole = _whole(places, float(expected[2]))
-            root = math.sqrt(expected[2] * expected[1])
-            limits = relative * np.array([root, expected[1], 0])
-            if not whole or not all((np.abs(each - expected) <= limits).all() for each in whole):
-                first = name
-                break
-    return mesh.comm.broadcast_object(first)  # type: ignore[no-any-return]
-
-
-def _whole(places: dict[tuple[int, ...], Array], elements: float) -> list[Array]:
-    """The sums of all copies of an output, from those by place (tp, cp), along which it may be cut or the same."""
-    for cut in ((), (0,), (1,), (0, 1)):
-        copies: dict[tuple[int, ...], Array] = {}
-        for place, sums in places.items():
-            copy = tuple(coordinate for axis, coordinate in enumerate(place) if axis not in cut)
-            copies[copy] = copies.get(copy, np.zeros(3)) + sums
-        if all(sums[2] == elements for sums in copies.values()):
-            return list(copies.values())
-    return []
-
-
-def _finding(rows: list[Row], diverged: str | None, order: list[str]) -> str | None:
-    wrong = {kind: [row.name for row in rows if row.kind == kind and not row.right] for kind in {r.kind for r in rows}}
-    loss = wrong["loss"]
-    gradient = sorted(wrong["gradient 1"], key=order.index)
-    if diverged is not None:
-        return f"forward of step 1: {diverged} is the first that gives something else"
-    if "step 1" in loss:
-        return "forward of step 1: all blocks are right, the loss is not: the model's exit, or who counts which targets"
-    if gradient:
-        first, last = (name.rpartition(".")[0] for name in (gradient[0], gradient[-1]))
-        span = first if first == last else f"{first} is the first in forward order, {last} the last"
-        where = "" if first == last else "; a backward comes from the end: look at the last"
-        return f"gradients of step 1 ({len(gradient)} of {len(order)} tensors): {span}{where}"
-    if "step 1" in wrong["grad_norm"]:
-        return "norm of the gradients in step 1: all gradients are right, but not each counts once"
-    values = sorted(wrong["parameter"], key=order.index)
-    if values:
-        return f"update: {values[0].rpartition('.')[0]} is the first in forward order with other parameters"
-    return "a later step" if any(wrong.values()) else None
 
 
 def _size(x: float) -> float:
