@@ -1,41 +1,33 @@
 """`dtrain bench all_reduce|...|all`: times of collectives, their algorithms side by side within one run.
 
-    for each size:   block 1   A  B  C        each: new data, one checked run, then timed iterations
-                     block 2   C  B  A        so that a busy moment of the machine falls on all contestants
-                     ...
+    for each collective, each size:   the algorithms, in place and not, and a peer, if any ──► run_blocks ──► a row each
 
-Timing rule: all ranks leave a barrier, each takes the time of its own call, the maximum over ranks is the time of the
-iteration, the median over iterations is the result. The triad beside them (x[:n/2] += x[n/2:] on the same memory, by
+How they take turns and are timed: `bench_contest.py`. The triad beside them (x[:n/2] += x[n/2:] on the same memory, by
 all ranks at once) gives the memory bandwidth at this size, and with it the least time that memory allows.
 """
 
 from __future__ import annotations
 
-import gc
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from dtrain.collectives import Array, Communicator
+from dtrain.collectives import Communicator
 from dtrain.collectives.dtypes import dtype_from_name
 from dtrain.collectives.schedules.own import is_own
 from dtrain.collectives.waiting import CHECKED
 from dtrain.errors import UserError
 from dtrain.launch import bench_cases, bench_memory, bench_peer, bench_table
-from dtrain.launch.bench_cases import Pattern, Place, Run
+from dtrain.launch.bench_cases import Pattern, Place
+from dtrain.launch.bench_contest import SECONDS, Contestant, impossible, peer_impossible, run_blocks
 from dtrain.launch.bench_memory import Memory
 from dtrain.launch.bench_peer import Peer
 from dtrain.launch.bench_table import BOUND_FROM, COLLECTIVES, IN_PLACE, OUT_OF_PLACE, Row
 
-BLOCKS = 5
-SECONDS = 0.15  # per contestant and size, where the number of iterations is not given
 DEFAULT = ("auto", "native", "bare", "shared")
-ITERATIONS = (2, 100)  # per block: least and most, where it is not given
 
 Tell = Callable[[str], None]
 
@@ -58,22 +50,6 @@ class Options:
     """Runs before the timed ones of each block; the first of them is checked."""
     private: bool = False
     cold: bool = False
-
-
-@dataclass
-class Contestant:
-    """One algorithm at one size, in place or not."""
-
-    algorithm: str
-    place: Place
-    runs: list[Run]
-    """One per place in memory; the first is the one that is checked. Empty for a peer, which has its own memory."""
-    iterations: int = 0
-    seconds: list[float] = field(default_factory=list)
-    wrong: int = 0
-    peer: Peer | None = None
-    places: int = 1
-    """In memory, of a peer."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +141,7 @@ def _measure_size(
     if peer is not None and (where := bench_peer.placing(collective)) in _placings(options, collective):
         place = Place(comm, count, op, where, *slots[0])
         contestant = Contestant(bench_peer.NAME, place, [], peer=peer, places=len(slots))
-        if reason := _peer_impossible(collective, contestant):
+        if reason := peer_impossible(collective, contestant):
             if (note := f"{collective}, {reason}") not in outcome.notes:
                 outcome.notes.append(note)
         else:
@@ -209,108 +185,3 @@ def _chosen(comm: Communicator, options: Options, collective: str) -> list[str]:
     if "all" in options.algorithms:
         return [*known, *filter(is_own, options.algorithms)]
     return [name for name in dict.fromkeys(options.algorithms or DEFAULT) if bench_cases.is_known(name, known)]
-
-
-def impossible(contestant: Contestant) -> str:
-    """Run it once; return why it cannot run at all, or nothing. The answer is the same on all ranks."""
-    try:
-        contestant.runs[0]()
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def run_blocks(
-    comm: Communicator,
-    options: Options,
-    collective: str,
-    contestants: list[Contestant],
-    pattern: Pattern,
-    triads: Sequence[Array],
-) -> list[float]:
-    """Fill in the seconds and wrong elements of all contestants; return memory bandwidths in bytes/s."""
-    bandwidths = []
-    turn = 0
-    for block in range(BLOCKS):
-        if triads:
-            bandwidths.append(bench_memory.triad(comm, triads))
-        for each in contestants[:: -1 if block % 2 else 1]:
-            turn += 1
-            if each.peer is not None:
-                _peer_turn(comm, options, collective, each, turn)
-                continue
-            each.wrong += _checked_run(collective, each, pattern, turn)
-            for run in each.runs if options.cold and block == 0 else each.runs[:1] * (options.warmup - 1):
-                run()
-            if each.iterations == 0:
-                each.iterations = _agreed_iterations(comm, options, partial(timed, comm, each.runs, 2))
-            each.seconds += timed(comm, each.runs, each.iterations)
-    for each in contestants:
-        # The last word over all ranks: the slowest of each iteration, all wrong elements.
-        mine = np.array([float(each.wrong), *each.seconds])
-        everyone = comm.all_gather(mine).reshape(comm.size, -1)
-        each.wrong = int(everyone[:, 0].sum())
-        each.seconds = everyone[:, 1:].max(0).tolist()
-    return bandwidths
-
-
-def _checked_run(collective: str, each: Contestant, pattern: Pattern, turn: int) -> int:
-    """Run once on new data; return how many elements of this rank's result are wrong."""
-    place = each.place
-    if not place.count:
-        each.runs[0]()
-        return 0
-    source, _ = bench_cases.arrays(collective, place)
-    bench_cases.fill(source, pattern.period(place.comm.rank, turn))
-    result = each.runs[0]()
-    return bench_cases.wrong_elements(collective, result, place, pattern, turn)
-
-
-def _peer_impossible(collective: str, each: Contestant) -> str:
-    """As `impossible`, for a peer."""
-    assert each.peer is not None
-    try:
-        each.peer.turn(collective, each.place, each.place.first.dtype.name, 0, each.places, 1, 1)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def _peer_turn(comm: Communicator, options: Options, collective: str, each: Contestant, turn: int) -> None:
-    """A block of a peer: checked and timed in its own processes, while the ranks sleep."""
-    assert each.peer is not None
-    what = (collective, each.place, each.place.first.dtype.name, turn, each.places, options.warmup)
-    if each.iterations == 0:
-        each.iterations = _agreed_iterations(comm, options, lambda: each.peer.turn(*what, 2)[1])  # type: ignore[union-attr]
-    wrong, seconds = each.peer.turn(*what, each.iterations)
-    each.wrong += wrong
-    each.seconds += seconds
-
-
-def _agreed_iterations(comm: Communicator, options: Options, two: Callable[[], list[float]]) -> int:
-    """Iterations per block, the same on all ranks; `two` times two of them."""
-    if options.iterations is not None:
-        return -(-options.iterations // BLOCKS)
-    mine = min(two())
-    slowest = float(comm.all_gather(np.array([mine])).max())
-    low, high = ITERATIONS
-    return max(low, min(high, int(options.seconds / BLOCKS / max(slowest, 1e-7))))
-
-
-def timed(comm: Communicator, runs: Sequence[Run], iterations: int) -> list[float]:
-    """Seconds of this rank's calls, all ranks starting together; the places in memory take turns."""
-    clock, seconds = time.perf_counter, []
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        for iteration in range(iterations):
-            run = runs[iteration % len(runs)]
-            comm.barrier()
-            comm.barrier()  # who waited long in the first one sleeps there and leaves late; not so here
-            before = clock()
-            run()
-            seconds.append(clock() - before)
-    finally:
-        if collecting:
-            gc.enable()
-    return seconds

@@ -21,7 +21,8 @@ import numpy as np
 from dtrain.collectives import Array, Communicator
 from dtrain.launch import bench_links, bench_table
 from dtrain.launch.bench_cases import Pattern, count_wrong, fill
-from dtrain.launch.bench_collectives import BLOCKS, ITERATIONS, SECONDS, Options, Tell, dtype_of
+from dtrain.launch.bench_collectives import Options, Tell, dtype_of
+from dtrain.launch.bench_contest import BLOCKS, ITERATIONS, SECONDS
 from dtrain.launch.bench_memory import Memory
 from dtrain.launch.bench_table import BOTH_WAYS, ONE_WAY, Row
 

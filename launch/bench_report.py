@@ -20,7 +20,8 @@ from dtrain.cache import write_atomic
 from dtrain.collectives import Communicator
 from dtrain.errors import UserError
 from dtrain.launch import bench_p2p, bench_peer, bench_reference, bench_step, bench_table, environment
-from dtrain.launch.bench_collectives import BLOCKS, Options, Outcome, Tell, check, measure
+from dtrain.launch.bench_collectives import Options, Outcome, Tell, check, measure
+from dtrain.launch.bench_contest import BLOCKS
 from dtrain.launch.bench_peer import Peer
 from dtrain.launch.bench_reference import Reference
 from dtrain.launch.bench_table import Row

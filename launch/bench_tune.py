@@ -22,9 +22,10 @@ from dtrain.cache import write_atomic
 from dtrain.collectives import Communicator, tuning
 from dtrain.collectives.tuning import Measured, Table
 from dtrain.errors import UserError
-from dtrain.launch import bench_cases, bench_collectives, bench_memory, bench_table, environment
+from dtrain.launch import bench_cases, bench_collectives, bench_contest, bench_memory, bench_table, environment
 from dtrain.launch.bench_cases import Pattern, Place
-from dtrain.launch.bench_collectives import BLOCKS, Contestant, Options, Tell
+from dtrain.launch.bench_collectives import Options, Tell
+from dtrain.launch.bench_contest import BLOCKS, Contestant
 from dtrain.launch.bench_memory import Memory
 from dtrain.launch.bench_table import COLLECTIVES, IN_PLACE, OUT_OF_PLACE
 
@@ -156,20 +157,20 @@ def _measure_one(
         if name in ("auto", "shared", "bare"):
             continue
         each = Contestant(name, where, [bench_cases.call(collective, name, where)])
-        if not bench_collectives.impossible(each):
+        if not bench_contest.impossible(each):
             contestants.append(each)
     if len(contestants) < 2:
         return None, built_in
     pattern = Pattern(memory.dtype, op, comm.size)
     short = Options((collective,), (size,), iterations=BLOCKS, seconds=QUICK_SECONDS)
-    bench_collectives.run_blocks(comm, short, collective, contestants, pattern, [])
+    bench_contest.run_blocks(comm, short, collective, contestants, pattern, [])
     times = {each.algorithm: _median(comm, each) for each in contestants}
     near = [each for each in contestants if times[each.algorithm] <= NEAR * min(times.values())]
     near += [each for each in contestants if each.algorithm in (built_in, "native") and each not in near]
     for each in near:
         each.seconds, each.iterations = [], 0
-    longer = Options((collective,), (size,), seconds=QUICK_SECONDS if quick else bench_collectives.SECONDS)
-    bench_collectives.run_blocks(comm, longer, collective, near, pattern, [])
+    longer = Options((collective,), (size,), seconds=QUICK_SECONDS if quick else bench_contest.SECONDS)
+    bench_contest.run_blocks(comm, longer, collective, near, pattern, [])
     times |= {each.algorithm: _median(comm, each) for each in near}
     for each in contestants:
         if each.wrong:

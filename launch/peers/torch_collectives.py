@@ -5,7 +5,7 @@
     {"rank": 0, "size": 8, "host": "127.0.0.1", "port": 0}       ─►  {"port": 40123, "torch": "2.9"}     then {"ready"}
     {"collective": "all_reduce", "count": 262144, "turn": 3, …}  ─►  {"wrong": 0, "seconds": […]} or {"error": "…"}
 
-The same timing and checks as in `bench_collectives.py` and `bench_cases.py`, whose patterns are written here once more:
+The same timing and checks as in `bench_contest.py` and `bench_cases.py`, whose patterns are written here once more:
 imports nothing of dtrain, so that any interpreter with PyTorch can run it. Between orders it sleeps in a read.
 """
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dtrain.collectives import Communicator, algorithms
+from dtrain.collectives import Array, Communicator, algorithms
 from dtrain.collectives.algorithms import Algorithm, Call
-from dtrain.launch import bench_collectives, bench_memory, bench_p2p, bench_report, bench_table
+from dtrain.launch import bench_contest, bench_memory, bench_p2p, bench_report, bench_table
 from dtrain.launch.bench_collectives import Options, measure
 from dtrain.launch.bench_table import COLLECTIVES, IN_PLACE, OUT_OF_PLACE, Row
 
@@ -18,7 +18,7 @@ BLOCKS = 2
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many ranks on few cores take their time: fewer turns for each algorithm."""
-    monkeypatch.setattr(bench_collectives, "BLOCKS", BLOCKS)
+    monkeypatch.setattr(bench_contest, "BLOCKS", BLOCKS)
     monkeypatch.setattr(bench_p2p, "BLOCKS", BLOCKS)
 
 
@@ -114,7 +114,7 @@ def test_links(comm: Communicator, monkeypatch: pytest.MonkeyPatch) -> None:
 
     receive = comm.recv
 
-    def damaged(out: bench_collectives.Array, source: int, tag: int = 0) -> bench_collectives.Array:
+    def damaged(out: Array, source: int, tag: int = 0) -> Array:
         receive(out, source, tag)
         out[0] += 1
         return out

@@ -10,7 +10,7 @@ import pytest
 
 from dtrain.collectives import Communicator, run_threads
 from dtrain.errors import UserError
-from dtrain.launch import bench_collectives, bench_peer
+from dtrain.launch import bench_collectives, bench_contest, bench_peer
 from dtrain.launch.bench_collectives import Options, Outcome, measure
 from dtrain.launch.bench_peer import Peer
 
@@ -49,7 +49,7 @@ def measured(comm: Communicator, python: str, options: Options) -> Outcome:
 
 
 def test_the_slowest_rank_counts_and_wrong_elements_are_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_collectives, "BLOCKS", 2)
+    monkeypatch.setattr(bench_contest, "BLOCKS", 2)
     python = interpreter(tmp_path, STAND_IN)
     options = Options(("all_reduce", "all_gather"), (4096,), ("auto",), iterations=4)
     for outcome in run_threads(3, measured, python, options):
@@ -111,7 +111,7 @@ def test_gloo_is_right(monkeypatch):
     python = os.environ.get("DTRAIN_TEST_TORCH_PYTHON")
     if not python:
         pytest.skip("DTRAIN_TEST_TORCH_PYTHON is not set: no interpreter with PyTorch")
-    monkeypatch.setattr(bench_collectives, "BLOCKS", 2)
+    monkeypatch.setattr(bench_contest, "BLOCKS", 2)
     collectives = tuple(bench_collectives.COLLECTIVES)
     for op in ("sum", "max"):
         options = Options(collectives, (4096, 70_000), ("auto",), op=op, iterations=2)
