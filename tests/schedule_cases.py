@@ -1,8 +1,11 @@
-"""Every algorithm of the catalogue, and inputs for it."""
+"""Every algorithm of the catalogue, inputs for it, and the executor straight over a transport."""
 
 import numpy as np
 
 from dtrain.collectives.schedules import ALGORITHMS
+from dtrain.collectives.schedules.executor import Run
+from dtrain.collectives.schedules.planner import make_plan
+from dtrain.collectives.schedules.segments import SEGMENT_BYTES
 
 ROWS = [(collective, name) for collective, rows in ALGORITHMS.items() for name in rows if collective != "barrier"]
 ROOTED = ("broadcast", "reduce", "gather", "scatter")
@@ -29,3 +32,16 @@ def given(plan, count, rng, dtype):
     if plan.collective in ("broadcast", "scatter"):
         return [draw(rng, count, dtype) if rank == plan.root else none for rank in range(size)], count
     return [draw(rng, count, dtype) for _ in range(size)], count
+
+
+def execute(transport, plan, array, counts=None, op="sum", out=None, segment_bytes=SEGMENT_BYTES):
+    """What this rank gets by the messages of a transport, without a communicator; `out` may be `array` itself."""
+    spec = plan.specification
+    lengths = spec.lengths(len(array) if counts is None else counts)
+    in_place = out is array and spec.given(transport.rank) == spec.wanted(transport.rank)
+    ready = make_plan(plan, transport.rank, lengths, array.dtype.itemsize, in_place, segment_bytes)
+    target = np.empty(ready.lengths[1], array.dtype) if out is None else out
+    if not in_place and np.may_share_memory(array, target):
+        array = array.copy()
+    Run(ready, transport, array, target, op if spec.reduces else "").wait()
+    return target

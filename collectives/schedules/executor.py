@@ -20,9 +20,6 @@ import numpy as np
 
 from dtrain.collectives.dtypes import Array, accumulator, operation, reduce_rows
 from dtrain.collectives.schedules.plan import ARRIVING, SCRATCH, Plan, Span, Sum
-from dtrain.collectives.schedules.planner import make_plan
-from dtrain.collectives.schedules.schedule import Schedule
-from dtrain.collectives.schedules.segments import SEGMENT_BYTES
 from dtrain.collectives.waiting import SPINS, CollectiveTimeout, hand_over
 from dtrain.collectives.work import Request
 
@@ -288,37 +285,3 @@ class Run(Request):
             self._memory.give(buffer)
         self._taken.clear()
         self._buffers.clear()
-
-
-def execute(
-    transport: Messages,
-    schedule: Schedule,
-    array: Array,
-    counts: int | Sequence[int] | Array | None = None,
-    op: str = "sum",
-    out: Array | None = None,
-    segment_bytes: int = SEGMENT_BYTES,
-    tag: int = 0,
-) -> Array:
-    """This rank's wanted chunks, one after the other, as a 1-D array (`out`, if given; it may be `array` itself).
-
-    Collective. array: its given chunks, 1-D and contiguous (length 0 where it has none; its dtype counts then too).
-    counts: see `Specification.lengths`; default: the length of array, where that is the same on all ranks.
-    """
-    rank, spec = transport.rank, schedule.specification
-    if transport.size != schedule.size:
-        raise ValueError(f"{schedule.collective} {schedule.name}: for {schedule.size} ranks; here are {transport.size}")
-    lengths = spec.lengths(len(array) if counts is None else counts)
-    given, wanted = spec.given(rank), spec.wanted(rank)
-    in_place = out is array and given == wanted
-    plan = make_plan(schedule, rank, lengths, array.dtype.itemsize, in_place, segment_bytes)
-    before, after = plan.lengths[:2]
-    target = np.empty(after, array.dtype) if out is None else out
-    if target.shape != (after,) or target.dtype != array.dtype:
-        raise ValueError(f"out has shape {target.shape} and dtype {target.dtype}; expected ({after},), {array.dtype}")
-    if len(array) != before:
-        raise ValueError(f"{schedule.collective}: rank {rank}: array has {len(array)} elements, its chunks {before}")
-    if not in_place and np.may_share_memory(array, target):
-        array = array.copy()
-    Run(plan, transport, array, target, op if spec.reduces else "", tag).wait()
-    return target
