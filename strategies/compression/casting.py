@@ -13,36 +13,21 @@ Reference: Micikevicius et al., "Mixed precision training", arXiv:1710.03740, fo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import ClassVar
-
 import numpy as np
 
 from dtrain.arrays import Array, named_dtype
-from dtrain.collectives import Communicator, Work
-from dtrain.strategies.compression.interface import Compression, Part
-from dtrain.strategies.compression.two_ways import Codec, bytes_sent, sum_in_slices
+from dtrain.strategies.compression.two_ways import TwoWays
 
 TOP = 14  # exponent of the largest element after scaling: below float16's limit, 2^16
 
 
-class Casting(Compression, Codec):
+class Casting(TwoWays):
     """Rounding to a dtype of two bytes."""
-
-    stages: ClassVar[int] = 2
 
     def __init__(self, dtype: str) -> None:
         self.name = dtype  # type: ignore[misc]
         self.dtype = named_dtype(dtype)
         self.scaled = dtype == "float16"  # bfloat16 has float32's exponents
-
-    def exchange(self, part: Part, lane: Communicator, step: int) -> Iterator[list[Work]]:
-        """Round, sum, round, hand around."""
-        yield from sum_in_slices(self, part, lane, step)
-
-    def sent(self, part: Part, nodes: int) -> int:
-        """2 (N-1)/N of the rounded slices."""
-        return bytes_sent(self, part.gradient.size, nodes)
 
     def nbytes(self, count: int) -> int:
         """Two per element, and the exponent."""

@@ -12,36 +12,24 @@ Reference: Alistarh et al., "QSGD", arXiv:1610.02132; blocks with own scales as 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import ClassVar
 
 import numpy as np
 
 from dtrain import random
 from dtrain.arrays import Array
-from dtrain.collectives import Communicator, Work
-from dtrain.strategies.compression.interface import Compression, Part
-from dtrain.strategies.compression.two_ways import Codec, bytes_sent, sum_in_slices
+from dtrain.strategies.compression.two_ways import TwoWays
 
 LIMIT = 127  # -128 is left out: the range stays symmetric
 
 
-class Quantised(Compression, Codec):
+class Quantised(TwoWays):
     """Rounding to multiples of a block's scale."""
 
     name: ClassVar[str] = "int8"
-    stages: ClassVar[int] = 2
 
     def __init__(self, block: int = 256, stochastic: bool = True) -> None:
         self.block, self.stochastic = block, stochastic
-
-    def exchange(self, part: Part, lane: Communicator, step: int) -> Iterator[list[Work]]:
-        """Round, sum, round, hand around."""
-        yield from sum_in_slices(self, part, lane, step)
-
-    def sent(self, part: Part, nodes: int) -> int:
-        """2 (N-1)/N of the rounded slices."""
-        return bytes_sent(self, part.gradient.size, nodes)
 
     def nbytes(self, count: int) -> int:
         """One per element, four per block that was begun."""
