@@ -25,6 +25,7 @@ from dtrain.errors import UserError
 from dtrain.launch import assembly, environment, failures, pictures, stand_in
 from dtrain.launch.configuration import for_ranks
 from dtrain.launch.progress import Progress
+from dtrain.launch.run import task
 from dtrain.launch.run_folder import RunFolder
 from dtrain.mesh import Mesh
 from dtrain.strategies.parameter_server import Lead, Serve, Server, ServerLost, Worker, needs_whole
@@ -114,17 +115,11 @@ def serve(comm: Communicator, trainer: Trainer, source: Path) -> bool:
 def described(lead: Lead) -> Iterator[str]:
     """What to know before the first step: machine, data, model, and who does what."""
     options, trainer, hosts = lead.options, lead.trainer, lead.comm.hosts
-    config = trainer.config
     yield (
         f"dtrain {__version__}  {len(hosts)} ranks on {len(set(hosts))} host{'s' * (len(set(hosts)) > 1)}, "
         f"{environment.cores()} cores each, kernels: {kernels.describe()}"
     )
-    yield f"data   {trainer.data.description}"
-    yield f"       unigram entropy {trainer.data.entropy:.4f} nats: a model that learns falls below this loss"
-    yield (
-        f"model  {config.model.kind}, {trainer.num_parameters:,} parameters, {config.train.dtype}; "
-        f"{config.optimizer.kind}, global batch {config.train.global_batch}, {trainer.total_steps} steps"
-    )
+    yield from task(trainer)
     how = {
         "sync": f"an update from {lead.ledger.quorum} of {lead.num_workers} workers",
         "async": "an update per gradient",

@@ -76,15 +76,21 @@ def header(trainer: Trainer) -> Iterator[str]:
     yield from mesh.table()
     if mesh.comm.size > 1:
         yield f"auto   {described(mesh.comm)}"
+    yield from task(trainer)
+    for strategy in trainer.strategies:
+        yield from (f"{strategy.axis:<6} {note}" for note in strategy.notes())
+    yield from (f"note   {line}" for line in idle(config))
+
+
+def task(trainer: Trainer) -> Iterator[str]:
+    """What is to be learned, and by what."""
+    config = trainer.config
     yield f"data   {trainer.data.description}"
     yield f"       unigram entropy {trainer.data.entropy:.4f} nats: a model that learns falls below this loss"
     yield (
         f"model  {config.model.kind}, {trainer.num_parameters:,} parameters, {config.train.dtype}; "
         f"{config.optimizer.kind}, global batch {config.train.global_batch}, {trainer.total_steps} steps"
     )
-    for strategy in trainer.strategies:
-        yield from (f"{strategy.axis:<6} {note}" for note in strategy.notes())
-    yield from (f"note   {line}" for line in idle(config))
 
 
 def described(comm: Communicator) -> str:
