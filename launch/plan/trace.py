@@ -8,7 +8,7 @@ length. Weights are zeros that were never written: they take no memory, whatever
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -17,10 +17,11 @@ import numpy as np
 from dtrain import models
 from dtrain.arrays import Array, named_dtype
 from dtrain.config import Config, MLPConfig
+from dtrain.graph import nodes
 from dtrain.launch.plan.amounts import Amount, Part, total
 from dtrain.models import Sizes
 from dtrain.models.base import IGNORED
-from dtrain.tape import Node, tracing
+from dtrain.tape import tracing
 
 VIEWS = ("reshape", "permute", "slice")  # ops that move nothing
 LENGTHS = (20, 40, 60)  # tokens of the traces; of each a whole number is asked for by BERT at the usual 15 %
@@ -34,10 +35,9 @@ def trace(config: Config, sizes: Sizes, length: int, blocks: Sequence[int]) -> l
     batch = sample(config, sizes, length)
     with tracing():
         loss = model.loss(batch)
-    assert loss.node is not None
     known = {_home(p.data) for p in model.named_parameters().values()} | {_home(array) for array in batch.values()}
     traced = [Part() for _ in range(len(model.blocks) + 2)]
-    for node in sorted(_nodes(loss.node), key=lambda node: node.order):
+    for node in nodes(loss):
         name = getattr(node.inputs[1], "name", "") if node.op.name == "linear" else ""
         place = re.match(r"blocks\.(\d+)", name or node.scope)
         entering = (node.scope or name).split(".")[0] in model.entrance or node.op.name in ("embedding", "add", "slice")
@@ -85,16 +85,6 @@ def sample(config: Config, sizes: Sizes, length: int, number: int = 1) -> dict[s
     if config.model.kind == "bert":
         targets[:, round(length * config.model.mask_fraction) :] = IGNORED  # type: ignore[union-attr]
     return {"inputs": inputs, "targets": targets}
-
-
-def _nodes(root: Node) -> Iterable[Node]:
-    seen, stack = {root}, [root]
-    while stack:
-        for source in stack.pop().inputs:
-            if isinstance(source, Node) and source not in seen:
-                seen.add(source)
-                stack.append(source)
-    return seen
 
 
 def _arrays(saved: Any) -> Iterator[tuple[int, float]]:
