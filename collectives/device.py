@@ -112,7 +112,7 @@ class DeviceCollectives:
         source, target = self._pair(array, result, 0)
         own = how and (lambda nccl: nccl.reduce(source, target if at_root else source, how, root))
         call = Call(self._comm.transport, None, source, target, op, root=root)
-        self._run("reduce", algorithm, call, own, "binomial", source.size, volumes.least_reduce, root)
+        self._run("reduce", algorithm, call, own, "binomial", source.size, volumes.least_reduce)
         return self._deliver(target, result) if at_root else None
 
     def all_gather(self, array: Any, out: Any, counts: Sequence[int] | None, algorithm: Any) -> Any:
@@ -180,7 +180,7 @@ class DeviceCollectives:
                 target[...] = source
         call = Call(self._comm.transport, None, target, target, root=root)
         own = lambda nccl: nccl.broadcast(target, root)  # noqa: E731
-        self._run("broadcast", algorithm, call, own, "binomial", target.size, volumes.least_broadcast, root)
+        self._run("broadcast", algorithm, call, own, "binomial", target.size, volumes.least_broadcast)
         return self._deliver(target, result)
 
     def gather(self, array: Any, root: int, out: Any, counts: Sequence[int] | None, algorithm: Any) -> Any:
@@ -199,7 +199,7 @@ class DeviceCollectives:
         source, target = self._pair(array, result, sum(lengths[: self._comm.rank]))
         call = Call(self._comm.transport, None, source, target, counts=lengths, root=root)
         empty = not sum(lengths)
-        self._run("gather", algorithm, call, None, "direct", lengths, volumes.least_gather, root, empty)
+        self._run("gather", algorithm, call, None, "direct", lengths, volumes.least_gather, empty)
         return self._deliver(target, result) if at_root else None
 
     def scatter(self, array: Any, root: int, out: Any, form: Sequence[Any]) -> Any:
@@ -216,7 +216,7 @@ class DeviceCollectives:
         source, target = self._pair(given, result)
         call = Call(self._comm.transport, None, source, target, counts=lengths, root=root)
         empty = not sum(lengths)
-        self._run("scatter", "auto", call, None, "direct", lengths, volumes.least_scatter, root, empty)
+        self._run("scatter", "auto", call, None, "direct", lengths, volumes.least_scatter, empty)
         return self._deliver(target, result)
 
     # How a call is done
@@ -230,7 +230,6 @@ class DeviceCollectives:
         default: str,
         counts: Any,
         volume: Callable[[Call], Volume],
-        root: int = 0,
         empty: bool | None = None,
     ) -> None:
         """NCCL's own way if there is one and no other was asked for, else a schedule (counts None: there is none)."""

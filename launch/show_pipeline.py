@@ -146,7 +146,7 @@ def _print_rows(spans: Sequence[Span], ranks: int) -> None:
 
 def _write(path: Path, text: str) -> None:
     try:
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
     print(f"{path}: written")

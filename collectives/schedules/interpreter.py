@@ -32,7 +32,7 @@ def interpret(
     with np.errstate(all="ignore"):
         for step in range(max(map(len, programs))):
             _step(schedule, [program[step] if step < len(program) else None for program in programs], memories, op)
-    return [unload(schedule, rank, memory, lengths, arrays[rank].dtype) for rank, memory in enumerate(memories)]
+    return [unload(schedule, rank, memory, arrays[rank].dtype) for rank, memory in enumerate(memories)]
 
 
 def default_counts(schedule: Schedule, arrays: Sequence[Array]) -> Any:
@@ -54,7 +54,7 @@ def load(schedule: Schedule, rank: int, array: Array, lengths: Array) -> Memory:
     }
 
 
-def unload(schedule: Schedule, rank: int, memory: Memory, lengths: Array, dtype: np.dtype[Any]) -> Array:
+def unload(schedule: Schedule, rank: int, memory: Memory, dtype: np.dtype[Any]) -> Array:
     """The result of a rank."""
     wanted = [memory[chunk] for chunk in schedule.specification.wanted(rank)]
     return np.concatenate([np.empty(0, dtype), *wanted])

@@ -40,7 +40,7 @@ def to_csv(programs: list[Program]) -> str:
 
 def _from_csv(path: Path) -> list[Program]:
     programs: list[Program] = []
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         for line, row in enumerate(csv.reader(file), 1):
             program = []
             for column, cell in enumerate(map(str.strip, row), 1):
