@@ -120,24 +120,7 @@ def needs(action: Action, stages: int, known: Mapping[Action, float]) -> Iterato
 
 def check(programs: Sequence[Program]) -> list[int]:
     """The rank of each stage; a ScheduleError names the rank, the place and the action of the first mistake."""
-    seen: dict[Action, int] = {}
-    rank_of: dict[int, int] = {}
-    for rank, program in enumerate(programs):
-        for place, action in enumerate(program):
-            where = f"rank {rank}, action {place}: {action}"
-            if action.kind not in SECONDS or action.stage < 0 or action.microbatch < 0:
-                raise ScheduleError(f"{where}: allowed: <stage>F|B|I|W<microbatch>")
-            if action in seen:
-                raise ScheduleError(f"{where}: a second time (first on rank {seen[action]})")
-            if rank_of.setdefault(action.stage, rank) != rank:
-                raise ScheduleError(f"{where}: stage {action.stage} is on rank {rank_of[action.stage]}")
-            for earlier in needs(action, 1 + action.stage, {}):
-                if earlier.stage == action.stage and earlier not in seen:
-                    raise ScheduleError(f"{where}: before {earlier}")
-            other = {"B": "I", "I": "B"}.get(action.kind)
-            if other is not None and action._replace(kind=other) in seen:
-                raise ScheduleError(f"{where}: the backward of this microbatch is there already")
-            seen[action] = rank
+    seen, rank_of = _in_order(programs)
     if not seen:
         raise ScheduleError("an empty schedule")
     stages = 1 + max(rank_of)
@@ -156,6 +139,29 @@ def check(programs: Sequence[Program]) -> list[int]:
     if idle:
         raise ScheduleError(f"rank {idle[0]} has nothing to do")
     return [rank_of[stage] for stage in range(stages)]
+
+
+def _in_order(programs: Sequence[Program]) -> tuple[set[Action], dict[int, int]]:
+    """All actions, each once and after what it needs of its own stage; and the rank of each stage."""
+    seen: dict[Action, int] = {}
+    rank_of: dict[int, int] = {}
+    for rank, program in enumerate(programs):
+        for place, action in enumerate(program):
+            where = f"rank {rank}, action {place}: {action}"
+            if action.kind not in SECONDS or action.stage < 0 or action.microbatch < 0:
+                raise ScheduleError(f"{where}: allowed: <stage>F|B|I|W<microbatch>")
+            if action in seen:
+                raise ScheduleError(f"{where}: a second time (first on rank {seen[action]})")
+            if rank_of.setdefault(action.stage, rank) != rank:
+                raise ScheduleError(f"{where}: stage {action.stage} is on rank {rank_of[action.stage]}")
+            for earlier in needs(action, 1 + action.stage, {}):
+                if earlier.stage == action.stage and earlier not in seen:
+                    raise ScheduleError(f"{where}: before {earlier}")
+            other = {"B": "I", "I": "B"}.get(action.kind)
+            if other is not None and action._replace(kind=other) in seen:
+                raise ScheduleError(f"{where}: the backward of this microbatch is there already")
+            seen[action] = rank
+    return set(seen), rank_of
 
 
 def peak_in_flight(program: Program) -> int:
