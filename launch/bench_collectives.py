@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dtrain.collectives import Communicator
+from dtrain.collectives import Array, Communicator
 from dtrain.collectives.dtypes import dtype_from_name
 from dtrain.collectives.schedules.own import is_own
 from dtrain.collectives.waiting import CHECKED
@@ -122,30 +122,9 @@ def _measure_size(
 ) -> Iterator[str]:
     count = max(1, size // memory.dtype.itemsize // comm.size) * comm.size if size else 0
     size = count * memory.dtype.itemsize
-    reduces = COLLECTIVES[collective].reduces
-    op = options.op if reduces else ""
+    op = options.op if COLLECTIVES[collective].reduces else ""
     slots = memory.slots(count)
-    contestants = []
-    for algorithm in _chosen(comm, options, collective):
-        reasons = []
-        for placing in _placings(options, collective):
-            places = [Place(comm, count, op, placing, *slot) for slot in slots]
-            runs = [bench_cases.call(collective, algorithm, place) for place in places]
-            contestant = Contestant(bench_cases.algorithm_name(algorithm), places[0], runs)
-            reason = impossible(contestant)
-            if not reason:
-                contestants.append(contestant)
-            reasons.append(reason)
-        if all(reasons) and (note := f"{collective}, {algorithm}: {reasons[0]}") not in outcome.notes:
-            outcome.notes.append(note)
-    if peer is not None and (where := bench_peer.placing(collective)) in _placings(options, collective):
-        place = Place(comm, count, op, where, *slots[0])
-        contestant = Contestant(bench_peer.NAME, place, [], peer=peer, places=len(slots))
-        if reason := peer_impossible(collective, contestant):
-            if (note := f"{collective}, {reason}") not in outcome.notes:
-                outcome.notes.append(note)
-        else:
-            contestants.append(contestant)
+    contestants = _contestants(comm, options, collective, (count, op), slots, outcome.notes, peer)
     triads = [source for source, _ in slots] if _has_bound(comm, size) else []
     pattern = Pattern(memory.dtype, op, comm.size)
     bandwidths = run_blocks(comm, options, collective, contestants, pattern, triads)
@@ -170,6 +149,41 @@ def _measure_size(
     for algorithm in dict.fromkeys(row.algorithm for row in rows):
         found = {row.placing: row for row in rows if row.algorithm == algorithm}
         yield bench_table.line([found.get(placing) for placing in _placings(options, collective)], native)
+
+
+def _contestants(
+    comm: Communicator,
+    options: Options,
+    collective: str,
+    what: tuple[int, str],
+    slots: list[tuple[Array, Array]],
+    notes: list[str],
+    peer: Peer | None,
+) -> list[Contestant]:
+    """Who can do `what` (elements, operation) in each placing; why the others cannot is noted, once."""
+    count, op = what
+    contestants = []
+    for algorithm in _chosen(comm, options, collective):
+        reasons = []
+        for placing in _placings(options, collective):
+            places = [Place(comm, count, op, placing, *slot) for slot in slots]
+            runs = [bench_cases.call(collective, algorithm, place) for place in places]
+            contestant = Contestant(bench_cases.algorithm_name(algorithm), places[0], runs)
+            reason = impossible(contestant)
+            if not reason:
+                contestants.append(contestant)
+            reasons.append(reason)
+        if all(reasons) and (note := f"{collective}, {algorithm}: {reasons[0]}") not in notes:
+            notes.append(note)
+    if peer is not None and (where := bench_peer.placing(collective)) in _placings(options, collective):
+        place = Place(comm, count, op, where, *slots[0])
+        contestant = Contestant(bench_peer.NAME, place, [], peer=peer, places=len(slots))
+        if reason := peer_impossible(collective, contestant):
+            if (note := f"{collective}, {reason}") not in notes:
+                notes.append(note)
+        else:
+            contestants.append(contestant)
+    return contestants
 
 
 def _placings(options: Options, collective: str) -> tuple[str, ...]:
