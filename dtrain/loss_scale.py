@@ -77,8 +77,8 @@ class DynamicLossScale(LossScale):
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from there; a checkpoint without one leaves the beginning."""
-        for name, value in state.items():
-            setattr(self, name, type(getattr(self, name))(value))
+        self.value = float(state.get("value", self.value))
+        self.good, self.skipped = int(state.get("good", self.good)), int(state.get("skipped", self.skipped))
 
 
 def make_loss_scale(asked: float | str | None, dtype: str) -> LossScale:
