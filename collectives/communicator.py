@@ -148,13 +148,12 @@ class Communicator(Shortcuts):
         self, array: Any | None, root: int = 0, out: Array | None = None, counts: Sequence[int] | None = None
     ) -> Work:
         """`scatter`, started, once root has told the others what they get."""
-        form = self._scatter_form(array, root, counts, enclose=True)
-        if form[3] == ON_GPU:
+        form, enclosed = self._scatter_form(array, root, out, counts, enclose=True)
+        if enclosed is not None:
+            return Work(None, lambda: enclosed)
+        if form.place == ON_GPU:
             return self.gpu.scatter_async(array, root, out, form)
         call, result = self._scatter_call(array, root, out, form)
-        if form[4]:
-            self._take_from_letter(call)
-            return Work(None, lambda: deliver(call.target, result))
         moved = sum(call.counts)
 
         def blocking() -> Array:

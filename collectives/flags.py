@@ -15,7 +15,7 @@ from functools import partial
 
 import numpy as np
 
-from dtrain.collectives.dtypes import address
+from dtrain.collectives.dtypes import Array, address
 from dtrain.collectives.machine_code import Function, crew_words, machine_code
 from dtrain.collectives.transport import Segment
 from dtrain.collectives.waiting import BELL, CROWDED_TRIES, ORDERED_STORES, TRIES, Patience, nap
@@ -43,8 +43,8 @@ class Flags:
         self.meet: Callable[..., int] | None = None
         """(job, number, byte of the record, stage) of `machine_waiting.py`, where there is machine code."""
         if code is not None and code.meet is not None:
-            self._prepare(segment, CROWDED_TRIES if patience.spins == 0 else TRIES)
-            self.meet = partial(code.meet, self._crew, self._at)
+            self._prepare(segment)
+            self.meet = partial(code.meet, self._crew, self.at)
 
     def ring(self) -> None:
         """From now on wait in machine code, and wake who sleeps there; all ranks or none."""
@@ -52,15 +52,22 @@ class Flags:
         assert code is not None
         self._raise, self._await = code.raise_flag, code.await_flags
 
-    def _prepare(self, segment: Segment, tries: tuple[int, int]) -> None:
+    def _prepare(self, segment: Segment) -> None:
         """What machine code has to know of the ranks."""
-        places = [address(np.frombuffer(part, np.uint8)) for part in segment.parts]
-        self._at = address(np.frombuffer(self.mine, np.int64))
-        others = [place for place in places if place != self._at]
-        bell = places[0] + 8 * BELL
-        self._tables = np.array([crew_words(others, bell, *each) for each in (tries, (0, 0))], np.int64)
-        self._crew = address(self._tables[0])
-        self._tired_crew = address(self._tables[1])  # has looked often enough: sleeps at once
+        self._places = [address(np.frombuffer(part, np.uint8)) for part in segment.parts]
+        self._tables: dict[tuple[object, ...], Array] = {}
+        self.at = address(np.frombuffer(self.mine, np.int64))
+        self._crew = self.crew(self.peers)
+        self._tired_crew = self.crew(self.peers, (0, 0))  # has looked often enough: sleeps at once
+
+    def crew(self, peers: Peers, tries: tuple[int, int] | None = None) -> int:
+        """The address of what machine code has to know to wait for these ranks; 0: for nobody."""
+        ranks = [rank for rank, _ in peers]
+        if tries is None:
+            tries = CROWDED_TRIES if self.patience.spins == 0 else TRIES
+        words = crew_words([self._places[rank] for rank in ranks], self._places[0] + 8 * BELL, *tries)
+        table = self._tables.setdefault((*ranks, tries), np.array(words, np.int64))
+        return address(table) if ranks else 0
 
     def close(self) -> None:
         """Let go of the memory."""
@@ -73,7 +80,7 @@ class Flags:
     def put(self, index: int, number: int) -> None:
         """My flag is `number` from now on: after all that I wrote before."""
         if self._raise is not None:
-            self._raise(self._crew, self._at + 8 * index, 8 * index, number)
+            self._raise(self._crew, self.at + 8 * index, 8 * index, number)
             return
         if self.fence is not None:
             self.fence()
@@ -83,7 +90,7 @@ class Flags:
         """`put` for one flag, prepared."""
         if self._raise is None:
             return partial(self.put, index)
-        return partial(self._raise, self._crew, self._at + 8 * index, 8 * index)
+        return partial(self._raise, self._crew, self.at + 8 * index, 8 * index)
 
     def wait(
         self, index: int, number: int, check: Callable[[], Callable[[], None] | None], late: Late, slot: int = 0

@@ -8,6 +8,7 @@
     await   look at the flags of all -> spin -> yield -> sleep (futex) until somebody wakes us
     read    blocks out of the memory of other processes (`cross_memory.py`)
     meet    a whole collective: raise and await with the sums and copies between them (`meeting.py`)
+    short   the same with its record, for what is short; called as a function of Python's own (`small.py`)
 
 Written in LLVM's language and translated when the first communicator with shared memory is made, by llvmlite, which
 Numba brings along. Where that is missing, or DTRAIN_MACHINE_CODE=off, NumPy and Python do the same, slower. Sums have
@@ -23,6 +24,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from dtrain.collectives import machine_short
 from dtrain.collectives.machine_reading import reading
 from dtrain.collectives.machine_source import loops
 from dtrain.collectives.machine_waiting import waiting
@@ -54,6 +58,9 @@ class MachineCode(NamedTuple):
     """(crew, address of my words, job, number, byte of the record, stage, nanoseconds of sleep): see `meeting.py`."""
     do: Function
     """(job, word) -> 0, if it went well: one action of a job."""
+    short: Callable[[Any], Function] | None
+    """(words of a job, an array) -> its function (source, target[, stage]), on arrays; None where there is no futex, or
+    the structs of Python and NumPy are not those that `machine_short.py` knows."""
     parts: dict[str, int]
     """Addresses of what a job may do, each with six arguments: the sums by the character of the dtype, "copies",
     "swaps", and "reads" where there is such a system call."""
@@ -77,7 +84,7 @@ def machine_code() -> MachineCode | None:
     target = llvm.Target.from_default_triple()
     features = llvm.get_host_cpu_features().flatten()
     machine = target.create_target_machine(llvm.get_host_cpu_name(), features, opt=2)
-    text = loops() + (waiting(calls[0]) + reading(calls[1]) if calls else "")
+    text = loops() + (waiting(calls[0]) + reading(calls[1]) + machine_short.short() if calls else "")
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(text), machine)
     engine.finalize_object()
     _engines.append(engine)
@@ -94,7 +101,45 @@ def machine_code() -> MachineCode | None:
         function("dtrain_await", 6) if calls else None,
         function("dtrain_meet", 7) if calls else None,
         function("dtrain_do", 2),
+        _functions(engine.get_function_address("dtrain_short")) if calls and _structs_are_known() else None,
         {part: engine.get_function_address(f"dtrain_{name}") for part, name in names.items()},
+    )
+
+
+class _Method(ctypes.Structure):
+    """PyMethodDef: what Python has to know of a function in C."""
+
+    _fields_ = (("name", ctypes.c_char_p), ("at", ctypes.c_void_p), ("flags", ctypes.c_int), ("doc", ctypes.c_char_p))
+
+
+_METH_FASTCALL = 0x80  # function(self, array of the arguments, their number)
+
+
+def _functions(at: int) -> Callable[[Any], Function]:
+    """Makes functions of Python out of the one at this address, by what each has as its `self`."""
+    method = _Method(b"short", at, _METH_FASTCALL, None)
+    _engines.append(method)
+    make = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.POINTER(_Method), ctypes.py_object, ctypes.c_void_p)
+    new = make(("PyCFunction_NewEx", ctypes.pythonapi))
+    return lambda job: new(method, job, None)
+
+
+def _structs_are_known() -> bool:
+    """Whether an array lies in memory as `machine_short.py` thinks."""
+    array = np.zeros((3, 5), np.int16)[:, 1:3]
+    if sys.implementation.name != "cpython" or ctypes.sizeof(ctypes.c_long) != 8:
+        return False
+
+    def word(byte: int, kind: Any = ctypes.c_int64) -> int:
+        return int(kind.from_address(id(array) + byte).value)
+
+    return (
+        word(machine_short.TYPE) == id(np.ndarray)
+        and word(machine_short.DATA) == array.ctypes.data
+        and word(machine_short.DIMS, ctypes.c_int32) == array.ndim
+        and tuple((ctypes.c_int64 * 2).from_address(word(machine_short.SHAPE))) == array.shape
+        and word(machine_short.DTYPE) == id(array.dtype)
+        and word(machine_short.FLAGS, ctypes.c_int32) == array.flags.num
     )
 
 

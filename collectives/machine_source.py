@@ -160,9 +160,10 @@ end:
   ret i64 0
 }}"""
 
-# Rows of four words: address of the source (0: my own), where it begins there, where in the target, bytes.
+# Rows of four words: address of the source (0: my own), where it begins there, where in the target, bytes. The others
+# lie `shift` bytes after their addresses.
 _COPIES = """
-define i64 @dtrain_copies(ptr %table, i64 %rows, ptr %target, ptr %own, i64 %past, i64 %nothing) {
+define i64 @dtrain_copies(ptr %table, i64 %rows, ptr %target, ptr %own, i64 %past, i64 %shift) {
 entry:
   br label %look
 look:
@@ -179,7 +180,8 @@ row:
   %bp = getelementptr i64, ptr %r, i64 3
   %bytes = load i64, ptr %bp
   %mine = icmp eq ptr %there, null
-  %base = select i1 %mine, ptr %own, ptr %there
+  %there.now = getelementptr i8, ptr %there, i64 %shift
+  %base = select i1 %mine, ptr %own, ptr %there.now
   br label %copy
 copy:
   %x = getelementptr i8, ptr %base, i64 %from

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from dtrain.collectives import algorithms, device, volumes
+from dtrain.collectives import algorithms, device
 from dtrain.collectives.call import Call
+from dtrain.collectives.counters import Volume
 from dtrain.collectives.device import ON_GPU, on_gpu
 from dtrain.collectives.dtypes import Array, address, dtype_from_name, dtype_name, starts
 from dtrain.collectives.forms import (
@@ -28,7 +29,7 @@ from dtrain.collectives.forms import (
     target_of,
 )
 from dtrain.collectives.group import Group
-from dtrain.collectives.letters import ROOM, Letter
+from dtrain.collectives.letters import HEAD, ROOM, Form, Letter
 
 
 class Movement(Group):
@@ -102,14 +103,13 @@ class Movement(Group):
         algorithm: str = "auto",
     ) -> Array:
         """My block of the array (n, ...) of rank root, cut along dim 0 as in `reduce_scatter`; others may pass None."""
-        form = self._scatter_form(array, root, counts, algorithm == "auto")
-        if form[3] == ON_GPU:
+        form, enclosed = self._scatter_form(array, root, out, counts, algorithm == "auto")
+        if enclosed is not None:
+            return enclosed
+        if form.place == ON_GPU:
             return self.gpu.scatter(array, root, out, form)  # type: ignore[no-any-return]
         call, result = self._scatter_call(array, root, out, form)
-        if form[4]:
-            self._take_from_letter(call)
-        else:
-            self._run("scatter", algorithms.SCATTER, algorithm, call, empty=not sum(call.counts))
+        self._run("scatter", algorithms.SCATTER, algorithm, call, empty=not sum(call.counts))
         return deliver(call.target, result)
 
     # Small Python values: dict, list, str, int, float, bool, None; they travel as JSON
@@ -188,54 +188,46 @@ class Movement(Group):
         call.target_place = self._place(target)
         return call, result
 
-    def _scatter_form(self, array: Any | None, root: int, counts: Sequence[int] | None, enclose: bool) -> list[Any]:
-        """What root tells the others: rows per rank, the shape of one, the dtype, where the array lies, and whether
-        it is enclosed in the letter, if it may be.
-        """
+    def _scatter_form(
+        self, array: Any | None, root: int, out: Array | None, counts: Sequence[int] | None, enclose: bool
+    ) -> tuple[Form, Array | None]:
+        """What root tells the others, and my rows, if they came with it, as they may."""
         check_rank("root", root, self.size)
         self._settle()
         if self._letter is None:
-            self._letter = Letter()
-        letter = self._letter
-        form: list[Any] | None = None
+            self._letter = Letter(self.rank)
+        letter, known, nbytes = self._letter, None, 0
         if self.rank == root:
-            place: Any = None
-            if type(array) is not np.ndarray and on_gpu(array):
-                array, place = device.as_rows(array), ON_GPU
-            else:
-                array = as_rows(array)
-                place = self.node and self._place(array)
-            enclose = enclose and place != ON_GPU and 0 < array.nbytes <= ROOM and self.size > 1
+            on_device = type(array) is not np.ndarray and on_gpu(array)
+            array = device.as_rows(array) if on_device else as_rows(array)
+            enclose = enclose and not on_device and 0 < array.nbytes <= ROOM and self.size > 1
+            place: Any = ON_GPU if on_device else None if enclose or self.node is None else self._place(array)
             given = None if counts is None else tuple(counts)
-            form = letter.write(
-                (array.shape, array.dtype, given, place, enclose),
-                lambda: [
-                    rows_per_rank("counts", counts, len(array), self.size),
-                    list(array.shape[1:]),
-                    dtype_name(np.dtype(array.dtype)),
-                    place,
-                    enclose,
-                ],
-            )
+
+            def form() -> Form:
+                rows, dtype = rows_per_rank("counts", counts, len(array), self.size), np.dtype(array.dtype)
+                return Form(rows, list(array.shape[1:]), dtype_name(dtype), place, enclose)
+
+            known = letter.write((array.shape, array.dtype, given, place, enclose), form)
             if enclose:
                 letter.enclose(flat(array))
-        self.broadcast(letter.octets, root, letter.octets)
+                nbytes = array.nbytes
+        octets = self._send_letter(letter.octets, root, HEAD + nbytes)
         if self.rank != root:
-            form = letter.read()
-        if form is None or not letter.octets[0]:
-            form = self.broadcast_object(form, root)
-        assert form is not None
-        return form
+            known = letter.read(octets)
+        if known is None or not octets[0]:
+            known = Form(*self.broadcast_object(None if known is None else known[0], root)), None
+        found, block = known
+        if block is None:
+            return found, None
+        self.counters.add("scatter", "letter", max(nbytes, block.nbytes), Volume(0, 0, 0))
+        return found, block.read(octets, out)
 
-    def _take_from_letter(self, call: Call) -> None:
-        """My rows of an array that came with its form."""
-        item, own = call.target.itemsize, call.transport.rank
-        assert self._letter is not None
-        self._letter.enclosed(sum(call.counts[:own]) * item, call.target)
-        nbytes = max(call.source.nbytes, call.target.nbytes)
-        self.counters.add("scatter", "letter", nbytes, volumes.letter(call))
+    def _send_letter(self, octets: Array, root: int, nbytes: int) -> Array:
+        """Where every rank finds the octets of root, of which the first nbytes are of interest."""
+        return self.broadcast(octets, root, octets)
 
-    def _scatter_call(self, array: Any | None, root: int, out: Array | None, form: list[Any]) -> tuple[Call, Array]:
+    def _scatter_call(self, array: Any | None, root: int, out: Array | None, form: Form) -> tuple[Call, Array]:
         rows, width, name, place, _ = form
         result = destination(out, (rows[self.rank], *width), dtype_from_name(name))
         if self.rank == root:

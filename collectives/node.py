@@ -8,15 +8,13 @@ Each rank writes only its own part of the control segment, and everybody reads a
     word 40 ..   identity  of the process, for `cross_memory.py`
     word 48 ..   records   a ring: what collective number n is (name, operation, dtype, count, place)
     then         texts     a ring: who called it, of the first collectives, or of all with DTRAIN_DEBUG=1
-    then         staging   two halves, for arrays that do not lie in the arena
+    then         staging   for arrays that do not lie in the arena (`staging.py`)
 
 Collectives of a communicator are numbered 1, 2, 3, ... in program order, the same on all ranks. Invariants:
 
 - Flags are monotone. ARRIVED = n says: my data for all collectives up to n may be read. REDUCED = n says: I shall
   neither read nor write for any collective up to n.
 - Data is written before its flag (128 bytes apart: flags of different words never share a line).
-- A half of the staging used in collective n is written again only when ARRIVED of every peer is above n: who has
-  come to the next collective has finished reading this one.
 """
 
 from collections.abc import Callable
@@ -25,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from dtrain.collectives import cross_memory, records
+from dtrain.collectives import cross_memory, records, staging
 from dtrain.collectives.arena import Arena, Place
 from dtrain.collectives.dtypes import Array, address
 from dtrain.collectives.flags import Flags, Peers
@@ -33,13 +31,11 @@ from dtrain.collectives.machine_code import machine_code
 from dtrain.collectives.progress import Progress
 from dtrain.collectives.records import ASIDE, NO_PLACE, RECORD_WORDS, RECORDS, RING, SIGNATURE, Record
 from dtrain.collectives.reports import Reports
+from dtrain.collectives.staging import LONG, Ring, Staging
 from dtrain.collectives.transport import Segment, Transport
 from dtrain.collectives.unfinished import IN_FLIGHT, Unfinished
 from dtrain.collectives.waiting import ARRIVED, CHECKED, IDENTITY, REDUCED, Patience, debugging
 from dtrain.collectives.work import Request
-
-STAGE_BYTES = 512 * 1024
-STAGE_OFFSET = -(-records.END // 4096) * 4096 + 2048  # as `arena.SKEW`: no slow copies
 
 
 class Compared:
@@ -70,21 +66,21 @@ class Node:
 
     def __init__(self, transport: Transport, patience: Patience, together: Progress) -> None:
         """Collective. `together` is helped along in every wait."""
-        segment = transport.share(STAGE_OFFSET + 2 * STAGE_BYTES)
+        segment = transport.share(staging.END)
         self.rank = transport.rank
         self.size = transport.size
         self._segment = segment
         self._together = together
-        self.flags = Flags(segment, self.rank, STAGE_OFFSET, patience)
+        self.flags = Flags(segment, self.rank, staging.BEGIN, patience)
         self._words = self.flags.words
         self._mine = self.flags.mine
         self.peers = self.flags.peers
         self._octets = segment.parts[self.rank]
-        self._octets[:STAGE_OFFSET] = bytes(STAGE_OFFSET)
-        self._halves: dict[tuple[int, np.dtype[Any]], list[Array]] = {}
-        self._half = 0
-        self._used = [-1, -1]  # the collective in which each half was used last
-        self._number = 0
+        self._octets[: staging.BEGIN] = bytes(staging.BEGIN)
+        self._staging = Staging(segment)
+        self.turn = np.zeros(2, np.int64)
+        """The number of the last collective, and one to which all peers had come when machine code last looked."""
+        self._turn = self.turn.data
         self.traced = 1 << 62 if debugging() else CHECKED  # up to here, who called is written beside the record
         self._alike = 0  # up to here, the records of all ranks were compared
         self.reports = Reports(self.rank, self.flags, segment.parts, self.traced, transport.world_ranks, together)
@@ -115,9 +111,14 @@ class Node:
         self.reads = _all(transport, cross_memory.wanted() and all(cross_memory.reaches(*each) for each in identities))
         """Whether every rank may copy straight out of the memory of every other."""
 
+    @property
+    def number(self) -> int:
+        """Of the last collective."""
+        return self._turn[0]
+
     def finish(self) -> None:
         """Return when all works started here are done, on all ranks."""
-        self.works.complete(self._number)
+        self.works.complete(self.number)
         if self.works.last:
             self.await_reduced(self.works.last)
 
@@ -127,7 +128,7 @@ class Node:
         self.arena.close()
         self.works.close()
         self.kept.clear()
-        self._halves.clear()
+        self._staging.close()
         self.flags.close()
         self._octets.release()
         self._segment.free()
@@ -155,7 +156,7 @@ class Node:
         """`begin` with a prepared record."""
         if len(self.works.pending) >= IN_FLIGHT:
             self.works.complete(self.works.pending[0].number)
-        self._number = number = self._number + 1
+        self._turn[0] = number = self._turn[0] + 1
         offset = 8 * RECORDS + 8 * RECORD_WORDS * (number % RING)
         records.pack(self._octets, offset, number, *record, aside[0] << 48 | aside[1])
         if number <= self.traced:
@@ -234,32 +235,24 @@ class Node:
 
     def compared(self, request: Request) -> Request:
         """A request of the MPI library: before anybody waits there, all have come and have brought the same."""
-        return Compared(self, self._number, request) if self._number <= self.traced else request
+        return Compared(self, self.number, request) if self.number <= self.traced else request
 
     # Staging
 
-    def stage(self, number: int, dtype: np.dtype[Any]) -> list[Array]:
-        """The half of the staging for this collective: the slots of all ranks, of which mine may be written."""
-        return self.slots(self.next_half(number), dtype)
+    def stage(self, number: int, dtype: np.dtype[Any], ring: Ring = LONG) -> list[Array]:
+        """The slots of all ranks for this collective, of which mine may be written."""
+        return self.slots(self.free_slot(number, ring), dtype, ring)
 
-    def next_half(self, number: int) -> int:
-        """The number of the half for this collective, once mine may be written."""
-        half = self._half = 1 - self._half
-        used = self._used[half]
-        if any(words[ARRIVED] <= used for _, words in self.peers):
-            self._await(ARRIVED, used + 1)
-        self._used[half] = number
-        return half
+    def free_slot(self, number: int, ring: Ring = LONG) -> int:
+        """Which slot this collective takes, once mine may be written."""
+        goal = number - ring.depth + 1
+        if any(words[ARRIVED] < goal for _, words in self.peers):
+            self._await(ARRIVED, goal)
+        return number % ring.depth
 
-    def slots(self, half: int, dtype: np.dtype[Any]) -> list[Array]:
-        """The slots of all ranks in a half, as arrays of dtype."""
-        views = self._halves.get((half, dtype))
-        if views is None:
-            start = STAGE_OFFSET + half * STAGE_BYTES
-            length = STAGE_BYTES // dtype.itemsize * dtype.itemsize
-            octets = [np.frombuffer(part, np.uint8, length, start) for part in self._segment.parts]
-            views = self._halves[half, dtype] = [part.view(dtype) for part in octets]
-        return views
+    def slots(self, index: int, dtype: np.dtype[Any], ring: Ring = LONG) -> list[Array]:
+        """The slots of all ranks with this number, as arrays of dtype."""
+        return self._staging.slots(ring, index, dtype)
 
     # Waiting
 
@@ -277,7 +270,7 @@ class Node:
 
     def _compare(self) -> None:
         """The first collectives to which everybody has come: where not all wait for all, others may differ."""
-        last = min(self._number, self.traced, *(words[ARRIVED] for _, words in self.peers))
+        last = min(self.number, self.traced, *(words[ARRIVED] for _, words in self.peers))
         while self._alike < last:
             self.reports.check(self._alike + 1)
             self._alike += 1

@@ -2,8 +2,8 @@
 
 copy into my slot -> ARRIVED -> copy or add up out of the slots
 
-All chunks of one length have the same two jobs, one for each half of the staging; where a chunk begins, its source and
-target begin.
+All chunks of one length have the same two jobs, one for each slot; where a chunk begins, its source and target begin.
+What fits into a short slot is one call of machine code, record and all (`small.py`).
 """
 
 from collections.abc import Callable, Sequence
@@ -11,23 +11,24 @@ from typing import Any
 
 import numpy as np
 
-from dtrain.collectives import records
+from dtrain.collectives import records, small
 from dtrain.collectives.caches import last_level_cache
 from dtrain.collectives.call import Call
 from dtrain.collectives.copying import copy
 from dtrain.collectives.dtypes import OPERATIONS, Array, address, starts
 from dtrain.collectives.meeting import Job
-from dtrain.collectives.node import STAGE_BYTES, Node
+from dtrain.collectives.node import Node
 from dtrain.collectives.parts import Own, added, copies
 from dtrain.collectives.prepared_window import Run
 from dtrain.collectives.records import NO_PLACE, Record
 from dtrain.collectives.staged import SMALL_BYTES
+from dtrain.collectives.staging import LONG, SHORT, ring_for
 from dtrain.collectives.sums import owned
 
 _OCTET = np.dtype(np.uint8)
 
 
-# (lengths of a chunk, number of the half) -> what is done with it
+# (lengths of a chunk, number of the slot) -> what is done with it
 Make = Callable[[tuple[int, ...], int], Job]
 
 
@@ -38,43 +39,47 @@ def _in_chunks(node: Node, record: Record, counts: Sequence[int], most: int, dty
     for begin in range(0, max(counts), most):
         lengths = tuple(max(0, min(most, count - begin)) for count in counts)
         if lengths not in known:
-            known[lengths] = [make(lengths, half) for half in (0, 1)]
+            known[lengths] = [make(lengths, index) for index in range(LONG.depth)]
         chunks.append((begin, known[lengths]))
 
     def run(source: Array, target: Array) -> None:
         source, target = source.view(dtype), target.view(dtype)
         for begin, jobs in chunks:
             number = node.begin_record(record)
-            jobs[node.next_half(number)].meet(number, source[begin:], target[begin:])
+            jobs[node.free_slot(number)].meet(number, source[begin:], target[begin:])
 
     return run
 
 
-def staged_all_gather(call: Call) -> Run:
+def staged_all_gather(call: Call) -> Run | None:
     """Target = the sources of all ranks, one after another."""
     node, item, mine = call.stage, call.source.itemsize, call.stage.rank
+    if ring_for(max(call.counts) * item) is SHORT:
+        return small.all_gather(node, call.source.shape, call.source.dtype) if small.able(node) else None
     record = records.record("all_gather", "staged", "", None, 0, NO_PLACE, hash((tuple(call.counts), -1)))
     counts = [count * item for count in call.counts]
     offsets = starts(counts)
     past = node.size * sum(counts) > last_level_cache()  # the results; the slots stay in the caches
 
-    def make(lengths: tuple[int, ...], half: int) -> Job:
-        slots = [address(slot) for slot in node.slots(half, _OCTET)]
+    def make(lengths: tuple[int, ...], index: int) -> Job:
+        slots = [address(slot) for slot in node.slots(index, _OCTET)]
         own = (0, 0, 0, lengths[mine])
         rows = [(slots[rank] * (rank != mine), 0, offsets[rank], part) for rank, part in enumerate(lengths) if part]
         return Job(node, copies([own], into=slots[mine]), copies(rows, past), two=False)
 
-    return _in_chunks(node, record, counts, STAGE_BYTES, _OCTET, make)
+    return _in_chunks(node, record, counts, LONG.nbytes, _OCTET, make)
 
 
-def staged_all_to_all(call: Call) -> Run:
+def staged_all_to_all(call: Call) -> Run | None:
     """Target = the blocks for this rank of all sources, all of one length."""
     node, size, mine = call.stage, call.stage.size, call.stage.rank
-    length, portion = call.counts[0] * call.source.itemsize, STAGE_BYTES // size
+    length, portion = call.counts[0] * call.source.itemsize, LONG.portion(size, 1)
+    if ring_for(size * length) is SHORT:
+        return small.all_to_all(node, call.source.shape, call.source.dtype) if small.able(node) else None
     record = records.record("all_to_all", "staged", "", None, 0, NO_PLACE, length)
 
-    def make(lengths: tuple[int, ...], half: int) -> Job:
-        slots, part = [address(slot) for slot in node.slots(half, _OCTET)], lengths[0]
+    def make(lengths: tuple[int, ...], index: int) -> Job:
+        slots, part = [address(slot) for slot in node.slots(index, _OCTET)], lengths[0]
         give = [(0, rank * length, rank * portion, part) for rank in range(size) if rank != mine]
         rows = [(slots[rank], mine * portion, rank * length, part) for rank in range(size) if rank != mine]
         rows.append((0, mine * length, mine * length, part))
@@ -83,20 +88,22 @@ def staged_all_to_all(call: Call) -> Run:
     return _in_chunks(node, record, [length], portion, _OCTET, make)
 
 
-def staged_broadcast(call: Call) -> Run:
+def staged_broadcast(call: Call) -> Run | None:
     """Target of every rank = target of root, who has copied his array there."""
     node, root, dtype, count = call.stage, call.root, call.target.dtype, call.target.size
     length = count * dtype.itemsize
+    if ring_for(length) is SHORT:
+        return small.broadcast(node, call.target.shape, dtype, root) if small.able(node) else None
     record = records.record("broadcast", "staged", "", dtype, count, NO_PLACE, root)
-    halves = [node.slots(half, _OCTET)[root] for half in (0, 1)]
+    slots = [node.slots(index, _OCTET)[root] for index in range(LONG.depth)]
     sources = node.only(root)
 
     def run(source: Array, target: Array) -> None:
         octets = target.view(np.uint8)
-        for begin in range(0, length, STAGE_BYTES):
-            part = min(STAGE_BYTES, length - begin)
+        for begin in range(0, length, LONG.nbytes):
+            part = min(LONG.nbytes, length - begin)
             number = node.begin_record(record)
-            slot = halves[node.next_half(number)]
+            slot = slots[node.free_slot(number)]
             if node.rank == root:
                 copy(slot[:part], octets[begin : begin + part])
                 node.arrive(number)
@@ -108,17 +115,19 @@ def staged_broadcast(call: Call) -> Run:
     return run
 
 
-def staged_reduce_scatter(call: Call) -> Run:
+def staged_reduce_scatter(call: Call) -> Run | None:
     """Target = the sum of the ranks' blocks of this rank; my own block comes straight from the source."""
     node, mine = call.stage, call.stage.rank
     dtype, counts = call.source.dtype, list(call.counts)
-    item, portion = dtype.itemsize, STAGE_BYTES // dtype.itemsize // node.size
+    item, portion = dtype.itemsize, LONG.portion(node.size, dtype.itemsize)
+    if ring_for(node.size * max(counts) * item) is SHORT:
+        return small.reduce_scatter(node, call.source.shape, dtype, call.op, counts) if small.able(node) else None
     extra = hash(tuple(counts))
     record = records.record("reduce_scatter", "staged", call.op, dtype, call.source.size, NO_PLACE, extra)
     offsets = starts(counts)
 
-    def make(lengths: tuple[int, ...], half: int) -> Job:
-        slots, length = node.slots(half, dtype), lengths[mine]
+    def make(lengths: tuple[int, ...], index: int) -> Job:
+        slots, length = node.slots(index, dtype), lengths[mine]
         rows = [
             (0, offsets[rank] * item, rank * portion * item, part * item)
             for rank, part in enumerate(lengths)
@@ -141,8 +150,8 @@ def staged_all_reduce(call: Call) -> Run | None:
     item = dtype.itemsize
     record = records.record("all_reduce", "staged", call.op, dtype, count, NO_PLACE, -1)
 
-    def make(lengths: tuple[int, ...], half: int) -> Job:
-        slots = node.slots(half, dtype)
+    def make(lengths: tuple[int, ...], index: int) -> Job:
+        slots = node.slots(index, dtype)
         ends = [owned(lengths[0], rank, node.size) for rank in range(node.size)]
         start, stop = ends[mine]
         others = [
@@ -155,4 +164,4 @@ def staged_all_reduce(call: Call) -> Run | None:
         add = added(OPERATIONS[call.op], dtype, stop - start, inputs, [slots[mine][start:stop], Own(True, start)])
         return Job(node, copies(give, into=address(slots[mine])), add, copies(fetch))
 
-    return _in_chunks(node, record, [count], STAGE_BYTES // item, dtype, make)
+    return _in_chunks(node, record, [count], LONG.nbytes // item, dtype, make)

@@ -1,7 +1,7 @@
 """The way of short calls: from the arguments straight to a prepared form (`small.py`), past `Call` and the choice.
 
     first call   arguments -> Call -> choose -> run -> volume          the general way; if it went through the staging,
-    from then    (name, shape, dtype, op) -> form -> run(array, out)   its form is kept
+    from then    (name, shape, dtype, op) -> form -> run(array, out)   its form is kept, once the first are compared
 
 A form stands for the built-in choice, which for so few bytes does not depend on where the arrays lie; a table of
 `dtrain bench tune` is not asked about them (`Tuning.order`). So it does not matter which ranks have a form already.
@@ -24,7 +24,7 @@ from dtrain.collectives import small
 from dtrain.collectives.arena import at_home
 from dtrain.collectives.counters import Tally
 from dtrain.collectives.dtypes import Array, address, cut
-from dtrain.collectives.forms import destination
+from dtrain.collectives.forms import NOTHING
 from dtrain.collectives.node import Node
 from dtrain.collectives.plans import PREPARED_COLLECTIVES, Plans
 from dtrain.collectives.prepared_window import Windowed
@@ -50,12 +50,14 @@ class Shortcuts(Plans):
     def __init__(self, transport: Transport, timeout: float | None = None, progress: Progress | None = None) -> None:
         super().__init__(transport, timeout, progress)
         self._forms: dict[Hashable, Form] = {}
+        self._letters: dict[int, Callable[[Array, int], Array]] = {}
         self._places: dict[Hashable, tuple[Again, Tally, tuple[str, str, int], tuple[int, ...]]] = {}
         """Plans of long calls in the window: by the key of the form and the addresses."""
 
     def forget(self) -> None:
         """Drop all forms and plans: what `auto` chooses has changed, on all ranks."""
         self._forms.clear()
+        self._letters.clear()
         self._places.clear()
         self.counters.forget()
         super().forget()
@@ -66,6 +68,7 @@ class Shortcuts(Plans):
         Drop the arrays of `empty` before: their memory goes only when no rank has any of them any more.
         """
         self._forms.clear()
+        self._letters.clear()
         self._places.clear()
         super().close()
 
@@ -113,7 +116,7 @@ class Shortcuts(Plans):
             return form(array, out)  # type: ignore[no-any-return]
         result = super().reduce_scatter(array, op, out)
 
-        def make(node: Node) -> small.Run:
+        def make(node: Node) -> small.Short:
             return small.reduce_scatter(node, array.shape, array.dtype, op, cut(len(array), node.size))
 
         return self._keep(key, array, result, make)
@@ -173,8 +176,8 @@ class Shortcuts(Plans):
             return form(array, out)  # type: ignore[no-any-return]
         result = super().all_to_all(array, out)
 
-        def make(node: Node) -> small.Run:
-            return small.all_to_all(node, (len(array) // node.size, *array.shape[1:]), array.dtype)
+        def make(node: Node) -> small.Short:
+            return small.all_to_all(node, array.shape, array.dtype)
 
         return self._keep(key, array, result, make)
 
@@ -189,17 +192,41 @@ class Shortcuts(Plans):
         result = super().broadcast(array, root, out)
         return self._keep(key, array, result, lambda node: small.broadcast(node, array.shape, array.dtype, root))
 
+    def _send_letter(self, octets: Array, root: int, nbytes: int) -> Array:
+        """As a broadcast of which root lays down what is of interest, and the others read that where it lies.
+
+        It is theirs until they come to the next collective.
+        """
+        send = self._letters.get(root)
+        if send is not None:
+            return send(octets, nbytes)
+        found, node, last = super()._send_letter(octets, root, nbytes), self._node, self.counters.last
+        if node is not None and small.able(node) and last is not None and last[:2] == ("broadcast", "staged"):
+            self._letters[root] = self._letter_form(small.letter(node, len(octets), root), root)
+        return found
+
+    def _letter_form(self, short: small.Short, root: int) -> Callable[[Array, int], Array]:
+        form, mine = self._form(short, NOTHING.dtype, None), self.rank == root
+
+        def send(octets: Array, nbytes: int) -> Array:
+            if mine:
+                short.shorten(nbytes)
+            form(octets, None)
+            return octets if mine else short.slot(root)
+
+        return send
+
     def barrier(self, algorithm: "str | Own" = "auto") -> None:
         """Return when all ranks have come here."""
         form = self._forms.get("barrier")
         if form is not None and algorithm == "auto":
-            form(None, None)
+            form(NOTHING, None)
             return
         super().barrier(algorithm)
-        if self.node is not None and form is None and algorithm == "auto":
-            self._forms["barrier"] = self._barrier_form(self.node)
+        if self.node is not None and form is None and algorithm == "auto" and small.able(self.node):
+            self._forms["barrier"] = self._form(small.barrier(self.node), NOTHING.dtype, None)
 
-    def _keep(self, key: tuple[Any, ...], array: Array, result: Result, make: Callable[[Node], small.Run]) -> Result:
+    def _keep(self, key: tuple[Any, ...], array: Array, result: Result, make: Callable[[Node], small.Short]) -> Result:
         """The result; the form of a short call through the staging is kept, or the places of one in the window."""
         last = self.counters.last
         if last is not None and last[1] == "window":
@@ -212,36 +239,37 @@ class Shortcuts(Plans):
             return result
         if not array.dtype.isnative or len(self._forms) >= KNOWN_FORMS:
             return result
-        run, deferred, settle, note = make(self._node), self._deferred, self._settle, self.counters.recent.append
-        tally = self.counters.tally(*last, self.counters.volume_of_last)
-        dtype, shape = array.dtype, array.shape if result is None else result.shape
-        other = shape != array.shape
-
-        def form(array: Array, out: Array | None) -> Array:
-            if out is None:
-                out = np.empty(shape, dtype)
-            elif other or out is not array:
-                if type(out) is not ndarray or out.shape != shape or out.dtype is not dtype:
-                    destination(out, shape, dtype)
-            if deferred:
-                settle()
-            run(array, out)
-            tally.calls += 1
-            note((monotonic(), last))
-            return out
-
-        def without_result(array: Array, out: Array | None) -> None:
-            if deferred:
-                settle()
-            run(array, array)
-            tally.calls += 1
-            note((monotonic(), last))
-
-        if result is None:
-            self._forms[key] = without_result
-        else:
-            self._forms[key] = form
+        if small.able(self._node):
+            self._forms[key] = self._form(make(self._node), array.dtype, None if result is None else result.shape)
         return result
+
+    def _form(self, short: small.Short, dtype: np.dtype[Any], shape: tuple[int, ...] | None) -> Form:
+        """What does a short call from now on; shape: of the result, if there is one on this rank."""
+        assert self._node is not None and self.counters.last is not None
+        last, works = self.counters.last, self._node.works
+        tally = self.counters.tally(*last, self.counters.volume_of_last)
+        run, finish, then, pending = short.run, short.finish, short.then, works.pending
+        deferred, settle, note = self._deferred, self._settle, self.counters.recent.append
+
+        def form(array: Array, out: Array | None) -> Array | None:
+            if shape is None:
+                out = array
+            elif out is None:
+                out = np.empty(shape, dtype)
+            if deferred:
+                settle()
+            if pending:
+                works.progress()
+            found = run(array, out)
+            if found:
+                finish(found, array, out)
+            elif then is not None:
+                then(out)
+            tally.calls += 1
+            note((monotonic(), last))
+            return None if shape is None else out
+
+        return form
 
     def _keep_place(self, key: tuple[Any, ...], array: Array, out: Array) -> None:
         """Keep the plan of a call under the addresses of its arrays, if both lie in the window."""
@@ -278,20 +306,5 @@ class Shortcuts(Plans):
             result: Array = plans(array, *detail, out=out)
             self._keep_place(key, array, result)
             return result
-
-        return form
-
-    def _barrier_form(self, node: Node) -> Form:
-        run, deferred, settle, note = small.barrier(node), self._deferred, self._settle, self.counters.recent.append
-        assert self.counters.last is not None
-        last = self.counters.last
-        tally = self.counters.tally(*last, self.counters.volume_of_last)
-
-        def form(array: Any, out: Array | None) -> None:
-            if deferred:
-                settle()
-            run()
-            tally.calls += 1
-            note((monotonic(), last))
 
         return form

@@ -1,109 +1,191 @@
-"""Short collectives on one node, prepared once per form: one synchronisation and as little Python as there can be.
+"""Short collectives on one node: each is one call of machine code, from the record to the result (`machine_short.py`).
 
-    all_reduce, 2 ranks     number 57: record written    mine -> slot 0    slot 1 <- his    ARRIVED = 57
-                            his ARRIVED >= 57, his record as mine          slot 0 + slot 1 -> target
+    all_reduce, 2 ranks     record of number 57    mine -> slot 25    ARRIVED = 57
+                            his ARRIVED >= 57, his record as mine     slot 25 of both, added up -> target
 
-The same steps, records, slots and results as the functions of `staged.py`, so a rank that has a form prepared meets one
-that has not. What never changes from call to call is kept: views of the slots in the shape of the arrays, the record,
-the words of the peers. All of the source is in the own slot before the target is written, so they may overlap, be one,
-or have strides.
+The same steps, records, slots and results as the functions of `staged.py`, so ranks may meet that do it differently.
+All of the source is in the own slot before the target is written, so the two may overlap or be one. What the machine
+code does not do comes back to Python: to wait for long, to look at arrays that are not like those it is made for, and
+sums other than of float32 and float64, which NumPy makes out of the slots.
+
+Only after the first collectives, which are compared (`Node.traced`), and where there is machine code.
 """
 
 import contextvars
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dtrain.collectives import records
-from dtrain.collectives.dtypes import OPERATIONS, Array, accumulator, starts
+from dtrain.collectives.dtypes import OPERATIONS, Array, accumulator, address, starts
 from dtrain.collectives.flags import Peers
-from dtrain.collectives.node import STAGE_BYTES, Node
-from dtrain.collectives.records import NO_PLACE, RECORD_WORDS, RECORDS, RING, SIGNATURE, Record
-from dtrain.collectives.unfinished import IN_FLIGHT
-from dtrain.collectives.waiting import ARRIVED
+from dtrain.collectives.forms import NOTHING, destination
+from dtrain.collectives.machine_code import MachineCode, machine_code
+from dtrain.collectives.machine_short import AGAIN, LATE, NOT_FREE, UNLIKE, WAIT, WORD, WORDS
+from dtrain.collectives.node import Node
+from dtrain.collectives.records import NO_PLACE, Record
+from dtrain.collectives.staging import SHORT, Ring, ring_for
 
-Run = Callable[[Array, Array], None]
 _OCTET = np.dtype(np.uint8)
+_AS_IN_C, _ALIGNED, _WRITABLE = 0x1, 0x100, 0x400  # NumPy's flags of an array
+_READ, _WRITE = _AS_IN_C | _ALIGNED, _AS_IN_C | _ALIGNED | _WRITABLE
+Row = tuple[int, int, int]  # where it begins in the source, where in the target, bytes
+
+
+class Like(NamedTuple):
+    """What an array of a call is like."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    def words(self, flags: int) -> list[int]:
+        """For machine code."""
+        return [id(np.ndarray), id(self.dtype), flags, len(self.shape), *self.shape]
+
+
+class Short:
+    """One collective that comes again: `run(source, target)`, and `finish` if that is not all."""
+
+    def __init__(
+        self,
+        node: Node,
+        record: Record,
+        source: Like,
+        target: Like | None,
+        ring: Ring = SHORT,
+        give: Sequence[Row] = (),
+        peers: Peers | None = None,
+    ) -> None:
+        """Target None: nothing is written, source is given twice. give: from the source into my slot. peers: whom to
+        wait for; by default everybody.
+        """
+        self._node, self._ring, self._source, self._target = node, ring, source, target
+        self._peers = node.peers if peers is None else peers
+        self.then: Callable[[Array], object] | None = None
+        """What else to do with the target."""
+        self._words = np.zeros(WORDS, np.int64)
+        self._kept: list[Any] = []  # to which the words point
+        slots = [address(slot) for slot in node.slots(0, _OCTET, ring)]
+        self._set("crew", node.flags.crew(self._peers))
+        self._set("all", node.flags.crew(node.peers))
+        self._set("mine", node.flags.at)
+        self._point("turn", node.turn)
+        self._point("source", source.words(_READ))
+        self._point("target", source.words(_READ) if target is None else target.words(_WRITE))
+        self._set("slot", slots[node.rank])
+        self._set("depth", ring.depth)
+        self._set("stride", ring.nbytes)
+        self._give = self._point("give", [word for row in give for word in (0, *row)])
+        self._set("gives", len(give))
+        self._words[WORD["record"] :] = *record, records.packed(NO_PLACE)
+        self._slots = slots
+        self._code = _machine_code()
+        assert self._code.short is not None
+        self.run = self._code.short(self._words)
+        """(source, target) -> 0, or what `finish` must be told."""
+
+    def take(self, rows: Sequence[tuple[int, Row]]) -> None:
+        """Rows out of the slots of these ranks into the target."""
+        self._point("take", [word for rank, row in rows for word in (self._slots[rank], *row)])
+        self._set("takes", len(rows))
+
+    def shorten(self, nbytes: int) -> None:
+        """Give no more than so many bytes of the one row from now on."""
+        self._give[3] = nbytes
+
+    def slot(self, rank: int) -> Array:
+        """The slot of a rank in the last call; it may be read until the next collective."""
+        return self._node.slots(self._node.number % self._ring.depth, _OCTET, self._ring)[rank]
+
+    def add_up(self, op: str, begin: int = 0) -> None:
+        """The sum of what lies at byte `begin` of all slots into the target."""
+        target, code = self._target, self._code
+        assert target is not None
+        count = _elements(target.shape)
+        nbytes = count * target.dtype.itemsize
+        if op == "sum" and target.dtype.isnative and target.dtype.char in code.sums:
+            self._set("sum", code.parts[target.dtype.char])
+            self._set("ranks", len(self._slots))
+            self._set("bytes", nbytes)
+            self._point("terms", [slot + begin for slot in self._slots])
+            self._point("places", [0] * len(self._slots))
+            return
+        add, node, ring = _adder(op, target.dtype, len(self._slots)), self._node, self._ring
+        views: dict[int, list[Array]] = {}
+
+        def then(result: Array) -> None:
+            index = node.number % ring.depth
+            if index not in views:
+                slots = node.slots(index, _OCTET, ring)
+                views[index] = [slot[begin : begin + nbytes].view(target.dtype).reshape(target.shape) for slot in slots]
+            add(views[index], result)
+
+        self.then = then
+
+    def __call__(self, source: Array, target: Array) -> None:
+        """All of it."""
+        found = self.run(source, target)
+        if found:
+            self.finish(found, source, target)
+        elif self.then is not None:
+            self.then(target)
+
+    def finish(self, found: int, source: Array, target: Array) -> None:
+        """Do the rest of what `run` did not do."""
+        node, ring = self._node, self._ring
+        if found == UNLIKE:  # strides, or a wrong target; a rank without target reads its source alone
+            whole = np.empty(*self._source)
+            whole[...] = source
+            if self._target is None:
+                self(whole, whole)
+            else:
+                destination(target, *self._target)
+                result = np.empty(*self._target)
+                self(whole, result)
+                target[...] = result
+            return
+        while found:
+            if found == LATE:
+                node.await_arrived(node.number, self._peers)
+                found = self.run(source, target, WAIT)
+            elif found == NOT_FREE:
+                node.free_slot(node.number, ring)
+                found = self.run(source, target, AGAIN)
+            else:
+                raise node.reports.mismatch(self._peers[found - 1][0], node.number)
+        if self.then is not None:
+            self.then(target)
+
+    def _set(self, name: str, word: int) -> None:
+        self._words[WORD[name]] = word
+
+    def _point(self, name: str, words: Any) -> Array:
+        table = np.asarray(words, np.int64)
+        self._kept.append(table)
+        self._set(name, address(table) if table.size else 0)
+        return table
+
+
+def able(node: Node) -> bool:
+    """Whether calls may be short ones by now. Other ranks may see it otherwise: they meet."""
+    code = machine_code()
+    return code is not None and code.short is not None and node.flags.meet is not None and node.number >= node.traced
+
+
+def _machine_code() -> MachineCode:
+    code = machine_code()
+    assert code is not None
+    return code
 
 
 def _record(name: str, op: str, dtype: np.dtype[Any] | None, count: int, extra: int = 0) -> Record:
     return records.record(name, "staged", op, dtype, count, NO_PLACE, extra)
 
 
-class Meeting:
-    """One collective that comes again: `begin`, write into the slot of `half`, `arrive`, and maybe `wait`."""
-
-    def __init__(self, node: Node, record: Record, staged: bool = True) -> None:
-        """staged: it uses a half of the staging."""
-        self.begin, self.arrive = _begin(node, record, staged), node.flags.putter(ARRIVED)
-        self.wait = _wait(node, record, node.peers)
-        self.node = node
-
-
-def _begin(node: Node, record: Record, staged: bool) -> Callable[[], int]:
-    """Number, record, and my slot of the next half free: `Node.begin_record` and `Node.next_half`."""
-    octets, pending, used, pack, peers = node._octets, node.works.pending, node._used, records.pack, node.peers
-    signature, code, kind, count, where, extra = record
-    aside, traced, first, length, ring = records.packed(NO_PLACE), node.traced, 8 * RECORDS, 8 * RECORD_WORDS, RING
-
-    def begin() -> int:
-        if pending and len(pending) >= IN_FLIGHT:
-            node.works.complete(pending[0].number)
-        node._number = number = node._number + 1
-        at = first + length * (number % ring)
-        pack(octets, at, number, signature, code, kind, count, where, extra, aside)
-        if number <= traced:
-            records.write_text(octets, number)
-        if staged:
-            node._half = half = 1 - node._half
-            last = used[half]
-            for _, words in peers:
-                if words[0] <= last:  # ARRIVED
-                    node._await(ARRIVED, last + 1)
-            used[half] = number
-        return number
-
-    return begin
-
-
-def _wait(node: Node, record: Record, peers: Peers) -> Callable[[int], None]:
-    """`Node.await_arrived`."""
-    signature, fence, traced = record[0], node.flags.fence, node.traced
-    spins = range(node.flags.patience.spins)
-    first, length, ring = RECORDS + SIGNATURE, RECORD_WORDS, RING
-
-    def wait(number: int) -> None:
-        slot = first + length * (number % ring)
-        for rank, words in peers:
-            if words[0] < number:  # ARRIVED
-                for _ in spins:
-                    if words[0] >= number:
-                        break
-                else:
-                    node.await_arrived(number, peers)
-                    return
-            if words[slot] != signature:
-                raise node.reports.mismatch(rank, number)
-        if fence is not None:
-            fence()
-        if node._alike < traced:
-            node._compare()
-
-    return wait
-
-
-def barrier(node: Node) -> Callable[[], None]:
+def barrier(node: Node) -> Short:
     """Return when all ranks have come."""
-    meeting = Meeting(node, _record("barrier", "", None, 0), staged=False)
-    begin, arrive, wait = meeting.begin, meeting.arrive, meeting.wait
-
-    def run() -> None:
-        number = begin()
-        arrive(number)
-        wait(number)
-
-    return run
+    return Short(node, _record("barrier", "", None, 0), Like(NOTHING.shape, NOTHING.dtype), None)
 
 
 # Sums
@@ -114,181 +196,100 @@ def _adder(op: str, dtype: np.dtype[Any], size: int) -> Callable[[list[Array], A
     warning on one rank.
     """
     operation, wide = OPERATIONS[op], accumulator(dtype)
-    # Without the keyword it is 0.2 us faster; NumPy wants it for maximum and minimum.
-    ufunc: Callable[..., Any] = operation if op in ("sum", "prod") else lambda x, y, out: operation(x, y, out=out)
 
     def add_wide(parts: list[Array], target: Array) -> None:
         total = parts[0].astype(wide)
         for part in parts[1:]:
-            ufunc(total, part.astype(wide), total)
+            operation(total, part.astype(wide), out=total)
         target[...] = total
 
     def add(parts: list[Array], target: Array) -> None:
-        ufunc(parts[0], parts[1], target)
+        operation(parts[0], parts[1], out=target)
         for part in parts[2:]:
-            ufunc(target, part, target)
+            operation(target, part, out=target)
 
     chosen = add if wide == dtype else add_wide
     if dtype.kind not in "fc" and wide == dtype:
         return chosen
     quiet = contextvars.copy_context()  # entered in 0.1 us, where `np.errstate` takes 2
     quiet.run(np.seterr, all="ignore")
-    within = quiet.run
-    if size == 2 and wide == dtype:
-        return lambda parts, target: within(ufunc, parts[0], parts[1], target)
-    return lambda parts, target: within(chosen, parts, target)
+    return lambda parts, target: quiet.run(chosen, parts, target)
 
 
-def all_reduce(node: Node, shape: tuple[int, ...], dtype: np.dtype[Any], op: str, root: int | None = None) -> Run:
+def all_reduce(node: Node, shape: tuple[int, ...], dtype: np.dtype[Any], op: str, root: int | None = None) -> Short:
     """Target = the sum of the sources, on all ranks or on root alone."""
-    name, count = "all_reduce" if root is None else "reduce", int(np.prod(shape, dtype=np.int64))
-    meeting = Meeting(node, _record(name, op, dtype, count, -1 if root is None else root))
-    begin, arrive, wait, add = meeting.begin, meeting.arrive, meeting.wait, _adder(op, dtype, node.size)
-    halves = [[slot[:count].reshape(shape) for slot in node.slots(half, dtype)] for half in (0, 1)]
-    mine, wanted = node.rank, root in (None, node.rank)
-
-    def run(source: Array, target: Array) -> None:
-        number = begin()
-        slots = halves[node._half]
-        slots[mine][...] = source
-        arrive(number)
-        if wanted:
-            wait(number)
-            add(slots, target)
-
-    return run
+    name, like, count = "all_reduce" if root is None else "reduce", Like(shape, dtype), _elements(shape)
+    wanted = root in (None, node.rank)
+    record = _record(name, op, dtype, count, -1 if root is None else root)
+    give = [(0, 0, count * dtype.itemsize)]
+    call = Short(node, record, like, like if wanted else None, give=give, peers=None if wanted else [])
+    if wanted:
+        call.add_up(op)
+    return call
 
 
-def reduce_scatter(node: Node, shape: tuple[int, ...], dtype: np.dtype[Any], op: str, rows: Sequence[int]) -> Run:
+def reduce_scatter(node: Node, shape: tuple[int, ...], dtype: np.dtype[Any], op: str, rows: Sequence[int]) -> Short:
     """Target = the sum of the sources' blocks for this rank; rows: of each block."""
-    width = int(np.prod(shape[1:], dtype=np.int64))
-    portion = STAGE_BYTES // dtype.itemsize // node.size
-    extra = hash(tuple(count * width for count in rows))
-    meeting = Meeting(node, _record("reduce_scatter", op, dtype, sum(rows) * width, extra))
-    begin, arrive, wait, add = meeting.begin, meeting.arrive, meeting.wait, _adder(op, dtype, node.size)
-    first, mine = node.rank * portion, rows[node.rank]
-    halves = []
-    for half in (0, 1):
-        slots = node.slots(half, dtype)
-        parts = [slot[first : first + mine * width].reshape(mine, *shape[1:]) for slot in slots]
-        halves.append((_scattered(slots[node.rank], portion, rows, shape[1:]), parts))
-
-    def run(source: Array, target: Array) -> None:
-        number = begin()
-        put, parts = halves[node._half]
-        put(source)
-        arrive(number)
-        wait(number)
-        if mine:
-            add(parts, target)
-
-    return run
-
-
-def _scattered(slot: Array, portion: int, rows: Sequence[int], shape: tuple[int, ...]) -> Callable[[Array], None]:
-    """Copies the blocks of an array, of `rows` rows of this shape, into a slot, `portion` elements apart."""
-    width, size = int(np.prod(shape, dtype=np.int64)), len(rows)
-    if min(rows) == max(rows):
-        room = slot[: size * portion].reshape(size, portion)[:, : rows[0] * width]
-        form = room.shape
-
-        def put(source: Array) -> None:
-            room[...] = source.reshape(form)
-
-        return put
-    rooms = [slot[at * portion : at * portion + count * width].reshape(count, *shape) for at, count in enumerate(rows)]
-    cuts = [slice(start, start + count) for start, count in zip(starts(rows), rows, strict=True)]
-
-    def put_each(source: Array) -> None:
-        for room, cut in zip(rooms, cuts, strict=True):
-            room[...] = source[cut]
-
-    return put_each
+    width, item = _elements(shape[1:]), dtype.itemsize
+    counts = [count * width for count in rows]
+    ring = ring_for(node.size * max(counts) * item)
+    portion = ring.portion(node.size, item) * item
+    record = _record("reduce_scatter", op, dtype, sum(counts), hash(tuple(counts)))
+    begins = enumerate(zip(starts(counts), counts, strict=True))
+    give = [(begin * item, rank * portion, count * item) for rank, (begin, count) in begins]
+    target = Like((rows[node.rank], *shape[1:]), dtype)
+    call = Short(node, record, Like(shape, dtype), target, ring, give)
+    if counts[node.rank]:
+        call.add_up(op, node.rank * portion)
+    return call
 
 
 # Movement, of the bytes as they are
 
 
-def _view(slot: Array, begin: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """The array of this shape at byte `begin` of a slot."""
-    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    return slot[begin : begin + nbytes].view(dtype).reshape(shape)
-
-
-def all_gather(node: Node, shape: tuple[int, ...], dtype: np.dtype[Any], root: int | None = None) -> Run:
+def all_gather(node: Node, shape: tuple[int, ...], dtype: np.dtype[Any], root: int | None = None) -> Short:
     """Target = the sources, one after another, on all ranks or on root alone."""
-    count = int(np.prod(shape, dtype=np.int64))
+    count = _elements(shape)
+    nbytes = count * dtype.itemsize
     name = "all_gather" if root is None else "gather"
-    extra = hash((tuple([count] * node.size), -1 if root is None else root))
-    meeting = Meeting(node, _record(name, "", None, 0, extra))
-    begin, arrive, wait = meeting.begin, meeting.arrive, meeting.wait
-    halves = [[_view(slot, 0, shape, dtype) for slot in node.slots(half, _OCTET)] for half in (0, 1)]
-    cuts = [slice(rank * shape[0], (rank + 1) * shape[0]) for rank in range(node.size)]
-    mine, wanted = node.rank, root in (None, node.rank)
-    own = cuts[mine]
-    others = [[(cuts[rank], slots[rank]) for rank, _ in node.peers] for slots in halves]
-
-    def run(source: Array, target: Array) -> None:
-        number = begin()
-        half = node._half
-        halves[half][mine][...] = source
-        arrive(number)
-        if wanted:
-            target[own] = source
-            wait(number)
-            for cut, slot in others[half]:
-                target[cut] = slot
-
-    return run
+    record = _record(name, "", None, 0, hash((tuple([count] * node.size), -1 if root is None else root)))
+    give = [(0, 0, nbytes)]
+    if root not in (None, node.rank):
+        return Short(node, record, Like(shape, dtype), None, ring_for(nbytes), give, [])
+    target = Like((shape[0] * node.size, *shape[1:]), dtype)
+    call = Short(node, record, Like(shape, dtype), target, ring_for(nbytes), give)
+    call.take([(rank, (0, rank * nbytes, nbytes)) for rank in range(node.size)])
+    return call
 
 
-def all_to_all(node: Node, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Run:
-    """Target = the blocks for this rank of all sources; shape: of one block."""
-    portion, size = STAGE_BYTES // node.size, node.size
-    length = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    meeting = Meeting(node, _record("all_to_all", "", None, 0, length))
-    begin, arrive, wait = meeting.begin, meeting.arrive, meeting.wait
-    cuts = [slice(rank * shape[0], (rank + 1) * shape[0]) for rank in range(size)]
-    halves = []
-    for half in (0, 1):
-        slots = node.slots(half, _OCTET)
-        room = slots[node.rank][: size * portion].reshape(size, portion)[:, :length].view(dtype)
-        others = [(cuts[rank], _view(slots[rank], node.rank * portion, shape, dtype)) for rank, _ in node.peers]
-        halves.append((room, others))
-    form, own = (size, length // dtype.itemsize), cuts[node.rank]
-
-    def run(source: Array, target: Array) -> None:
-        number = begin()
-        room, others = halves[node._half]
-        room[...] = source.reshape(form)
-        arrive(number)
-        target[own] = source[own]
-        wait(number)
-        for cut, part in others:
-            target[cut] = part
-
-    return run
+def all_to_all(node: Node, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Short:
+    """Target = the blocks for this rank of all sources."""
+    length, like = _elements(shape) * dtype.itemsize // node.size, Like(shape, dtype)
+    ring = ring_for(node.size * length)
+    portion = ring.portion(node.size, 1)
+    give = [(rank * length, rank * portion, length) for rank in range(node.size)]
+    call = Short(node, _record("all_to_all", "", None, 0, length), like, like, ring, give)
+    call.take([(rank, (node.rank * portion, rank * length, length)) for rank in range(node.size)])
+    return call
 
 
-def broadcast(node: Node, shape: tuple[int, ...], dtype: np.dtype[Any], root: int) -> Run:
+def broadcast(node: Node, shape: tuple[int, ...], dtype: np.dtype[Any], root: int) -> Short:
     """Target of every rank = source of root. Nobody waits for anybody but root."""
-    count = int(np.prod(shape, dtype=np.int64))
+    like, count = Like(shape, dtype), _elements(shape)
+    nbytes = count * dtype.itemsize
+    give = [(0, 0, nbytes)] if node.rank == root else []
     record = _record("broadcast", "", dtype, count, root)
-    meeting = Meeting(node, record)
-    begin, arrive, wait = meeting.begin, meeting.arrive, _wait(node, record, node.only(root))
-    slots = [_view(node.slots(half, _OCTET)[root], 0, shape, dtype) for half in (0, 1)]
+    call = Short(node, record, like, like, ring_for(nbytes), give, node.only(root))
+    call.take([(root, (0, 0, nbytes))])
+    return call
 
-    def give(source: Array, target: Array) -> None:
-        number = begin()
-        slots[node._half][...] = source
-        arrive(number)
-        if target is not source:
-            target[...] = source
 
-    def take(source: Array, target: Array) -> None:
-        number = begin()
-        arrive(number)
-        wait(number)
-        target[...] = slots[node._half]
+def letter(node: Node, length: int, root: int) -> Short:
+    """A broadcast of so many bytes that stay in the slot of root."""
+    give = [(0, 0, length)] if node.rank == root else []
+    record = _record("broadcast", "", _OCTET, length, root)
+    return Short(node, record, Like((length,), _OCTET), None, ring_for(length), give, node.only(root))
 
-    return give if node.rank == root else take
+
+def _elements(shape: tuple[int, ...]) -> int:
+    return int(np.prod(shape, dtype=np.int64))

@@ -1,10 +1,10 @@
-"""Collectives on one node for arrays from anywhere: through the staging halves of the control segment.
+"""Collectives on one node for arrays from anywhere: through the staging of the control segment (`staging.py`).
 
     copy my data into my slot  ->  ARRIVED  ->  read the slots of the others  (-> REDUCED -> read the sums)
 
 Small reductions take one synchronisation: every rank adds up all slots itself. Larger ones take two: each rank adds
 up its slice, its own data straight from the source, and the others copy the sums from its slot. What is longer than a
-half goes in chunks; the halves alternate, so a chunk is written while slower ranks still read the one before.
+slot goes in chunks; the slots alternate, so a chunk is written while slower ranks still read the one before.
 Invariant: rank order in every sum, so the result does not depend on which of the two ways was taken.
 """
 
@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from dtrain.collectives.dtypes import OPERATIONS, Array, starts
-from dtrain.collectives.node import STAGE_BYTES, Node
+from dtrain.collectives.node import Node
+from dtrain.collectives.staging import LONG, SHORT, ring_for
 from dtrain.collectives.sums import owned, reduce_into
 from dtrain.collectives.window import WindowWork
 
@@ -38,14 +39,15 @@ def all_reduce(node: Node, source: Array, target: Array, op: str, root: int | No
     name = "all_reduce" if root is None else "reduce"
     ufunc = OPERATIONS[op]
     wanted = root is None or root == node.rank
-    chunk = STAGE_BYTES // source.itemsize
     small = source.nbytes <= SMALL_BYTES
+    ring = SHORT if small else LONG
+    chunk = ring.portion(1, source.itemsize)
     with np.errstate(all="ignore"):
         for begin in range(0, source.size, chunk):
             count = min(chunk, source.size - begin)
             piece = slice(begin, begin + count)
             number = node.begin(name, "staged", op, source, extra=-1 if root is None else root)
-            slots = node.stage(number, source.dtype)
+            slots = node.stage(number, source.dtype, ring)
             mine = slots[node.rank]
             if small:
                 mine[:count] = source
@@ -80,12 +82,13 @@ def all_reduce(node: Node, source: Array, target: Array, op: str, root: int | No
 def reduce_scatter(node: Node, source: Array, target: Array, counts: Sequence[int], op: str) -> None:
     """Target (counts[rank],) = the sum of the ranks' blocks `rank` of source (sum(counts),)."""
     offsets = starts(counts)
-    portion = STAGE_BYTES // source.itemsize // node.size
+    ring = ring_for(node.size * max(counts) * source.itemsize)
+    portion = ring.portion(node.size, source.itemsize)
     with np.errstate(all="ignore"):
         for begin in range(0, max(counts), portion):
             lengths = [max(0, min(portion, count - begin)) for count in counts]
             number = node.begin("reduce_scatter", "staged", op, source, extra=hash(tuple(counts)))
-            slots = node.stage(number, source.dtype)
+            slots = node.stage(number, source.dtype, ring)
             for rank, length in enumerate(lengths):
                 origin = offsets[rank] + begin
                 slots[node.rank][rank * portion : rank * portion + length] = source[origin : origin + length]
@@ -103,27 +106,29 @@ def all_gather(node: Node, source: Array, target: Array | None, counts: Sequence
     target = None if target is None else target.view(np.uint8)
     lengths = [count * item for count in counts]
     offsets = starts(lengths)
-    for begin in range(0, max(lengths), STAGE_BYTES):
+    ring = ring_for(max(lengths))
+    for begin in range(0, max(lengths), ring.nbytes):
         number = node.begin(name, "staged", extra=extra)
-        slots = node.stage(number, source.dtype)
-        mine = source[begin : begin + STAGE_BYTES]
+        slots = node.stage(number, source.dtype, ring)
+        mine = source[begin : begin + ring.nbytes]
         slots[node.rank][: mine.size] = mine
         node.arrive(number)
         if target is None:
             continue
         node.await_arrived(number)
         for slot, offset, length in zip(slots, offsets, lengths, strict=True):
-            part = max(0, min(STAGE_BYTES, length - begin))
+            part = max(0, min(ring.nbytes, length - begin))
             target[offset + begin : offset + begin + part] = slot[:part]
 
 
 def broadcast(node: Node, buffer: Array, root: int) -> None:
     """Buffer of every rank = buffer of root. Nobody waits for anybody but root."""
     octets = buffer.view(np.uint8)
-    for begin in range(0, octets.size, STAGE_BYTES):
+    ring = ring_for(octets.size)
+    for begin in range(0, octets.size, ring.nbytes):
         number = node.begin("broadcast", "staged", array=buffer, extra=root)
-        slots = node.stage(number, octets.dtype)
-        piece = octets[begin : begin + STAGE_BYTES]
+        slots = node.stage(number, octets.dtype, ring)
+        piece = octets[begin : begin + ring.nbytes]
         if node.rank == root:
             slots[root][: piece.size] = piece
             node.arrive(number)
@@ -136,11 +141,12 @@ def broadcast(node: Node, buffer: Array, root: int) -> None:
 def all_to_all(node: Node, source: Array, target: Array, count: int) -> None:
     """Block i of source goes to rank i, target is what came; all blocks of all ranks have `count` elements."""
     source, target, length = source.view(np.uint8), target.view(np.uint8), count * source.itemsize
-    portion = STAGE_BYTES // node.size
+    ring = ring_for(node.size * length)
+    portion = ring.portion(node.size, 1)
     for begin in range(0, length, portion):
         part = min(portion, length - begin)
         number = node.begin("all_to_all", "staged", extra=length)
-        slots = node.stage(number, source.dtype)
+        slots = node.stage(number, source.dtype, ring)
         mine = slots[node.rank][: portion * node.size].reshape(node.size, portion)
         mine[:, :part] = source.reshape(node.size, length)[:, begin : begin + part]
         node.arrive(number)

@@ -45,23 +45,23 @@ class _Exchanges:
         self._job = Job(node, among=part, find=self._find)
         self._lengths: Sequence[int] = ()
         self._offsets: Sequence[int] = ()
-        self._half = 0
+        self._index = 0
 
     def exchange(self, source: Array, target: Array, counts: Sequence[int], out_counts: Sequence[int]) -> None:
         node, item = self._node, source.itemsize
         self._turn += 1
         record = records.record("all_to_all", "cma", "", None, 0, NO_PLACE, hash((item,)))
         number = node.begin_record(record, (0, self._turn))  # new each time: every rank looks into the slots
-        self._half = half = node.next_half(number)
+        self._index = index = node.free_slot(number)
         head, begin = [_SHORT], 0
         for count in counts:
             head += begin, count * item
             begin += count * item
         if begin <= SHORT_BYTES:
-            node.slots(half, _OCTET)[node.rank][self._head : self._head + begin] = source.view(_OCTET)
+            node.slots(index, _OCTET)[node.rank][self._head : self._head + begin] = source.view(_OCTET)
         else:
             head[0] = records.packed(node.arena.place(source) or cross_memory.private(source))
-        node.slots(half, _WORD)[node.rank][: len(head)] = head
+        node.slots(index, _WORD)[node.rank][: len(head)] = head
         self._lengths = [count * item for count in out_counts]
         self._offsets = starts(self._lengths)
         self._job.meet(number, source, target)
@@ -70,7 +70,7 @@ class _Exchanges:
         node, mine = self._node, self._node.rank
         two = False
         rows = []
-        for rank, slot in enumerate(node.slots(self._half, _WORD)):
+        for rank, slot in enumerate(node.slots(self._index, _WORD)):
             where, begin, nbytes = slot[[0, 1 + 2 * mine, 2 + 2 * mine]].tolist()
             two = two or where != _SHORT
             if nbytes != self._lengths[rank]:
@@ -90,5 +90,5 @@ class _Exchanges:
         if rank == node.rank:
             return 0, 0
         if where == _SHORT:
-            return 0, address(node.slots(self._half, _OCTET)[rank]) + self._head
+            return 0, address(node.slots(self._index, _OCTET)[rank]) + self._head
         return node.at_home(rank, where)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from dtrain.collectives.counters import Volume
 from dtrain.collectives.dtypes import cut
-from dtrain.collectives.node import STAGE_BYTES
 from dtrain.collectives.staged import SMALL_BYTES
+from dtrain.collectives.staging import LONG
 from dtrain.collectives.sums import owned
 from dtrain.collectives.window_moves import halves
 
@@ -46,7 +46,7 @@ def _slice(call: "Call") -> int:
     return (stop - start) * call.source.itemsize
 
 
-def _chunks(nbytes: int, portion: int = STAGE_BYTES) -> int:
+def _chunks(nbytes: int, portion: int = LONG.nbytes) -> int:
     return max(1, -(-nbytes // portion))
 
 
@@ -128,7 +128,7 @@ def staged_reduce(call: "Call") -> Volume:
 
 def staged_reduce_scatter(call: "Call") -> Volume:
     """Everything into the slot, my block from all others."""
-    chunks = _chunks(max(call.counts) * call.source.itemsize, STAGE_BYTES // call.transport.size)
+    chunks = _chunks(max(call.counts) * call.source.itemsize, LONG.nbytes // call.transport.size)
     return Volume(chunks, call.source.nbytes, _others(call) * _own(call, call.counts))
 
 
@@ -145,15 +145,10 @@ def staged_broadcast(call: "Call") -> Volume:
     return Volume(_chunks(nbytes), nbytes if call.at_root else 0, 0 if call.at_root else nbytes)
 
 
-def letter(call: "Call") -> Volume:
-    """A short scatter: nothing but what is counted for the broadcast of the letter."""
-    return Volume(0, 0, 0)
-
-
 def staged_all_to_all(call: "Call") -> Volume:
     """Everything into the slot, the blocks for me from all others."""
     own = _own(call, call.counts)
-    return Volume(_chunks(own, STAGE_BYTES // call.transport.size), call.source.nbytes, call.target.nbytes - own)
+    return Volume(_chunks(own, LONG.nbytes // call.transport.size), call.source.nbytes, call.target.nbytes - own)
 
 
 # Messages: of the least volume, and by `exchange`

@@ -1,5 +1,6 @@
 """Short collectives that come again go a way of their own; it meets the general way, and gives the same bits."""
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -7,15 +8,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dtrain.collectives import Communicator
+from dtrain.collectives import Communicator, node, small
 from dtrain.collectives.counters import Volume
+from dtrain.collectives.staging import LONG, SHORT
+from dtrain.collectives.waiting import CollectiveMismatch
 
 DTYPES = ["float32", "float64", "int8", "bool", "complex64", "float16", ml_dtypes.bfloat16]
 
 
 @pytest.fixture
-def part(comm: Communicator) -> Iterator[Communicator]:
-    """All ranks, with counters of its own."""
+def part(comm: Communicator, monkeypatch: pytest.MonkeyPatch) -> Iterator[Communicator]:
+    """All ranks, with counters of its own; no first collectives are compared, so that the second call has a form."""
+    monkeypatch.setattr(node, "CHECKED", 0)
     found = comm.split(0)
     assert found is not None
     yield found
@@ -64,7 +68,7 @@ def expected(comm: Communicator, name: str, arrays: list[np.ndarray[Any, Any]]) 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_again_and_again_with_new_data(part: Communicator, dtype: Any) -> None:
     """The ranks forget at different times, so those with a form meet those without."""
-    for shape in ((part.size,), (2 * part.size, 3)):
+    for shape in ((part.size,), (2 * part.size, 3), (500 * part.size,)):
         for turn in range(6):
             if (turn + part.rank) % 3 == 0:
                 part._forms.clear()
@@ -77,6 +81,101 @@ def test_again_and_again_with_new_data(part: Communicator, dtype: Any) -> None:
                     np.testing.assert_array_equal(result, want, name)
                     assert result.dtype == arrays[0].dtype
             part.barrier()
+
+
+def test_all_have_forms(part: Communicator) -> None:
+    if part.node is None or not small.able(part.node):
+        pytest.skip("no shared memory, or no machine code")
+    array = np.ones(part.size, np.float32)
+    for call in calls(part).values():
+        call(array)
+    part.barrier()
+    assert len(part._forms) == len(calls(part)) + 1
+
+
+def test_the_first_are_compared(comm: Communicator) -> None:
+    """They go the general way; then all ranks have forms from the same call on, or those without meet those with."""
+    part = comm.split(0)
+    assert part is not None
+    array = np.ones(part.size, np.float32)
+    for turn in range(2 * node.CHECKED):
+        array[...] = turn + part.rank
+        assert part.all_reduce(array)[0] == part.size * turn + sum(range(part.size))
+        if part.node is not None and part.size > 1:
+            assert not part._forms or part.node.number >= node.CHECKED
+    part.close()
+
+
+@pytest.mark.parametrize("nbytes", [8, SHORT.nbytes, SHORT.nbytes + 8, 60_000])
+def test_who_waits_for_nobody_runs_ahead(part: Communicator, nbytes: int) -> None:
+    """As far as there are slots: what the others have not read yet is not written over."""
+    last = part.size - 1
+    for late in (0, last):
+        many = 3 * SHORT.depth
+        for turn in range(many):
+            if part.rank == late and turn in (1, LONG.depth, SHORT.depth + 1):
+                time.sleep(0.02)
+            array = np.full(nbytes // 8, turn + part.rank, np.float64)
+            assert (part.broadcast(array, root=last) == turn + last).all()
+            whole = part.gather(array[: nbytes // 8 // part.size], root=0)
+            if part.rank == 0:
+                assert whole is not None
+                assert (whole.reshape(part.size, -1) == turn + np.arange(part.size)[:, None]).all()
+        part.barrier()
+
+
+def test_scatters_of_one_letter(part: Communicator) -> None:
+    """Root, form and length change; what is too long for a letter goes between; nobody waits for the others."""
+    for turn in range(60):
+        root = turn // 7 % part.size
+        rows, width = [(part.size, 1), (3 * part.size - 1, 2), (1000 // part.size * part.size, 1), (2000, 1)][turn % 4]
+        whole = np.arange(rows * width, dtype=np.float32).reshape(rows, width) + turn
+        expected = np.array_split(whole, part.size)[part.rank]
+        out = np.empty_like(expected) if turn % 3 else None
+        mine = part.scatter(whole if part.rank == root else None, root, out)
+        assert out is None or mine is out
+        np.testing.assert_array_equal(mine, expected)
+        if turn % 10 == part.rank:
+            time.sleep(0.002)
+
+
+def test_a_dtype_that_is_made_anew(part: Communicator) -> None:
+    """Equal, not the same object; and sources that are read-only."""
+    for turn in range(4):
+        fields = np.dtype([("name", "S3"), ("number", "<i4")])
+        array = np.zeros(2, fields)
+        array["number"] = part.rank, turn
+        array.flags.writeable = False
+        result = part.all_gather(array, out=np.empty(2 * part.size, np.dtype(fields.descr)))
+        assert result["number"].tolist() == [number for rank in range(part.size) for number in (rank, turn)]
+
+
+def test_short_calls_while_works_are_under_way(part: Communicator) -> None:
+    """More of them than there are records: the part of a work that others wait for is not forgotten among them."""
+    array, mine = np.ones(3), part.empty(20_000)
+    for turn in range(2):
+        mine[...] = turn + part.rank
+        work = part.all_reduce_async(mine, out=mine)
+        for _ in range(300):
+            assert part.all_reduce(array)[0] == part.size
+        work.wait()
+        assert (mine == part.size * turn + sum(range(part.size))).all()
+    del mine
+
+
+@pytest.mark.parametrize("how", ["form", "general"])
+def test_another_collective_is_told(part: Communicator, how: str) -> None:
+    if part.node is None or part.size == 1:
+        pytest.skip("nobody to differ from")
+    array = np.ones(part.size, np.float32)
+    for _ in range(3):
+        part.all_reduce(array)
+        part.all_gather(array)
+    if how == "general" and part.rank == 0:
+        part._forms.clear()
+    with pytest.raises(CollectiveMismatch, match=r"all_reduce.*all_gather|all_gather.*all_reduce"):
+        part.all_reduce(array) if part.rank == 0 else part.all_gather(array)
+        part.barrier()
 
 
 def test_uneven_blocks(part: Communicator) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dtrain.collectives.communicator import Communicator
-from dtrain.collectives.letters import HEAD, KNOWN, ROOM, Letter
+from dtrain.collectives.letters import HEAD, KNOWN, ROOM, Form, Letter
 from dtrain.collectives.threads import run_threads
 
 WIDE = np.dtype([(f"a rather long name of a field {number}", "f4") for number in range(40)])
@@ -60,11 +60,11 @@ def test_the_result_does_not_lie_in_the_letter() -> None:
 
 
 def test_what_is_known_does_not_grow() -> None:
-    letter = Letter()
+    letter = Letter(0)
     for number in range(3 * KNOWN):
-        form = [[number], [], "'<f4'", None, False]
-        assert letter.write(number, lambda form=form: form) == form  # type: ignore[misc]
-        assert letter.read() == form
+        form = Form([number], [], "'<f4'", None, False)
+        assert letter.write(number, lambda form=form: form) == (form, None)  # type: ignore[misc]
+        assert letter.read(letter.octets) == (form, None)
     assert len(letter._written) <= KNOWN and len(letter._read) <= KNOWN
 
 
