@@ -82,7 +82,7 @@ class Call:
         that do different things are told here instead of hanging there. alike: all arrays have one length and dtype.
         """
         if self.node is not None:
-            number = self.node.note(name, algorithm, self.op, self.source if alike else None, self._extra(name))
+            number = self.node.note(name, algorithm, self.op, self.source if alike else None, self.extra(name))
             self.node.await_arrived(number)
         return self.transport
 
@@ -90,10 +90,10 @@ class Call:
         """The transport, after telling the peers that something is started there."""
         if self.node is not None:
             # In MPI, what is started matches no blocking call: another number than there.
-            self.node.note(name, "native", self.op, self.source if alike else None, -1 - self._extra(name))
+            self.node.note(name, "native", self.op, self.source if alike else None, -1 - self.extra(name))
         return self.transport
 
-    def _extra(self, name: str) -> int:
+    def extra(self, name: str) -> int:
         """What else must be equal on all ranks: the root, the counts."""
         if name in ("broadcast", "reduce"):
             return self.root

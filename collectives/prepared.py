@@ -25,7 +25,7 @@ def native(call: Call, name: str, alike: bool, do: Run) -> Run:
     """All ranks come together in the window before the library's collective, as in `Call.met`."""
     node = call.stage
     dtype, count = (call.source.dtype, call.source.size) if alike else (None, 0)
-    record = records.record(name, "native", call.op, dtype, count, NO_PLACE, call._extra(name))
+    record = records.record(name, "native", call.op, dtype, count, NO_PLACE, call.extra(name))
 
     job = Job(node, two=False)
 
