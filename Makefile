@@ -58,9 +58,10 @@ test-mpi: .venv/dev-$(MPI)
 	done
 	$(call limit,600) mpirun -n 5 python -m pytest --with-mpi tests/mpi/test_pitfalls.py -q -p no:cacheprovider
 
-# Jobs of a few ranks, which wait for one another and for processes that start: two at a time, however many cores.
+# Jobs of a few ranks, which wait for one another and for processes that start: two at a time, however many cores. The
+# longest first.
 test-system: .venv/dev-$(MPI)
-	$(call limit,900) python -m pytest tests/examples tests/system tests/hosts -q -n 2 --dist worksteal
+	$(call limit,900) python -m pytest tests/hosts tests/examples tests/system -q -n 2 --dist worksteal
 
 COLLECT := python -m pytest tests/unit tests/examples tests/system tests/hosts --collect-only -q
 # mypy keeps one core busy; beside it, in one process: every test can be imported, which compiles what the tests' workers
