@@ -15,7 +15,7 @@ HEAD = object.__basicsize__  # bytes of a Python object before what is its own
 TYPE, DATA, DIMS, SHAPE, DTYPE, FLAGS = (HEAD + byte for byte in (-8, 0, 8, 16, 40, 48))  # bytes of an array
 
 # What a call returns: 0, or the number of a rank of the crew that came to something else, from 1 on, or
-LATE, NOT_FREE, UNLIKE = -1, -2, -3
+LATE, NOT_FREE, UNLIKE, ANOTHER = -1, -2, -3, -4
 # The third argument: the slot was not free; somebody was late.
 AGAIN, WAIT = 1, 2
 
@@ -32,6 +32,9 @@ JOB = {
     "stride": "i64",  # bytes from one to the next
     "give": "ptr",  # rows of dtrain_copies, from the first array into my slot
     "gives": "i64",  # how many
+    "head": "ptr",  # what must stand at the beginning of the slot of root, if anything must (0); else it is ANOTHER
+    "heads": "i64",  # words of it
+    "root": "ptr",  # the first slot of root
     "take": "ptr",  # rows of dtrain_copies, from the first slots into the second array
     "takes": "i64",
     "sum": "ptr",  # a function that adds up slots into the second array, or none (0)
@@ -195,11 +198,29 @@ found:
   %well = icmp eq i64 %other, 0
   br i1 %well, label %took, label %end
 took:
+  %headless = icmp eq ptr %head, null
+  br i1 %headless, label %rows, label %read
+read:
+  %root.slot = getelementptr i8, ptr %root, i64 %shift
+  br label %word
+word:
+  %w = phi i64 [ 0, %read ], [ %w2, %one ]
+  %unread = icmp ult i64 %w, %heads
+  br i1 %unread, label %one, label %rows
+one:
+  %there.at = getelementptr i64, ptr %root.slot, i64 %w
+  %there.word = load i64, ptr %there.at
+  %head.at2 = getelementptr i64, ptr %head, i64 %w
+  %head.word = load i64, ptr %head.at2
+  %w2 = add i64 %w, 1
+  %same = icmp eq i64 %there.word, %head.word
+  br i1 %same, label %word, label %end
+rows:
   %taken = call i64 @dtrain_copies(ptr %take, i64 %takes, ptr %y.data, ptr null, i64 0, i64 %shift)
   %unsummed = icmp eq ptr %sum, null
   br i1 %unsummed, label %end, label %place
 place:
-  %k = phi i64 [ 0, %took ], [ %k2, %placed ]
+  %k = phi i64 [ 0, %rows ], [ %k2, %placed ]
   %more = icmp ult i64 %k, %ranks
   br i1 %more, label %placed, label %add
 placed:
@@ -215,7 +236,8 @@ add:
   %added = call i64 %sum(ptr %places, i64 %ranks, ptr %result, i64 1, i64 %bytes, i64 0)
   br label %end
 end:
-  %code = phi i64 [ {UNLIKE}, %entry ], [ {NOT_FREE}, %look ], [ %other, %found ], [ 0, %took ], [ 0, %add ]
+  %code = phi i64 [ {UNLIKE}, %entry ], [ {NOT_FREE}, %look ], [ %other, %found ], [ {ANOTHER}, %one ],
+    [ 0, %rows ], [ 0, %add ]
   %object = call ptr @PyLong_FromLong(i64 %code)
   ret ptr %object
 }}

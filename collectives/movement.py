@@ -29,13 +29,14 @@ from dtrain.collectives.forms import (
     target_of,
 )
 from dtrain.collectives.group import Group
-from dtrain.collectives.letters import HEAD, ROOM, Form, Letter
+from dtrain.collectives.letters import ROOM, Form, Known, Letter
 
 
 class Movement(Group):
     """A group that hands around."""
 
     _letter: Letter | None = None
+    _opened: Known | None = None  # the last letter
 
     def all_gather(
         self, array: Any, out: Array | None = None, counts: Sequence[int] | None = None, algorithm: str = "auto"
@@ -103,7 +104,13 @@ class Movement(Group):
         algorithm: str = "auto",
     ) -> Array:
         """My block of the array (n, ...) of rank root, cut along dim 0 as in `reduce_scatter`; others may pass None."""
-        form, enclosed = self._scatter_form(array, root, out, counts, algorithm == "auto")
+        told = self._scatter_form(array, root, out, counts, algorithm == "auto")
+        return self._scattered(*told, array, root, out, algorithm)
+
+    def _scattered(
+        self, form: Form, enclosed: Array | None, array: Any | None, root: int, out: Array | None, algorithm: str
+    ) -> Array:
+        """My rows, once root has told the others."""
         if enclosed is not None:
             return enclosed
         if form.place == ON_GPU:
@@ -196,7 +203,7 @@ class Movement(Group):
         self._settle()
         if self._letter is None:
             self._letter = Letter(self.rank)
-        letter, known, nbytes = self._letter, None, 0
+        letter, known = self._letter, None
         if self.rank == root:
             on_device = type(array) is not np.ndarray and on_gpu(array)
             array = device.as_rows(array) if on_device else as_rows(array)
@@ -211,21 +218,22 @@ class Movement(Group):
             known = letter.write((array.shape, array.dtype, given, place, enclose), form)
             if enclose:
                 letter.enclose(flat(array))
-                nbytes = array.nbytes
-        octets = self._send_letter(letter.octets, root, HEAD + nbytes)
-        if self.rank != root:
-            known = letter.read(octets)
-        if known is None or not octets[0]:
-            known = Form(*self.broadcast_object(None if known is None else known[0], root)), None
-        found, block = known
-        if block is None:
-            return found, None
-        self.counters.add("scatter", "letter", max(nbytes, block.nbytes), Volume(0, 0, 0))
-        return found, block.read(octets, out)
+        octets = self.broadcast(letter.octets, root, letter.octets)
+        return self._open_letter(octets, root, out, known)
 
-    def _send_letter(self, octets: Array, root: int, nbytes: int) -> Array:
-        """Where every rank finds the octets of root, of which the first nbytes are of interest."""
-        return self.broadcast(octets, root, octets)
+    def _open_letter(
+        self, octets: Array, root: int, out: Array | None, known: Known | None = None
+    ) -> tuple[Form, Array | None]:
+        """The form that came, and my rows, if they came with it. Root knows it."""
+        assert self._letter is not None
+        self._opened = known = known or self._letter.read(octets)
+        if known is None or not octets[0]:
+            return Form(*self.broadcast_object(known and known.form, root)), None
+        block = known.block
+        if block is None:
+            return known.form, None
+        self.counters.add("scatter", "letter", block.of if self.rank == root else block.nbytes, Volume(0, 0, 0))
+        return known.form, block.read(octets, out)
 
     def _scatter_call(self, array: Any | None, root: int, out: Array | None, form: Form) -> tuple[Call, Array]:
         rows, width, name, place, _ = form

@@ -22,9 +22,10 @@ from numpy import ndarray
 
 from dtrain.collectives import small
 from dtrain.collectives.arena import at_home
-from dtrain.collectives.counters import Tally
+from dtrain.collectives.counters import Tally, Volume
 from dtrain.collectives.dtypes import Array, address, cut
 from dtrain.collectives.forms import NOTHING
+from dtrain.collectives.letters import LENGTH, Block
 from dtrain.collectives.node import Node
 from dtrain.collectives.plans import PREPARED_COLLECTIVES, Plans
 from dtrain.collectives.prepared_window import Windowed
@@ -50,14 +51,12 @@ class Shortcuts(Plans):
     def __init__(self, transport: Transport, timeout: float | None = None, progress: Progress | None = None) -> None:
         super().__init__(transport, timeout, progress)
         self._forms: dict[Hashable, Form] = {}
-        self._letters: dict[int, Callable[[Array, int], Array]] = {}
         self._places: dict[Hashable, tuple[Again, Tally, tuple[str, str, int], tuple[int, ...]]] = {}
         """Plans of long calls in the window: by the key of the form and the addresses."""
 
     def forget(self) -> None:
         """Drop all forms and plans: what `auto` chooses has changed, on all ranks."""
         self._forms.clear()
-        self._letters.clear()
         self._places.clear()
         self.counters.forget()
         super().forget()
@@ -68,7 +67,6 @@ class Shortcuts(Plans):
         Drop the arrays of `empty` before: their memory goes only when no rank has any of them any more.
         """
         self._forms.clear()
-        self._letters.clear()
         self._places.clear()
         super().close()
 
@@ -192,29 +190,65 @@ class Shortcuts(Plans):
         result = super().broadcast(array, root, out)
         return self._keep(key, array, result, lambda node: small.broadcast(node, array.shape, array.dtype, root))
 
-    def _send_letter(self, octets: Array, root: int, nbytes: int) -> Array:
-        """As a broadcast of which root lays down what is of interest, and the others read that where it lies.
+    def scatter(
+        self,
+        array: Any | None,
+        root: int = 0,
+        out: Array | None = None,
+        counts: Sequence[int] | None = None,
+        algorithm: str = "auto",
+    ) -> Array:
+        """My block of the array (n, ...) of rank root, cut along dim 0 as in `reduce_scatter`; others may pass None."""
+        key: tuple[Any, ...] | None = None  # the others do not know what comes: what came last, perhaps
+        if algorithm == "auto" and self.rank != root:
+            key = "scatter", root
+        elif algorithm == "auto" and counts is None and type(array) is ndarray:
+            key = "scatter", root, array.shape, array.dtype
+        form = self._forms.get(key)
+        if form is not None:
+            return form(array, out)  # type: ignore[no-any-return]
+        result = super().scatter(array, root, out, counts, algorithm)
+        if key is not None:
+            self._keep_letter(key, root, array)
+        return result
 
-        It is theirs until they come to the next collective.
-        """
-        send = self._letters.get(root)
-        if send is not None:
-            return send(octets, nbytes)
-        found, node, last = super()._send_letter(octets, root, nbytes), self._node, self.counters.last
-        if node is not None and small.able(node) and last is not None and last[:2] == ("broadcast", "staged"):
-            self._letters[root] = self._letter_form(small.letter(node, len(octets), root), root)
-        return found
+    def _keep_letter(self, key: tuple[Any, ...], root: int, array: Any) -> None:
+        """Keep the form of a scatter that was one letter, as the one that comes next."""
+        node, known, last = self._node, self._opened, self.counters.last
+        if node is None or known is None or known.block is None or last is None or last[:2] != ("scatter", "letter"):
+            return
+        if self.tuning is not None or not small.able(node) or not known.block.dtype.isnative:
+            return
+        head = *key, known.head.tobytes()
+        form = self._forms.get(head)
+        if form is None and len(self._forms) < KNOWN_FORMS:
+            source = array if self.rank == root else NOTHING
+            like = small.Like(source.shape, source.dtype)
+            short = small.scatter(node, root, known.head, known.block, like)
+            form = self._forms[head] = self._letter_form(key, short, known.block, root)
+        if form is not None:
+            self._forms[key] = form
 
-    def _letter_form(self, short: small.Short, root: int) -> Callable[[Array, int], Array]:
-        form, mine = self._form(short, NOTHING.dtype, None), self.rank == root
+    def _letter_form(self, key: tuple[Any, ...], short: small.Short, block: Block, root: int) -> Form:
+        mine, give, scattered = self.rank == root, self._form(short, block.dtype, block.shape), super().scatter
+        volume = Volume(1, LENGTH if mine else 0, 0 if mine else LENGTH)
+        letters = self.counters.tally("broadcast", "staged", LENGTH, volume)
 
-        def send(octets: Array, nbytes: int) -> Array:
-            if mine:
-                short.shorten(nbytes)
-            form(octets, None)
-            return octets if mine else short.slot(root)
+        def fits(out: Array) -> bool:
+            return type(out) is ndarray and out.dtype is block.dtype and out.shape == block.shape and out.flags.carray
 
-        return send
+        def form(array: Any, out: Array | None) -> Array:
+            if not mine and not (out is None or fits(out)):
+                return scattered(None, root, out)  # for another letter, perhaps
+            letters.calls += 1
+            result: Array | None = give(array if mine else NOTHING, out)
+            if result is None:
+                told = self._open_letter(short.slot(root), root, out)
+                result = self._scattered(*told, None, root, out, "auto")
+                self._keep_letter(key, root, None)
+            return result
+
+        return form
 
     def barrier(self, algorithm: "str | Own" = "auto") -> None:
         """Return when all ranks have come here."""
@@ -262,7 +296,8 @@ class Shortcuts(Plans):
                 works.progress()
             found = run(array, out)
             if found:
-                finish(found, array, out)
+                if finish(found, array, out):
+                    return None
             elif then is not None:
                 then(out)
             tally.calls += 1

@@ -21,8 +21,9 @@ from dtrain.collectives import records
 from dtrain.collectives.dtypes import OPERATIONS, Array, accumulator, address, starts
 from dtrain.collectives.flags import Peers
 from dtrain.collectives.forms import NOTHING, destination
+from dtrain.collectives.letters import HEAD, LENGTH, Block
 from dtrain.collectives.machine_code import MachineCode, machine_code
-from dtrain.collectives.machine_short import AGAIN, LATE, NOT_FREE, UNLIKE, WAIT, WORD, WORDS
+from dtrain.collectives.machine_short import AGAIN, ANOTHER, LATE, NOT_FREE, UNLIKE, WAIT, WORD, WORDS
 from dtrain.collectives.node import Node
 from dtrain.collectives.records import NO_PLACE, Record
 from dtrain.collectives.staging import SHORT, Ring, ring_for
@@ -30,7 +31,9 @@ from dtrain.collectives.staging import SHORT, Ring, ring_for
 _OCTET = np.dtype(np.uint8)
 _AS_IN_C, _ALIGNED, _WRITABLE = 0x1, 0x100, 0x400  # NumPy's flags of an array
 _READ, _WRITE = _AS_IN_C | _ALIGNED, _AS_IN_C | _ALIGNED | _WRITABLE
-Row = tuple[int, int, int]  # where it begins in the source, where in the target, bytes
+Row = tuple[int, int, int, int]
+"""An address or 0: the array of the call; to take, the rank whose slot it is; where it begins there, where in the
+target, bytes."""
 
 
 class Like(NamedTuple):
@@ -76,7 +79,7 @@ class Short:
         self._set("slot", slots[node.rank])
         self._set("depth", ring.depth)
         self._set("stride", ring.nbytes)
-        self._give = self._point("give", [word for row in give for word in (0, *row)])
+        self._point("give", [word for row in give for word in row])
         self._set("gives", len(give))
         self._words[WORD["record"] :] = *record, records.packed(NO_PLACE)
         self._slots = slots
@@ -85,14 +88,17 @@ class Short:
         self.run = self._code.short(self._words)
         """(source, target) -> 0, or what `finish` must be told."""
 
-    def take(self, rows: Sequence[tuple[int, Row]]) -> None:
-        """Rows out of the slots of these ranks into the target."""
-        self._point("take", [word for rank, row in rows for word in (self._slots[rank], *row)])
+    def take(self, rows: Sequence[Row]) -> None:
+        """Rows out of the slots into the target."""
+        self._point("take", [word for rank, *row in rows for word in (self._slots[rank], *row)])
         self._set("takes", len(rows))
 
-    def shorten(self, nbytes: int) -> None:
-        """Give no more than so many bytes of the one row from now on."""
-        self._give[3] = nbytes
+    def expect(self, head: Array, root: int) -> None:
+        """These octets at the beginning of the slot of root, or else nothing is taken, and it is ANOTHER."""
+        self._kept.append(head)
+        self._set("head", address(head))
+        self._set("heads", head.nbytes // 8)
+        self._set("root", self._slots[root])
 
     def slot(self, rank: int) -> Array:
         """The slot of a rank in the last call; it may be read until the next collective."""
@@ -131,8 +137,8 @@ class Short:
         elif self.then is not None:
             self.then(target)
 
-    def finish(self, found: int, source: Array, target: Array) -> None:
-        """Do the rest of what `run` did not do."""
+    def finish(self, found: int, source: Array, target: Array) -> bool:
+        """Do the rest of what `run` did not do. True: it is ANOTHER, and nothing was taken."""
         node, ring = self._node, self._ring
         if found == UNLIKE:  # strides, or a wrong target; a rank without target reads its source alone
             whole = np.empty(*self._source)
@@ -144,7 +150,7 @@ class Short:
                 result = np.empty(*self._target)
                 self(whole, result)
                 target[...] = result
-            return
+            return False
         while found:
             if found == LATE:
                 node.await_arrived(node.number, self._peers)
@@ -152,19 +158,21 @@ class Short:
             elif found == NOT_FREE:
                 node.free_slot(node.number, ring)
                 found = self.run(source, target, AGAIN)
+            elif found == ANOTHER:
+                return True
             else:
                 raise node.reports.mismatch(self._peers[found - 1][0], node.number)
         if self.then is not None:
             self.then(target)
+        return False
 
     def _set(self, name: str, word: int) -> None:
         self._words[WORD[name]] = word
 
-    def _point(self, name: str, words: Any) -> Array:
+    def _point(self, name: str, words: Any) -> None:
         table = np.asarray(words, np.int64)
         self._kept.append(table)
         self._set(name, address(table) if table.size else 0)
-        return table
 
 
 def able(node: Node) -> bool:
@@ -221,7 +229,7 @@ def all_reduce(node: Node, shape: tuple[int, ...], dtype: np.dtype[Any], op: str
     name, like, count = "all_reduce" if root is None else "reduce", Like(shape, dtype), _elements(shape)
     wanted = root in (None, node.rank)
     record = _record(name, op, dtype, count, -1 if root is None else root)
-    give = [(0, 0, count * dtype.itemsize)]
+    give = [(0, 0, 0, count * dtype.itemsize)]
     call = Short(node, record, like, like if wanted else None, give=give, peers=None if wanted else [])
     if wanted:
         call.add_up(op)
@@ -236,7 +244,7 @@ def reduce_scatter(node: Node, shape: tuple[int, ...], dtype: np.dtype[Any], op:
     portion = ring.portion(node.size, item) * item
     record = _record("reduce_scatter", op, dtype, sum(counts), hash(tuple(counts)))
     begins = enumerate(zip(starts(counts), counts, strict=True))
-    give = [(begin * item, rank * portion, count * item) for rank, (begin, count) in begins]
+    give = [(0, begin * item, rank * portion, count * item) for rank, (begin, count) in begins]
     target = Like((rows[node.rank], *shape[1:]), dtype)
     call = Short(node, record, Like(shape, dtype), target, ring, give)
     if counts[node.rank]:
@@ -253,12 +261,12 @@ def all_gather(node: Node, shape: tuple[int, ...], dtype: np.dtype[Any], root: i
     nbytes = count * dtype.itemsize
     name = "all_gather" if root is None else "gather"
     record = _record(name, "", None, 0, hash((tuple([count] * node.size), -1 if root is None else root)))
-    give = [(0, 0, nbytes)]
+    give = [(0, 0, 0, nbytes)]
     if root not in (None, node.rank):
         return Short(node, record, Like(shape, dtype), None, ring_for(nbytes), give, [])
     target = Like((shape[0] * node.size, *shape[1:]), dtype)
     call = Short(node, record, Like(shape, dtype), target, ring_for(nbytes), give)
-    call.take([(rank, (0, rank * nbytes, nbytes)) for rank in range(node.size)])
+    call.take([(rank, 0, rank * nbytes, nbytes) for rank in range(node.size)])
     return call
 
 
@@ -267,9 +275,9 @@ def all_to_all(node: Node, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Shor
     length, like = _elements(shape) * dtype.itemsize // node.size, Like(shape, dtype)
     ring = ring_for(node.size * length)
     portion = ring.portion(node.size, 1)
-    give = [(rank * length, rank * portion, length) for rank in range(node.size)]
+    give = [(0, rank * length, rank * portion, length) for rank in range(node.size)]
     call = Short(node, _record("all_to_all", "", None, 0, length), like, like, ring, give)
-    call.take([(rank, (node.rank * portion, rank * length, length)) for rank in range(node.size)])
+    call.take([(rank, node.rank * portion, rank * length, length) for rank in range(node.size)])
     return call
 
 
@@ -277,18 +285,26 @@ def broadcast(node: Node, shape: tuple[int, ...], dtype: np.dtype[Any], root: in
     """Target of every rank = source of root. Nobody waits for anybody but root."""
     like, count = Like(shape, dtype), _elements(shape)
     nbytes = count * dtype.itemsize
-    give = [(0, 0, nbytes)] if node.rank == root else []
+    give = [(0, 0, 0, nbytes)] if node.rank == root else []
     record = _record("broadcast", "", dtype, count, root)
     call = Short(node, record, like, like, ring_for(nbytes), give, node.only(root))
-    call.take([(root, (0, 0, nbytes))])
+    call.take([(root, 0, 0, nbytes)])
     return call
 
 
-def letter(node: Node, length: int, root: int) -> Short:
-    """A broadcast of so many bytes that stay in the slot of root."""
-    give = [(0, 0, length)] if node.rank == root else []
-    record = _record("broadcast", "", _OCTET, length, root)
-    return Short(node, record, Like((length,), _OCTET), None, ring_for(length), give, node.only(root))
+def scatter(node: Node, root: int, head: Array, block: Block, source: Like) -> Short:
+    """A letter that came before, as its broadcast: root gives the head and the source, and each takes its block, if the
+    head is this one.
+    """
+    give: list[Row] = []
+    if node.rank == root:
+        nbytes = _elements(source.shape) * source.dtype.itemsize
+        give = [(address(head), 0, 0, HEAD), (0, 0, HEAD, nbytes)]
+    record = _record("broadcast", "", _OCTET, LENGTH, root)
+    call = Short(node, record, source, Like(block.shape, block.dtype), ring_for(LENGTH), give, node.only(root))
+    call.expect(head, root)
+    call.take([(root, block.begin, 0, block.nbytes)])
+    return call
 
 
 def _elements(shape: tuple[int, ...]) -> int:

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dtrain.collectives import Communicator, node, small
+from dtrain.collectives import Communicator, flags, node, small
 from dtrain.collectives.counters import Volume
 from dtrain.collectives.staging import LONG, SHORT
 from dtrain.collectives.waiting import CollectiveMismatch
@@ -129,14 +129,17 @@ def test_scatters_of_one_letter(part: Communicator) -> None:
     for turn in range(60):
         root = turn // 7 % part.size
         rows, width = [(part.size, 1), (3 * part.size - 1, 2), (1000 // part.size * part.size, 1), (2000, 1)][turn % 4]
-        whole = np.arange(rows * width, dtype=np.float32).reshape(rows, width) + turn
+        dtype = np.float32 if turn % 5 else np.int32
+        whole = np.arange(rows * width, dtype=dtype).reshape(rows, width) + dtype(turn)
         expected = np.array_split(whole, part.size)[part.rank]
-        out = np.empty_like(expected) if turn % 3 else None
+        out = [None, np.empty_like(expected), np.empty((len(expected), 2 * width), dtype)[:, ::2]][turn % 3]
         mine = part.scatter(whole if part.rank == root else None, root, out)
         assert out is None or mine is out
         np.testing.assert_array_equal(mine, expected)
         if turn % 10 == part.rank:
             time.sleep(0.002)
+    if part.node is not None and small.able(part.node):
+        assert ("scatter", 0) in part._forms or part.rank == 0
 
 
 def test_a_dtype_that_is_made_anew(part: Communicator) -> None:
@@ -150,17 +153,28 @@ def test_a_dtype_that_is_made_anew(part: Communicator) -> None:
         assert result["number"].tolist() == [number for rank in range(part.size) for number in (rank, turn)]
 
 
-def test_short_calls_while_works_are_under_way(part: Communicator) -> None:
-    """More of them than there are records: the part of a work that others wait for is not forgotten among them."""
+def test_short_calls_while_works_are_under_way(comm: Communicator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More of them than there are records, which tell where the data of a work lies; and none waits for so long that
+    Python sees to the works.
+    """
+    monkeypatch.setattr(node, "CHECKED", 0)
+    monkeypatch.setattr(flags, "TRIES", (10**7, 0))  # a fifth of a second
+    monkeypatch.setattr(flags, "CROWDED_TRIES", (0, 10**5))
+    part = comm.split(0)
+    assert part is not None
     array, mine = np.ones(3), part.empty(20_000)
-    for turn in range(2):
+    for _ in range(2):
+        part.all_reduce(array)
+    for turn in range(2 * part.size):
         mine[...] = turn + part.rank
-        work = part.all_reduce_async(mine, out=mine)
+        time.sleep(0.005 * (turn % part.size == part.rank))
+        work = part.all_gather_async(mine)
         for _ in range(300):
             assert part.all_reduce(array)[0] == part.size
-        work.wait()
-        assert (mine == part.size * turn + sum(range(part.size))).all()
+        whole = work.wait().reshape(part.size, -1)
+        assert (whole == turn + np.arange(part.size)[:, None]).all()
     del mine
+    part.close()
 
 
 @pytest.mark.parametrize("how", ["form", "general"])

@@ -63,8 +63,9 @@ def test_what_is_known_does_not_grow() -> None:
     letter = Letter(0)
     for number in range(3 * KNOWN):
         form = Form([number], [], "'<f4'", None, False)
-        assert letter.write(number, lambda form=form: form) == (form, None)  # type: ignore[misc]
-        assert letter.read(letter.octets) == (form, None)
+        assert letter.write(number, lambda form=form: form).form == form  # type: ignore[misc]
+        known = letter.read(letter.octets)
+        assert known is not None and known.form == form and known.block is None
     assert len(letter._written) <= KNOWN and len(letter._read) <= KNOWN
 
 
