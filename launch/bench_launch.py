@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -20,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.config import Config
-from dtrain.errors import UserError
 from dtrain.launch import configuration
+from dtrain.launch.mpirun import Mpirun, stop
 
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS", "NUMBA_NUM_THREADS")
 
@@ -34,23 +32,13 @@ class BenchError(RuntimeError):
     """A launch failed or took too long; carries the end of what it said."""
 
 
-def mpirun() -> list[str]:
-    """Return the launcher that belongs to this Python, with what it needs for more ranks than cores; UserError."""
-    beside = Path(sys.executable).with_name("mpirun")
-    found = str(beside) if beside.exists() else shutil.which("mpirun")
-    if found is None:
-        raise UserError("mpirun: neither beside this Python nor on PATH; pip install 'dtrain[mpich]' brings one")
-    told = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=30, check=False).stdout
-    return [found, "--oversubscribe"] if "Open MPI" in told or "OpenRTE" in told else [found]
-
-
 def launch_dtrain(
-    launcher: list[str], config: Config, ranks: int, folder: Path, limit: float
+    launcher: Mpirun, config: Config, ranks: int, folder: Path, limit: float
 ) -> tuple[float, list[Report]]:
     """Run `config` on `ranks` ranks of dtrain; return the time of the launch and every rank's report."""
     (folder / "config.yaml").write_text(configuration.dump(config))
-    command = [*launcher, "-n", str(ranks), sys.executable, "-m", "dtrain.launch.bench_step_worker", str(folder)]
-    started = run_together([(command, {})], folder / "output", limit)
+    command = launcher.command(ranks, [sys.executable, "-m", "dtrain.launch.bench_step_worker", str(folder)])
+    started = run_together([(command, launcher.leave(ranks))], folder / "output", limit)
     return started, _reports(folder, ranks)
 
 
@@ -103,21 +91,6 @@ def run_together(commands: list[tuple[list[str], dict[str, str]]], output: Path,
     if failed:
         raise BenchError(f"{' '.join(commands[0][0])}: exit code {failed[0]}\n{_tail(output)}")
     return started
-
-
-def stop(process: subprocess.Popen[bytes], grace: float = 3.0) -> None:
-    """End a process that was started in its own session, with its children; one that has ended is left alone."""
-    if process.poll() is not None:
-        return
-    for number in (signal.SIGTERM, signal.SIGKILL):  # mpirun passes the first on to its ranks
-        try:
-            os.killpg(process.pid, number)
-            process.wait(grace)
-        except ProcessLookupError:
-            break
-        except subprocess.TimeoutExpired:
-            continue
-    process.wait()
 
 
 def _reports(folder: Path, ranks: int) -> list[Report]:

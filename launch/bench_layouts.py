@@ -21,8 +21,8 @@ from msgspec.structs import replace
 
 from dtrain.config import Config
 from dtrain.errors import UserError
-from dtrain.launch import environment
-from dtrain.launch.bench_launch import PAIRS, launch_dtrain, launch_torch, mpirun
+from dtrain.launch import environment, mpirun
+from dtrain.launch.bench_launch import PAIRS, launch_dtrain, launch_torch
 from dtrain.launch.bench_step import (
     LIMIT,
     WARMUP,
@@ -71,7 +71,7 @@ def bench_layouts(
     for name in names:
         if name not in LAYOUTS:
             raise UserError(f"--layouts: {name}; allowed: {', '.join(LAYOUTS)}")
-    launcher, python = mpirun(), peer_python or sys.executable
+    launcher, python = mpirun.find(), peer_python or sys.executable
     if peer is not None and (missing := peer_missing(config, python)):
         tell(missing)
         peer = None

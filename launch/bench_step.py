@@ -27,8 +27,8 @@ from msgspec.structs import replace
 
 from dtrain.config import CheckpointConfig, Config, GPTConfig, ValidateConfig
 from dtrain.errors import UserError
-from dtrain.launch import configuration, environment
-from dtrain.launch.bench_launch import PAIRS, Report, launch_dtrain, launch_torch, mpirun
+from dtrain.launch import configuration, environment, mpirun
+from dtrain.launch.bench_launch import PAIRS, Report, launch_dtrain, launch_torch
 
 WARMUP = 3  # untimed steps: caches, pools and the allocator settle
 LIMIT = 300.0  # seconds per launch
@@ -63,7 +63,7 @@ def bench_step(
     if environment.job().size > 1:
         raise UserError("dtrain bench step: starts mpirun itself; call it without mpirun, with --ranks")
     configs = {size: for_bench(config, size, WARMUP + steps + PAIRS) for size in ranks}
-    launcher = mpirun()
+    launcher = mpirun.find()
     python = peer_python or sys.executable
     versions: dict[str, str] = {}
     if peer is not None:

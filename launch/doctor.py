@@ -13,7 +13,6 @@ import importlib.util
 import os
 import platform
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,9 +23,7 @@ import click
 from dtrain import __version__
 from dtrain.cache import cache_folder, check_writable
 from dtrain.errors import UserError
-from dtrain.launch import environment
-
-_LAUNCHER_VARIABLES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPI_LOCAL", "HYDRA_")
+from dtrain.launch import environment, mpirun
 
 
 class Finding(NamedTuple):
@@ -59,15 +56,16 @@ def examine() -> bool:
 def _foreign_launcher() -> str:
     """Name the MPI library when the launcher is another MPI's: starting MPI could then end this process with a riddle.
 
-    A process that knows nothing of the launcher asks the library.
+    The library is asked where it does not start.
     """
     launcher = environment.job().launcher
     if not launcher.startswith(("Open MPI", "Hydra")):  # srun starts every MPI
         return ""
-    ours = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHER_VARIABLES)}
-    question = "from dtrain.collectives import mpi; print(mpi.library())"
-    answer = subprocess.run([sys.executable, "-c", question], env=ours, capture_output=True, text=True, timeout=60)
-    return answer.stdout.strip() if ("Open MPI" in answer.stdout) != ("Open MPI" in launcher) else ""
+    try:
+        told = mpirun.library()
+    except UserError:
+        return ""  # `_mpi` finds the same
+    return told if ("Open MPI" in told) != ("Open MPI" in launcher) else ""
 
 
 def _versions() -> Iterator[Finding]:
@@ -96,16 +94,18 @@ def _mpi() -> Iterator[Finding]:
         yield Finding("FAIL", "ranks", str(error))
     else:
         yield Finding("ok", "ranks", f"{size}, as {job.launcher} started" if job.size > 1 else "1 (no mpirun)")
-    mpirun = shutil.which("mpirun")
-    beside = Path(sys.executable).with_name("mpirun")
-    if mpirun is None and beside.exists():
-        yield Finding("note", "mpirun", f"not on PATH; use {beside}, or activate the environment")
-    elif mpirun is None:
-        yield Finding("note", "mpirun", "none on PATH: one rank only, or srun; pip install 'dtrain[mpich]' brings one")
-    elif beside.exists() and not beside.samefile(mpirun):
-        yield Finding("note", "mpirun", f"{mpirun} is first on PATH, but this Python's MPI may be that of {beside}")
+    try:
+        found = mpirun.find().path
+    except UserError as error:
+        yield Finding("note", "mpirun", str(error).removeprefix("mpirun: "))
+        return
+    first = shutil.which("mpirun")
+    if first is None:
+        yield Finding("note", "mpirun", f"not on PATH; use {found}, or activate the environment")
+    elif Path(first).parent != Path(found).parent:
+        yield Finding("note", "mpirun", f"{first} is first on PATH, but that of this Python's MPI is {found}")
     else:
-        yield Finding("ok", "mpirun", mpirun)
+        yield Finding("ok", "mpirun", found)
 
 
 def _cores() -> Iterator[Finding]:

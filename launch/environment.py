@@ -12,6 +12,9 @@ from pathlib import Path
 
 from dtrain.errors import UserError
 
+GIVEN = dict(os.environ)
+"""The variables that this process was started with: what it starts makes its own choice of threads."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -71,6 +74,14 @@ def cores() -> int:
     except (OSError, ValueError):  # no such limit: another system, or the word "max"
         pass
     return max(1, count)
+
+
+def threads_per_core() -> int:
+    """Return how many of the cores above are one: 2 where the processor runs two threads on each."""
+    try:
+        return 1 + int(Path("/sys/devices/system/cpu/smt/active").read_text())
+    except (OSError, ValueError):  # another system
+        return 1
 
 
 def own_cores() -> bool:

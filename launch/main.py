@@ -40,6 +40,7 @@ def cli() -> None:
     \b
     mpirun -n 8 dtrain run configs/gpt_ddp.yaml      train on eight ranks
     dtrain run configs/gpt_ddp.yaml                  the same job on one
+    dtrain launch -n 8 configs/gpt_ddp.yaml          on eight, started again when a rank is lost
     dtrain doctor                                    is everything as it should be?
 
     Exit codes: 0 done; 1 a fault, with the traceback of the rank that failed first; 2 a mistake in the command
@@ -62,6 +63,29 @@ def run_command(config: Path, overrides: tuple[str, ...]) -> None:
     from dtrain.launch.run import run  # NumPy and MPI only after the configuration is known to be right
 
     run(loaded, config)
+
+
+@cli.command(
+    "launch",
+    help="Start mpirun and train; start it again from the last checkpoint when a rank or a host is lost.\n\n"
+    "A restart is for what may pass: a killed rank, a fault, a hang. A mistake in the configuration or the data, "
+    "Ctrl-C and SIGTERM end the job. The exit code is that of the last start; mpirun is that of this Python's MPI.\n\n"
+    f"{CONFIG}",
+)
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
+@click.option("-n", "--ranks", required=True, type=click.IntRange(1), help="How many to start.")
+@click.option("--restarts", default=3, show_default=True, type=click.IntRange(0), help="At most, from one checkpoint.")
+@click.option("--delay", default=5.0, show_default=True, type=click.FloatRange(0), help="Seconds before each.")
+@click.option("--hosts", type=click.Path(path_type=Path), help="A file of hosts, one a line, as this mpirun wants it.")
+@click.option("--mpi", default="", metavar="OPTIONS", help="More options for mpirun, such as '-bind-to core'.")
+def launch_command(
+    config: Path, overrides: tuple[str, ...], ranks: int, restarts: int, delay: float, hosts: Path | None, mpi: str
+) -> None:
+    """Run jobs until one has done it."""
+    from dtrain.launch.restarts import launch
+
+    sys.exit(launch(config, overrides, ranks, restarts, delay, hosts, mpi))
 
 
 @cli.command(

@@ -6,9 +6,9 @@
     ━━━━━━━━━━━━━━╸━━━━━━━━━━━━━━━━━━━━  75/200  loss 2.9876  grad_norm 0.987  lr 8.7e-04  12,345 tokens/s  0:00:10
 
 Under `mpirun` the stdout of a rank is a pipe even when the user sits at a terminal, so the question is put to mpirun's
-own stdout. rich is imported with the first finished step: the start of a run does not wait for it. The bar has no
-thread of its own, which would take the interpreter away from the step; it is drawn when a step ends, a few times a
-second.
+own stdout; `dtrain launch`, which reads that, names its own. rich is imported with the first finished step: the start
+of a run does not wait for it. The bar has no thread of its own, which would take the interpreter away from the step; it
+is drawn when a step ends, a few times a second.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ def terminal_width(stream: TextIO) -> int | None:
             return _columns(os.get_terminal_size(stream.fileno()).columns)
         if stream is not sys.stdout:
             return None
-        terminal = launcher_terminal(os.getppid())
+        terminal = os.environ.get("DTRAIN_TERMINAL") or launcher_terminal(os.getppid())
         if terminal is None:
             return None
         descriptor = os.open(terminal, os.O_RDONLY | os.O_NOCTTY)

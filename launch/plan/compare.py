@@ -16,8 +16,8 @@ from msgspec.structs import replace
 
 from dtrain.config import CheckpointConfig, Config, ValidateConfig
 from dtrain.errors import UserError
-from dtrain.launch import environment
-from dtrain.launch.bench_launch import PAIRS, launch_dtrain, mpirun
+from dtrain.launch import environment, mpirun
+from dtrain.launch.bench_launch import PAIRS, launch_dtrain
 from dtrain.launch.bench_step import LIMIT, WARMUP, measured, tokens_per_step
 from dtrain.launch.configuration import for_ranks
 from dtrain.launch.plan.costs import Cost
@@ -34,7 +34,7 @@ def compare(config: Config, found: Sequence[Cost], ranks: int, count: int) -> No
     if len(found) < 2:
         raise UserError(f"--measure: {len(found)} layouts fit; a comparison needs 2 or more")
     chosen = spread(found, count)
-    times, memory, launcher = [], [], mpirun()
+    times, memory, launcher = [], [], mpirun.find()
     with tempfile.TemporaryDirectory(prefix="dtrain-plan-") as name:
         for number, each in enumerate(chosen):
             folder = Path(name) / str(number)

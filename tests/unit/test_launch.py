@@ -49,7 +49,7 @@ def test_help_of_every_command(command, capsys):
 
 
 def test_the_commands_of_the_contract_are_there():
-    assert {"run", "sample", "show config", "show graph", "bench step", "doctor"} <= set(COMMANDS)
+    assert {"run", "launch", "sample", "show config", "show graph", "bench step", "doctor"} <= set(COMMANDS)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +60,9 @@ def test_the_commands_of_the_contract_are_there():
         (["run", CONFIG, "--steps"], "No such option"),
         (["sample", "x", "--tokens", "0"], "x>=1"),
         (["show", "config", "none.yaml"], "none.yaml: no such file"),
+        (["launch", CONFIG], "Missing option '-n'"),
+        (["launch", "-n", "2", CONFIG, "optimizer.learning_rte=1"], "did you mean learning_rate?"),
+        (["launch", "-n", "2", CONFIG, "parallel.tp=3"], "parallel.tp: 3; does not fit 2 ranks"),
     ],
 )
 def test_wrong_arguments_are_mistakes_of_the_user(arguments, told):
