@@ -4,22 +4,24 @@
                      rank r becomes r + 1, chunk c becomes c + 1
 
 So chunk c at rank r is chunk 0 at rank r - c, turned: all that ever happens to chunk 0, between all ranks, can be read
-off what rank 0 does with all its chunks. That is the p-th part of the whole proof. Nothing is taken for granted: that a
-step looks alike from all ranks is checked number by number. Where it does not, or anything else is not as it should be,
-the answer is None, and `prover.py` looks at all ranks and chunks, and says what is wrong.
+off what rank 0 does with all its chunks. That is the p-th part of the whole proof. Nothing is taken for granted: the
+algorithm runs with a letter for its rank (`letter.py`), so each peer and chunk is seen as a function of the rank, and
+must be that of rank 0, turned. Where it is not, or anything else is not as it should be, the answer is None, and
+`prover.py` looks at all ranks and chunks, and says what is wrong.
 
 A chunk is written (orbit, turns): the chunk `orbit` of those that rank 0 would have first, turned so many times. With k
 chunks per block, chunk c is (c mod k, c // k); with one per pair of ranks, chunk (i, j) is (j - i mod p, i). Chunk
 (o, t) of rank 0 holds what chunk (o, 0) of rank -t holds, and sets are written as those of the latter.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from dtrain.collectives.schedules.letter import Letter
 from dtrain.collectives.schedules.proof import Proof
-from dtrain.collectives.schedules.schedule import Receive, Schedule, Send
+from dtrain.collectives.schedules.schedule import Receive, Schedule, Send, Step
 from dtrain.collectives.schedules.specification import Specification
 
 _Message = tuple[int, list[int], bool]  # peer, places (orbit * size + turns), whether it is added
@@ -29,14 +31,16 @@ _Content = tuple[int, int]  # the set of contributions, a bit per rank; a number
 def prove_turning(schedule: Schedule) -> Proof | None:
     """The proof; None where the schedule does not look alike from all ranks, or is wrong."""
     spec, size = schedule.specification, schedule.size
-    if not (schedule.algorithm.regular and spec.turns) or schedule.places != schedule.parts or size < 3:
+    if not spec.turns or schedule.places != schedule.parts or size < 3:
         return None
     circle = _Circle(spec)
     memory = _Memory(spec, circle)
     steps = messages = sent = 0
-    for step in schedule.generate(np.arange(size)):
+    for step in _steps(schedule):
+        if step is None or step.folds:
+            return None
         sends, receives = circle.seen_by_rank_0(step.sends), circle.seen_by_rank_0(step.receives)
-        if step.folds or sends is None or receives is None or not memory.exchange(sends, receives):
+        if sends is None or receives is None or not memory.exchange(sends, receives):
             return None
         steps += bool(sends)
         messages += len(sends)
@@ -48,62 +52,48 @@ def prove_turning(schedule: Schedule) -> Proof | None:
     return Proof(steps, messages * size, sent_share, sent_share, added_share, equal_bits, memory.ordered)
 
 
+def _steps(schedule: Schedule) -> Iterator[Step | None]:
+    """Of all ranks at once; None where the algorithm needs its rank as a number."""
+    try:
+        yield from schedule.generate(Letter(schedule.size))
+    except (TypeError, AttributeError, IndexError):
+        yield None
+
+
 class _Circle:
     """Ranks and chunks, turned."""
 
     def __init__(self, spec: Specification) -> None:
         self.spec, self.size, self.per_block = spec, spec.size, spec.parts // spec.size
-        self.twice = np.arange(2 * self.size) % self.size
-        self.ranks = self.twice.tobytes()
-        self.chunks: dict[int, bytes] = {}  # by orbit: the chunk turned 0, 1, ..., 2 * size - 1 times
+        self.factors = (spec.size, 1) if spec.promise.pairs else (self.per_block,)  # of a chunk: see `place`
 
     def place(self, chunk: int) -> int:
         """Of a chunk: orbit * size + turns."""
         turns, rest = divmod(chunk, self.per_block)
         return ((rest - turns) % self.size if self.spec.promise.pairs else rest) * self.size + turns
 
-    def orbit(self, orbit: int) -> bytes:
-        """All chunks of an orbit, twice around."""
-        if orbit not in self.chunks:
-            inside = (self.twice + orbit) % self.size if self.spec.promise.pairs else orbit
-            self.chunks[orbit] = (self.twice * self.per_block + inside).tobytes()
-        return self.chunks[orbit]
-
     def seen_by_rank_0(self, messages: Sequence[Send] | Sequence[Receive]) -> list[_Message] | None:
         """Its messages, where those of rank r are the same turned r times; else None."""
         seen: list[_Message] = []
         for message in messages:
-            peer = self.first(message.peer, self.size)
             reduce = getattr(message, "reduce", False)
-            if (
-                message.when is not True
-                or not isinstance(reduce, bool)
-                or peer is None
-                or not self.turned(message.peer, self.ranks, peer)
-            ):
+            peer = self.turned(message.peer, (1,), 1)
+            if message.when is not True or not isinstance(reduce, bool) or peer is None:
                 return None
             places = []
-            for chunks in message.chunks:
-                chunk = self.first(chunks, self.spec.parts)
+            for number in message.chunks:
+                chunk = self.turned(number, self.factors, 1 if self.spec.promise.pairs else self.per_block)
                 if chunk is None:
                     return None
-                place = self.place(chunk)
-                if not self.turned(chunks, self.orbit(place // self.size), place % self.size):
-                    return None
-                places.append(place)
+                places.append(self.place(chunk))
             seen.append((peer, places, reduce))
         return seen
 
-    def first(self, values: Any, bound: int) -> int | None:
-        """What rank 0 has, if all have a number each and this one is allowed."""
-        if not isinstance(values, np.ndarray) or values.dtype != np.int64 or values.shape != (self.size,):
+    def turned(self, number: Any, factors: tuple[int, ...], below: int) -> int | None:
+        """What rank 0 has, where rank r has the same turned r times: with these factors and a rest below this."""
+        if not isinstance(number, Letter) or number.factors != factors or not 0 <= number.rest < below:
             return None
-        first = int(values[0])
-        return first if 0 <= first < bound else None
-
-    def turned(self, values: Any, circle: bytes, begin: int) -> bool:
-        """Whether the values are those of the circle from there on."""
-        return bool(values.tobytes() == circle[8 * begin : 8 * (begin + self.size)])
+        return number.first
 
 
 class _Memory:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from dtrain.collectives.schedules import ALGORITHMS, Algorithm, Fold, Receive, Send, Step, bind, schedule
+from dtrain.collectives.schedules.letter import Letter
 from dtrain.collectives.schedules.prover import prove, prove_fully
 from dtrain.collectives.schedules.refusal import ScheduleError
 from dtrain.collectives.schedules.turning import prove_turning
@@ -36,21 +37,39 @@ def recorded(plan):
     ]
 
 
+def of(values, rank, block=1):
+    """The number of a rank out of an array over all ranks; of a letter, as an algorithm would compute it."""
+    if not isinstance(rank, Letter):
+        return values[rank]
+    size, (turns, rest) = rank.size, divmod(int(values[0]), block)
+    for number in (
+        lambda rank: (rank + turns) % size * block + rest,
+        lambda rank: (rank + turns) % size * block + (rank + rest) % size,
+    ):
+        if np.array_equal(values, number(np.arange(size))):
+            return number(rank)
+    raise TypeError("differs from rank to rank")
+
+
 def played(plan, steps):
     """The schedule of such arrays; from above, a message of everyone has no `when`, as in the algorithms."""
+    block = max(1, plan.parts // plan.size)
 
     def when(there, rank):
-        return True if there.all() else there[rank]
+        return True if there.all() else of(there, rank)
 
     def algorithm(rank, size, **parameters):
         for sends, receives, folds in steps:
             yield Step(
-                [Send(peer[rank], [c[rank] for c in chunks], when(there, rank)) for peer, chunks, there, _ in sends],
                 [
-                    Receive(peer[rank], [c[rank] for c in chunks], reduce, when(there, rank))
+                    Send(of(peer, rank), [of(c, rank, block) for c in chunks], when(there, rank))
+                    for peer, chunks, there, _ in sends
+                ],
+                [
+                    Receive(of(peer, rank), [of(c, rank, block) for c in chunks], reduce, when(there, rank))
                     for peer, chunks, there, reduce in receives
                 ],
-                [Fold(into[rank], [c[rank] for c in chunks]) for into, chunks in folds],
+                [Fold(of(into, rank), [of(c, rank) for c in chunks]) for into, chunks in folds],
             )
 
     row = plan.algorithm
@@ -120,6 +139,7 @@ def test_with_mistakes(collective, name, mistake):
             size = 4
         original = schedule(collective, name, size)
         steps = recorded(original)
+        assert prove_turning(original) is None or prove_turning(played(original, steps)) is not None
         mistake(steps, rng, size, original.parts)
         plan = played(original, steps)
         try:
