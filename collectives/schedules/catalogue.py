@@ -35,14 +35,18 @@ ALGORITHMS: dict[str, dict[str, Algorithm]] = {
             regular=True,
             parameters={"segments": 2},
         ),
-        "recursive_doubling": Algorithm(doubling.all_reduce, doubling.all_reduce_cost, ordered=True),
-        "rabenseifner": Algorithm(halving.all_reduce, halving.all_reduce_cost, _power, ordered=True),
+        "recursive_doubling": Algorithm(doubling.all_reduce, doubling.all_reduce_cost, regular=True, ordered=True),
+        "rabenseifner": Algorithm(halving.all_reduce, halving.all_reduce_cost, _power, regular=True, ordered=True),
         "rabenseifner_halves": Algorithm(
-            halving.half_folded_all_reduce, halving.half_folded_all_reduce_cost, _power, ordered=True
+            halving.half_folded_all_reduce, halving.half_folded_all_reduce_cost, _power, regular=True, ordered=True
         ),
         "tree": Algorithm(tree.all_reduce, tree.all_reduce_cost, regular=True, ordered=True),
         "double_tree": Algorithm(
-            tree.double_tree, tree.double_tree_cost, lambda size, segments: 2 * segments, parameters={"segments": 4}
+            tree.double_tree,
+            tree.double_tree_cost,
+            lambda size, segments: 2 * segments,
+            regular=True,
+            parameters={"segments": 4},
         ),
         "direct": Algorithm(direct.all_reduce, direct.all_reduce_cost, _size, regular=True, ordered=True),
         "circulant": Algorithm(bruck.circulant_all_reduce, bruck.circulant_all_reduce_cost, _size, regular=True),
@@ -64,7 +68,7 @@ ALGORITHMS: dict[str, dict[str, Algorithm]] = {
     },
     "reduce_scatter": {
         "ring": Algorithm(ring.reduce_scatter, ring.reduce_scatter_cost, regular=True),
-        "recursive_halving": Algorithm(halving.reduce_scatter, halving.reduce_scatter_cost),
+        "recursive_halving": Algorithm(halving.reduce_scatter, halving.reduce_scatter_cost, regular=True),
         "pairwise": Algorithm(direct.pairwise_reduce_scatter, direct.pairwise_reduce_scatter_cost, regular=True),
         "circulant": Algorithm(bruck.circulant_reduce_scatter, bruck.circulant_reduce_scatter_cost, regular=True),
         "nhr": Algorithm(bruck.nhr_reduce_scatter, bruck.circulant_reduce_scatter_cost, regular=True),
@@ -101,7 +105,11 @@ ALGORITHMS: dict[str, dict[str, Algorithm]] = {
             parameters={"segments": 8},
         ),
         "circulant": Algorithm(
-            pipeline.circulant_broadcast, pipeline.circulant_broadcast_cost, _segments, parameters={"segments": 8}
+            pipeline.circulant_broadcast,
+            pipeline.circulant_broadcast_cost,
+            _segments,
+            regular=True,
+            parameters={"segments": 8},
         ),
     },
     "reduce": {

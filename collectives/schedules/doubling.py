@@ -10,6 +10,9 @@ References: Thakur, Rabenseifner, Gropp 2005 (see `direct.py`); Hillis & Steele,
 """
 
 from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from dtrain.collectives.schedules.schedule import Cost, Fold, Receive, Send, Step
 
@@ -34,21 +37,28 @@ def distances(size: int) -> list[int]:
     return [1 << k for k in range(ceil_log(size))]
 
 
-def folded(rank: int, size: int) -> int | None:
-    """The number of a rank among the 2^⌊log p⌋ that stay when neighbours are paired: 0+1, 2+3, ...; None: it goes.
+class Folded(NamedTuple):
+    """What folding makes of a rank, or of the array of all ranks; see `folded`."""
 
-    The upper rank of a pair stays, as in MPICH: it has the sum of both in the order of the ranks.
+    number: Any  # among those that stay
+    lower: Any  # of a pair
+    upper: Any
+    alone: Any
+
+
+def folded(rank: Any, size: int) -> Folded:
+    """Where neighbours are paired, 0+1, 2+3, ..., until 2^⌊log p⌋ ranks are left: one of each pair stays."""
+    extra = size - (1 << floor_log(size))
+    paired, odd = rank < 2 * extra, rank % 2 == 1
+    return Folded(np.maximum(rank // 2, rank - extra), paired & (rank % 2 == 0), paired & odd, rank >= 2 * extra)
+
+
+def unfolded(number: Any, size: int) -> Any:
+    """The rank that is `number` among those that stay, where the upper rank of each pair does, as in MPICH.
+
+    It has the sum of both in the order of the ranks.
     """
-    extra = size - (1 << floor_log(size))
-    if rank >= 2 * extra:
-        return rank - extra
-    return rank // 2 if rank % 2 else None
-
-
-def unfolded(number: int, size: int) -> int:
-    """The rank that is `number` among those that stay: the inverse of `folded`."""
-    extra = size - (1 << floor_log(size))
-    return 2 * number + 1 if number < extra else number + extra
+    return np.minimum(2 * number + 1, number + size - (1 << floor_log(size)))
 
 
 def all_reduce(rank: int, size: int) -> Iterator[Step]:
@@ -59,19 +69,14 @@ def all_reduce(rank: int, size: int) -> Iterator[Step]:
         5 ranks:   0→1   then 1,2,3,4 among themselves, then   1→0
     """
     power = 1 << floor_log(size)
-    number, paired = folded(rank, size), rank < 2 * (size - power)
-    if paired:
-        yield Step([Send(rank + 1, [0])]) if number is None else Step(receives=[Receive(rank - 1, [0], reduce=True)])
-    elif size > power:
-        yield Step()
+    number, lower, upper, alone = folded(rank, size)
+    if size > power:
+        yield Step([Send(rank + 1, [0], when=lower)], [Receive(rank - 1, [0], reduce=True, when=upper)])
     for distance in distances(power):
-        if number is None:
-            yield Step()
-        else:
-            peer = unfolded(number ^ distance, size)
-            yield Step([Send(peer, [0])], [Receive(peer, [0], reduce=True)])
-    if paired:
-        yield Step(receives=[Receive(rank + 1, [0])]) if number is None else Step([Send(rank - 1, [0])])
+        peer, stays = unfolded(number ^ distance, size), upper | alone
+        yield Step([Send(peer, [0], when=stays)], [Receive(peer, [0], reduce=True, when=stays)])
+    if size > power:
+        yield Step([Send(rank - 1, [0], when=upper)], [Receive(rank + 1, [0], when=lower)])
 
 
 def all_reduce_cost(size: int) -> Cost:

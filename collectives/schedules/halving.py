@@ -10,9 +10,12 @@ Reference: Rabenseifner, "Optimization of collective reduction operations", ICCS
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
 
 from dtrain.collectives.schedules.doubling import distances, floor_log, folded, unfolded
-from dtrain.collectives.schedules.schedule import Cost, Receive, Send, Step
+from dtrain.collectives.schedules.schedule import NONE, Cost, Receive, Send, Step
 
 
 def power_below(size: int) -> int:
@@ -27,16 +30,12 @@ def all_reduce(rank: int, size: int) -> Iterator[Step]:
     """
     power = power_below(size)
     everything = range(power)
-    number, paired = folded(rank, size), rank < 2 * (size - power)
-    if paired:
-        fold_in = Step([Send(rank + 1, everything)]), Step(receives=[Receive(rank - 1, everything, reduce=True)])
-        yield fold_in[rank % 2]
-    elif size > power:
-        yield Step()
-    yield from _halve_and_double(number, power, size, unfolded)
-    if paired:
-        fold_out = Step(receives=[Receive(rank + 1, everything)]), Step([Send(rank - 1, everything)])
-        yield fold_out[rank % 2]
+    number, lower, upper, alone = folded(rank, size)
+    if size > power:
+        yield Step([Send(rank + 1, everything, when=lower)], [Receive(rank - 1, everything, reduce=True, when=upper)])
+    yield from _halve_and_double(number, upper | alone, power, lambda number: unfolded(number, size))
+    if size > power:
+        yield Step([Send(rank - 1, everything, when=upper)], [Receive(rank + 1, everything, when=lower)])
 
 
 def all_reduce_cost(size: int) -> Cost:
@@ -55,21 +54,21 @@ def half_folded_all_reduce(rank: int, size: int) -> Iterator[Step]:
     Folding in costs 2α + nβ + n/2·γ, folding out α + nβ.
     """
     power = power_below(size)
-    everything, lower, upper = range(power), range(power // 2), range(power // 2, power)
-    extra = size - power
-    paired = rank < 2 * extra
-    number = rank - extra if not paired else rank // 2 if rank % 2 == 0 else None
-    if paired and rank % 2 == 0:
-        yield Step([Send(rank + 1, upper)], [Receive(rank + 1, lower, reduce=True)])
-        yield Step(receives=[Receive(rank + 1, upper)])
-    elif paired:
-        yield Step([Send(rank - 1, lower)], [Receive(rank - 1, upper, reduce=True)])
-        yield Step([Send(rank - 1, upper)])
-    elif extra:
-        yield from (Step(), Step())
-    yield from _halve_and_double(number, power, size, _even_unfolded)
-    if paired:
-        yield Step([Send(rank + 1, everything)]) if rank % 2 == 0 else Step(receives=[Receive(rank - 1, everything)])
+    everything, first_half, last_half = range(power), range(power // 2), range(power // 2, power)
+    number, lower, upper, alone = folded(rank, size)
+    if size > power:
+        yield Step(
+            [Send(rank + 1, last_half, when=lower), Send(rank - 1, first_half, when=upper)],
+            [
+                Receive(rank + 1, first_half, reduce=True, when=lower),
+                Receive(rank - 1, last_half, reduce=True, when=upper),
+            ],
+        )
+        yield Step([Send(rank - 1, last_half, when=upper)], [Receive(rank + 1, last_half, when=lower)])
+    lower_stays = lambda number: np.minimum(2 * number, number + size - power)  # noqa: E731
+    yield from _halve_and_double(number, lower | alone, power, lower_stays)
+    if size > power:
+        yield Step([Send(rank + 1, everything, when=lower)], [Receive(rank - 1, everything, when=upper)])
 
 
 def half_folded_all_reduce_cost(size: int) -> Cost:
@@ -87,30 +86,25 @@ def reduce_scatter(rank: int, size: int) -> Iterator[Step]:
     """
     power = power_below(size)
     extra = size - power
-    number, paired = folded(rank, size), rank < 2 * extra
+    number, lower, upper, alone = folded(rank, size)
 
-    def blocks(first: int, last: int) -> range:
-        """Of the staying ranks number first to last - 1: two each for those of a pair."""
-        return range(first + min(first, extra), last + min(last, extra))
+    def blocks(first: Any, count: int) -> list[Any]:
+        """Of so many staying ranks from number first on: two each for those of a pair."""
+        begin, last = (end + np.minimum(end, extra) for end in (first, first + count))
+        return [np.where(begin + i < last, begin + i, NONE) for i in range(count + min(count, extra))]
 
-    if paired:
-        fold_in = Step([Send(rank + 1, range(size))]), Step(receives=[Receive(rank - 1, range(size), reduce=True)])
-        yield fold_in[rank % 2]
-    elif extra:
-        yield Step()
+    if extra:
+        yield Step([Send(rank + 1, range(size), when=lower)], [Receive(rank - 1, range(size), reduce=True, when=upper)])
     for distance in reversed(distances(power)):
-        if number is None:
-            yield Step()
-            continue
-        peer = number ^ distance
-        mine, theirs = number - number % distance, peer - peer % distance
+        number_of_peer, stays = number ^ distance, upper | alone
+        mine, theirs = (start - start % distance for start in (number, number_of_peer))
+        peer = unfolded(number_of_peer, size)
         yield Step(
-            [Send(unfolded(peer, size), blocks(theirs, theirs + distance))],
-            [Receive(unfolded(peer, size), blocks(mine, mine + distance), reduce=True)],
+            [Send(peer, blocks(theirs, distance), when=stays)],
+            [Receive(peer, blocks(mine, distance), reduce=True, when=stays)],
         )
-    if paired:
-        fold_out = Step(receives=[Receive(rank + 1, [rank])]), Step([Send(rank - 1, [rank - 1])])
-        yield fold_out[rank % 2]
+    if extra:
+        yield Step([Send(rank - 1, [rank - 1], when=upper)], [Receive(rank + 1, [rank], when=lower)])
 
 
 def reduce_scatter_cost(size: int) -> Cost:
@@ -122,27 +116,17 @@ def reduce_scatter_cost(size: int) -> Cost:
     return Cost(floor_log(size) + 2, 1 + halved + 1 / size, 1 + halved)
 
 
-def _halve_and_double(number: int | None, power: int, size: int, rank_of: Callable[[int, int], int]) -> Iterator[Step]:
-    """All-reduce among those who stay; the others (number None) are idle."""
-    if number is None:
-        yield from [Step()] * (2 * floor_log(power))
-        return
-    first, last, way_back = 0, power, []
+def _halve_and_double(number: Any, stays: Any, power: int, rank_of: Callable[[Any], Any]) -> Iterator[Step]:
+    """All-reduce among those who stay; the others are idle."""
+    first, way_back = 0 * number, []
     for distance in distances(power):
-        peer, middle = rank_of(number ^ distance, size), (first + last) // 2
-        lower, upper = range(first, middle), range(middle, last)
-        kept, sent = (upper, lower) if number & distance else (lower, upper)
-        yield Step([Send(peer, sent)], [Receive(peer, kept, reduce=True)])
-        way_back.append(Step([Send(peer, kept)], [Receive(peer, sent)]))
-        first, last = kept.start, kept.stop
+        peer, half, upper = rank_of(number ^ distance), power // (2 * distance), number // distance % 2
+        kept, sent = ([first + half * which + i for i in range(half)] for which in (upper, 1 - upper))
+        yield Step([Send(peer, sent, when=stays)], [Receive(peer, kept, reduce=True, when=stays)])
+        way_back.append(Step([Send(peer, kept, when=stays)], [Receive(peer, sent, when=stays)]))
+        first = first + half * upper
     yield from reversed(way_back)
 
 
 def _halve_and_double_cost(power: int) -> Cost:
     return Cost(2 * floor_log(power), 2 * (power - 1) / power, (power - 1) / power)
-
-
-def _even_unfolded(number: int, size: int) -> int:
-    """As `unfolded`, where the lower rank of each pair stays."""
-    extra = size - power_below(size)
-    return 2 * number if number < extra else number + extra

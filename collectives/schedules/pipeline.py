@@ -13,7 +13,11 @@ reduction and all-reduction", arXiv:2407.18004 (circulant graph).
 
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import Any
 
+import numpy as np
+
+from dtrain.collectives.dtypes import Array
 from dtrain.collectives.schedules import bruck, ring, tree
 from dtrain.collectives.schedules.doubling import ceil_log
 from dtrain.collectives.schedules.schedule import Cost, Receive, Send, Step
@@ -98,8 +102,8 @@ def circulant_broadcast(rank: int, size: int, segments: int, root: int) -> Itera
     """
     v, rounds = (rank - root) % size, ceil_log(size)
     ahead = bruck.skips(size)[:0:-1]  # smallest first
-    mine = _receives(v, size, segments)
-    theirs = [_receives((v + skip) % size, size, segments) for skip in ahead]
+    mine = _received(v, size, segments)
+    theirs = [_received((v + skip) % size, size, segments) for skip in ahead]
     idle = -(segments - 1) % rounds if rounds else 0  # so that the last round uses the largest skip
     for t in range(segments - 1 + rounds if rounds else 0):
         skip = ahead[(t + idle) % rounds]
@@ -108,6 +112,11 @@ def circulant_broadcast(rank: int, size: int, segments: int, root: int) -> Itera
             [Send((rank + skip) % size, [sent], when=sent >= 0)],
             [Receive((rank - skip) % size, [received], when=received >= 0)],
         )
+
+
+def _received(v: Any, size: int, segments: int) -> Array:
+    """`_receives` of one rank, or of all that are in an array: shape (rounds,) or (rounds, ranks)."""
+    return np.array([_receives(int(u), size, segments) for u in np.ravel(v)]).T.reshape(-1, *np.shape(v))
 
 
 @lru_cache(maxsize=1 << 13)  # every rank asks for those of its neighbours

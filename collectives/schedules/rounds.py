@@ -136,50 +136,28 @@ def _single(rank: int, fold: Fold) -> Folds:
 
 def _stack(messages: Sequence[Send] | Sequence[Receive], everyone: Array) -> Messages:
     """From messages whose fields are arrays over the ranks (or numbers, equal for all)."""
-    parts = [_over_ranks(message, everyone) for message in messages]
-    if len(parts) == 1:
-        return parts[0]
-    if not parts:
-        none = np.zeros(0, np.int64)
-        return Messages(none, none, none.astype(bool), np.zeros(1, np.int64), none, single=True, once=True)
-    counts = np.concatenate([part.counts for part in parts])
-    return Messages(
-        np.concatenate([part.rank for part in parts]),
-        np.concatenate([part.peer for part in parts]),
-        np.concatenate([part.reduce for part in parts]),
-        _offsets(counts),
-        np.concatenate([part.chunks for part in parts]),
-        single=all(part.single for part in parts),
-        once=False,
-    )
-
-
-def _over_ranks(message: Any, everyone: Array) -> Messages:
-    rank, peer, chunks = everyone, _row(message.peer, everyone), _columns(message.chunks, everyone)
-    if message.when is not True:
-        chosen = np.flatnonzero(np.asarray(message.when) & (everyone >= 0))
-        rank, peer, chunks = chosen, peer[chosen], chunks[chosen]
-    reduce = np.full(len(rank), getattr(message, "reduce", False))
-    width = chunks.shape[1]
-    if width > 1 and (chunks == NONE).any():
-        there = chunks != NONE
-        return Messages(rank, peer, reduce, _offsets(there.sum(axis=1)), chunks[there], single=False, once=True)
-    start = np.arange(0, (len(rank) + 1) * width, width) if width else np.zeros(len(rank) + 1, np.int64)
-    return Messages(rank, peer, reduce, start, chunks.reshape(-1), single=width == 1, once=True)
+    number, size, width = len(messages), len(everyone), max((len(m.chunks) for m in messages), default=1)
+    peer, when = np.empty((number, size), np.int64), np.empty((number, size), bool)
+    chunks = np.full((number, width, size), NONE)
+    for m, message in enumerate(messages):
+        peer[m], when[m] = message.peer, message.when
+        for column, chunk in enumerate(message.chunks):
+            chunks[m, column] = chunk
+    chosen = np.flatnonzero(when)
+    rows = chunks.transpose(0, 2, 1).reshape(number * size, width)[chosen]
+    reduce = np.repeat([getattr(message, "reduce", False) for message in messages], size).astype(bool)
+    start, single = np.arange(len(rows) + 1) * width, width == 1
+    if width > 1 and np.count_nonzero(there := rows != NONE) < rows.size:
+        start, rows = _offsets(there.sum(axis=1)), rows[there]
+    once = number <= 1  # no rank has two
+    return Messages(chosen % size, peer.reshape(-1)[chosen], reduce[chosen], start, rows.reshape(-1), single, once)
 
 
 def _row(value: Any, everyone: Array) -> Array:
     """One number for each rank."""
-    if isinstance(value, np.ndarray) and value.ndim:
-        return value.astype(np.int64, copy=False)
     return np.full(len(everyone), value, np.int64)
 
 
 def _columns(values: Sequence[Any], everyone: Array) -> Array:
     """Shape (size, len(values))."""
-    if len(values) == 1:
-        return _row(values[0], everyone).reshape(-1, 1)
-    found = np.empty((len(everyone), len(values)), np.int64)
-    for column, value in enumerate(values):
-        found[:, column] = value
-    return found
+    return np.stack([_row(value, everyone) for value in values], axis=1)

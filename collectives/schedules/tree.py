@@ -14,7 +14,12 @@ bandwidth broadcast, reduction and scan", Parallel Computing 35, 2009.
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
 
+import numpy as np
+
+from dtrain.collectives.dtypes import Array
 from dtrain.collectives.schedules.doubling import ceil_log, distances, floor_log
 from dtrain.collectives.schedules.schedule import NONE, Cost, Receive, Send, Step
 
@@ -136,39 +141,42 @@ def double_tree(rank: int, size: int, segments: int) -> Iterator[Step]:
     a rank has one, the optimum. γ: at most n(k-1+h)/k.
     """
     height = floor_log(size)
-    links = [_links(rank, size, tree) for tree in (0, 1)]
+    links = [[column[rank] for column in _links(size, tree)] for tree in (0, 1)]
+
+    def inside(segment: Any) -> Any:
+        return (0 <= segment) & (segment < segments)
+
     for t in range(segments - 1 + 2 * height if size > 1 else 0):
         sends, receives = [], []
-        for tree, (depth, up, down) in enumerate(links):
-            leaving_up, arriving_up = t - (height - depth), t - (height - depth - 1)
-            leaving_down, arriving_down = t - (height + depth), t - (height + depth - 1)
-            if up is not None and 0 <= leaving_up < segments:
-                sends.append(Send(up, [tree * segments + leaving_up]))
-            if up is not None and 0 <= arriving_down < segments:
-                receives.append(Receive(up, [tree * segments + arriving_down]))
+        for tree, (depth, up, *down) in enumerate(links):
+            leaving_up, leaving_down = t - (height - depth), t - (height + depth)
+            arriving_up, arriving_down = leaving_up + 1, leaving_down + 1
+            chunk = tree * segments
+            sends.append(Send(up, [chunk + leaving_up], when=(up != NONE) & inside(leaving_up)))
+            receives.append(Receive(up, [chunk + arriving_down], when=(up != NONE) & inside(arriving_down)))
             for child in down:
-                if 0 <= arriving_up < segments:
-                    receives.append(Receive(child, [tree * segments + arriving_up], reduce=True))
-                if 0 <= leaving_down < segments:
-                    sends.append(Send(child, [tree * segments + leaving_down]))
+                summed, passed_on = (child != NONE) & inside(arriving_up), (child != NONE) & inside(leaving_down)
+                receives.append(Receive(child, [chunk + arriving_up], reduce=True, when=summed))
+                sends.append(Send(child, [chunk + leaving_down], when=passed_on))
         yield Step(sends, receives)
 
 
-def _links(rank: int, size: int, tree: int) -> tuple[int, int | None, list[int]]:
-    """Depth, parent and children of a rank in a tree."""
-    number = number_in_tree(rank, size, tree)
-    up, depth = parent(number, size), 0
-    above = up
-    while above is not None:
-        above, depth = parent(above, size), depth + 1
-    half, down = (number & -number) // 2, []
-    if half:
-        down.append(number - half)
-        while half and number + half > size:
-            half //= 2
-        down += [number + half] if half else []
-    children = [rank_in_tree(child, size, tree) for child in down]
-    return depth, None if up is None else rank_in_tree(up, size, tree), children
+@lru_cache(maxsize=8)
+def _links(size: int, tree: int) -> Array:
+    """Rows: depth, parent, lower and upper child of every rank in a tree; NONE where there is none."""
+    found = np.full((4, size), NONE)
+    for number in range(size, 0, -1):
+        rank, up = rank_in_tree(number, size, tree), parent(number, size)
+        if up is not None:
+            above = rank_in_tree(up, size, tree)
+            found[1, rank] = above
+            found[2 if number < up else 3, above] = rank
+    depth, above = np.zeros(size, int), found[1]
+    while (above != NONE).any():
+        depth += above != NONE
+        above = np.where(above == NONE, NONE, found[1][above])
+    found[0] = depth
+    return found
 
 
 def double_tree_cost(size: int, segments: int) -> Cost:
