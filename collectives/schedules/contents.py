@@ -1,7 +1,7 @@
 """What the places of all ranks hold while the prover runs: contributions that are summed, or chunks that are moved.
 
     Summed   the ranks whose contributions are in it, and a fingerprint of the brackets (`runs.py`)
-    Moved    one bit per place: the chunk is there
+    Moved    for each place whether the chunk is there
 
 `Values` is what some places held, taken out: arrays whose first dim runs over those places.
 """
@@ -56,23 +56,23 @@ def put(values: Values, index: Array, new: Values) -> None:
 
 
 class Moved:
-    """Which chunks are where, eight per byte."""
+    """Which chunks are where."""
 
     def __init__(self, schedule: Schedule) -> None:
-        self.bits = np.zeros((schedule.size * schedule.places + 7) // 8, np.uint8)
+        self.there = np.zeros(schedule.size * schedule.places, bool)
         self.ordered = True
 
     def give(self, rank: Array, cells: Array) -> None:
         """See `Contents`."""
-        self.write(cells, ())
+        self.there[cells] = True
 
     def read(self, cells: Array) -> Values:
         """See `Contents`."""
-        return ((self.bits[cells >> 3] >> (cells & 7) & 1).astype(bool),)
+        return (self.there[cells],)
 
     def write(self, cells: Array, values: Values) -> None:
         """See `Contents`; what is written was read somewhere, so it is there."""
-        np.bitwise_or.at(self.bits, cells >> 3, np.left_shift(1, cells & 7).astype(np.uint8))
+        self.there[cells] = True
 
     def absent(self, values: Values) -> Array:
         """See `Contents`."""

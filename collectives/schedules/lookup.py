@@ -10,7 +10,7 @@ import numpy as np
 
 from dtrain.collectives.dtypes import Array
 
-_LARGEST = 1 << 26  # entries of a table
+_LARGEST = 1 << 24  # entries of a table
 
 
 class Lookup:

@@ -16,9 +16,9 @@ from dtrain.collectives.schedules.schedule import Schedule, chunk_list
 class Matching:
     """Of the steps of one schedule."""
 
-    def __init__(self, schedule: Schedule) -> None:
+    def __init__(self, schedule: Schedule, together: int) -> None:
         self.size, self.parts = schedule.size, schedule.parts
-        self.pairs = Lookup(self.size**2)
+        self.senders, self.pairs = together * self.size, Lookup(together * self.size**2)
 
     def entries(self, sends: Messages, receives: Messages) -> Array | None:
         """For each chunk that is received, which of the sent ones it is; None where not all have their partner."""
@@ -33,16 +33,18 @@ class Matching:
         """The send of each receive; None where that is not one to one."""
         if len(sends) != len(receives) or not _peers_are_right(receives, self.size):
             return None
+        # Who sends: a rank in a step of the table.
+        sender, expected = sends.step * self.size + sends.rank, receives.step * self.size + receives.peer
         if sends.once and receives.once:
-            of_rank = np.zeros(self.size, np.int64)
-            of_rank[sends.rank] = np.arange(len(sends))
-            order = of_rank[receives.peer]
+            of_sender = np.zeros(self.senders, np.int64)
+            of_sender[sender] = np.arange(len(sends))
+            order = of_sender[expected]
             # Receivers are different, so the sends that have them as peers are.
-            found = _equal(sends.rank[order], receives.peer) and _equal(sends.peer[order], receives.rank)
+            found = _equal(sender[order], expected) and _equal(sends.peer[order], receives.rank)
             return order if found else None
         if not _peers_are_right(sends, self.size):
             return None
-        outgoing, incoming = sends.rank * self.size + sends.peer, receives.peer * self.size + receives.rank
+        outgoing, incoming = sender * self.size + sends.peer, expected * self.size + receives.rank
         if self.pairs.enter(incoming) and self.pairs.enter(outgoing):
             order = self.pairs.find(incoming)[0]
             return order if _equal(outgoing[order], incoming) else None

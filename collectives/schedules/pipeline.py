@@ -25,12 +25,13 @@ from dtrain.collectives.schedules.schedule import Cost, Receive, Send, Step
 
 def chain_broadcast(rank: int, size: int, segments: int, root: int) -> Iterator[Step]:
     """From each rank to the next, chunk after chunk. (S+p-2)(α + n/S·β)."""
-    v = (rank - root) % size
+    v, ahead, behind = (rank - root) % size, (rank + 1) % size, (rank - 1) % size
+    sends, receives = v + 1 < size, v > 0
     for t in range(segments + size - 2 if size > 1 else 0):
         out, into = t - v, t - v + 1
         yield Step(
-            [Send((rank + 1) % size, [out], when=(v + 1 < size) & (0 <= out) & (out < segments))],
-            [Receive((rank - 1) % size, [into], when=(v > 0) & (0 <= into) & (into < segments))],
+            [Send(ahead, [out], when=sends & (0 <= out) & (out < segments))],
+            [Receive(behind, [into], when=receives & (0 <= into) & (into < segments))],
         )
 
 
@@ -42,13 +43,14 @@ def chain_broadcast_cost(size: int, segments: int) -> Cost:
 
 def chain_reduce(rank: int, size: int, segments: int, root: int) -> Iterator[Step]:
     """The same chain towards the root, adding. (S+p-2)(α + n/S·(β+γ))."""
-    v = (rank - root) % size
+    v, ahead, behind = (rank - root) % size, (rank - 1) % size, (rank + 1) % size
+    sends, receives = v > 0, v + 1 < size
     for t in range(segments + size - 2 if size > 1 else 0):
         into = t - (size - 2 - v)
         out = into - 1
         yield Step(
-            [Send((rank - 1) % size, [out], when=(v > 0) & (0 <= out) & (out < segments))],
-            [Receive((rank + 1) % size, [into], reduce=True, when=(v + 1 < size) & (0 <= into) & (into < segments))],
+            [Send(ahead, [out], when=sends & (0 <= out) & (out < segments))],
+            [Receive(behind, [into], reduce=True, when=receives & (0 <= into) & (into < segments))],
         )
 
 
@@ -60,11 +62,9 @@ def chain_reduce_cost(size: int, segments: int) -> Cost:
 
 def chain_scan(rank: int, size: int) -> Iterator[Step]:
     """Each rank adds what the one before has. (p-1)(α + nβ + nγ): each vector is sent once."""
+    ahead, behind = (rank + 1) % size, (rank - 1) % size
     for t in range(size - 1):
-        yield Step(
-            [Send((rank + 1) % size, [0], when=rank == t)],
-            [Receive((rank - 1) % size, [0], reduce=True, when=rank == t + 1)],
-        )
+        yield Step([Send(ahead, [0], when=rank == t)], [Receive(behind, [0], reduce=True, when=rank == t + 1)])
 
 
 def chain_scan_cost(size: int) -> Cost:

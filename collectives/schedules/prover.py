@@ -11,11 +11,13 @@ And it finds out, of the schedules that are right: steps, chunks sent and added 
 bits (x+y = y+x holds for floating-point numbers, brackets matter: equal up to the order of each pair); whether every
 sum keeps the order of the ranks.
 
-All ranks of a step are handled at once, in NumPy arrays; a set is mostly a run of neighbours (`runs.py`). A schedule
-that looks alike from all ranks is proven from the view of one (`turning.py`), after it was checked that it does.
+All ranks of a step are handled at once, in NumPy arrays, and what is asked of the messages alone those of many steps; a
+set is mostly a run of neighbours (`runs.py`). A schedule that looks alike from all ranks is proven from the view of one
+(`turning.py`), after it was checked that it does.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import numpy as np
 
@@ -30,6 +32,9 @@ from dtrain.collectives.schedules.runs import Summed
 from dtrain.collectives.schedules.schedule import Schedule
 from dtrain.collectives.schedules.turning import prove_turning
 
+_TOGETHER = 64  # steps that are handled together, at most
+_CELLS = 1 << 22  # of them all
+
 
 def prove(schedule: Schedule) -> Proof:
     """Prove one schedule; ScheduleError names rank, step and chunk, what was expected and what was found."""
@@ -38,19 +43,25 @@ def prove(schedule: Schedule) -> Proof:
 
 def prove_fully(schedule: Schedule) -> Proof:
     """The same, without a look at what all ranks have in common."""
-    return _Prover(schedule).run()
+    with suppress(ScheduleError):
+        return Prover(schedule, _TOGETHER).run()
+    return Prover(schedule, 1).run()  # something is wrong somewhere: step by step it is found where
 
 
-class _Prover:
-    def __init__(self, schedule: Schedule) -> None:
+class Prover:
+    """Of one schedule, so many steps at once; in one at a time all mistakes are found where they are."""
+
+    def __init__(self, schedule: Schedule, together: int) -> None:
         self.schedule = schedule
         self.spec = schedule.specification
         self.size, self.parts, self.places = schedule.size, schedule.parts, schedule.places
+        self.cells = self.size * self.places
         self.step = 0
         self.contents: Contents = (Summed if self.spec.reduces else Moved)(schedule)
         rank, chunks = self.for_all(self.spec.given)
         self.contents.give(rank, rank * self.places + chunks)
-        self.matching, self.landings = Matching(schedule), Lookup(self.size * self.places)
+        self.together = max(1, min(together, _CELLS // self.cells))
+        self.matching, self.landings = Matching(schedule, self.together), Lookup(self.together * self.cells)
         self.sent, self.received, self.added = (np.zeros(self.size) for _ in range(3))  # chunks
         self.messages = 0
 
@@ -66,24 +77,26 @@ class _Prover:
 
     def run(self) -> Proof:
         steps = 0
-        for number, round_ in enumerate(rounds(self.schedule)):
-            self.step = number
-            if len(round_.sends) or len(round_.receives):
-                steps += 1
-                self.exchange(round_)
-            for folds in round_.folds:
+        for table in rounds(self.schedule, self.together):
+            if len(table.sends) or len(table.receives):
+                steps += self.exchange(table)
+            self.step += table.steps - 1
+            for folds in table.folds:
                 self.fold(folds)
-        self.step += 1
+            self.step += 1
         equal_bits = self.finish()
         sent, received, added = (count * self.spec.weight for count in (self.sent, self.received, self.added))
         return Proof(steps, self.messages, sent, received, added, equal_bits, self.contents.ordered)
 
-    def exchange(self, round_: Round) -> None:
-        """Match, read what is sent, then write what arrives."""
-        sends, receives = round_.sends, round_.receives
+    def exchange(self, table: Round) -> int:
+        """Match, read what is sent, then write what arrives; in how many steps there was something to do.
+
+        What is asked of the messages alone is asked of all steps of the table at once.
+        """
+        sends, receives = table.sends, table.receives
         sent = self.matching.entries(sends, receives)  # in the order of the receives, as all that follows
         if sent is None:
-            raise mismatch(self.schedule, self.step, round_)
+            raise mismatch(self.schedule, self.step, table) if table.steps == 1 else self.error(0, None, "somewhere")
         for messages, verb in ((sends, "sends"), (receives, "receives")):
             if np.count_nonzero(messages.chunks.view(np.uint64) >= self.places):
                 self.refuse_chunks(messages, verb)
@@ -91,46 +104,62 @@ class _Prover:
         self.sent += np.bincount(sends.rank, sends.counts, self.size)
         self.received += np.bincount(receives.rank, receives.counts, self.size)
 
-        origin = receives.each(receives.peer)
-        read = origin * self.places + sends.chunks[sent]
+        read = receives.each(receives.peer) * self.places + sends.chunks[sent]
         landing = receives.each(receives.rank) * self.places + receives.chunks
+        reduce, alone = receives.each(receives.reduce), self.check_hazards(receives, read, landing)
+        busy = np.bincount(receives.step, minlength=table.steps)
+        entries = np.bincount(receives.each(receives.step), minlength=table.steps)
+        first, end = self.step, 0
+        for t in np.flatnonzero(busy):
+            begin, end = end, end + int(entries[t])
+            self.step = first + int(t)
+            self.move(read[begin:end], landing[begin:end], reduce[begin:end], alone)
+        self.step = first
+        return np.count_nonzero(busy)
+
+    def move(self, read: Array, landing: Array, reduce: Array, alone: bool) -> None:
+        """One step."""
         values = self.contents.read(read)
         if np.count_nonzero(absent := self.contents.absent(values)):
-            e = int(np.where(absent, sent, len(sent)).argmin())
-            raise self.error(
-                *divmod(int(read[e]), self.places), f"is sent to rank {landing[e] // self.places}, but is not there"
-            )
-        alone = self.landings.enter(landing)
-        added = np.count_nonzero(receives.reduce)
-        if added == 0:
-            self.check_hazards(read, sent, landing, landing, alone)
-            self.contents.write(landing, values)
-        elif added == len(receives):
-            self.reduce(landing, origin, values, alone)
-        else:
-            reduce = receives.each(receives.reduce)
-            self.check_hazards(read, sent, landing[~reduce], landing, alone)
-            self.contents.write(landing[~reduce], take(values, ~reduce))
-            self.reduce(landing[reduce], origin[reduce], take(values, reduce), alone)
-
-    def check_hazards(self, read: Array, sent: Array, plain: Array, landing: Array, alone: bool) -> None:
-        """What arrives without being added lands in place: nobody may send from there, or write there, meanwhile."""
-        if len(plain) == 0:
-            return
-        if plain is not landing:
-            self.landings.enter(plain)
-        if np.count_nonzero(overwritten := self.landings.find(read)[1]):
-            e = int(np.where(overwritten, sent, len(sent)).argmin())
-            text = "is overwritten by what arrives, in the step in which it is sent"
+            e = int(np.where(absent, read, self.cells).argmin())
+            text = f"is sent to rank {landing[e] // self.places}, but is not there"
             raise self.error(*divmod(int(read[e]), self.places), text)
+        added = np.count_nonzero(reduce)
+        if added == 0:
+            self.contents.write(landing, values)
+        elif added == len(reduce):
+            self.reduce(landing, read, values, alone)
+        else:
+            self.contents.write(landing[~reduce], take(values, ~reduce))
+            self.reduce(landing[reduce], read[reduce], take(values, reduce), alone)
+
+    def check_hazards(self, receives: Messages, read: Array, landing: Array) -> bool:
+        """What arrives without being added lands in place: nobody may send from there, or write there, meanwhile.
+
+        Returns whether there is one arrival at most for each cell and step.
+        """
+        steps = receives.each(receives.step) * self.cells
+        reading, writing = steps + read, steps + landing
+        alone = self.landings.enter(writing)
+        plain = writing
+        if receives.reduce.any():
+            plain = writing[~receives.each(receives.reduce)]
+            self.landings.enter(plain)
+        if len(plain) == 0:
+            return alone
+        if np.count_nonzero(overwritten := self.landings.find(reading)[1]):
+            text = "is overwritten by what arrives, in the step in which it is sent"
+            raise self.error(*divmod(int(read[overwritten].min()), self.places), text)
         if not alone:
-            cells, counts = np.unique(landing, return_counts=True)
+            cells, counts = np.unique(writing, return_counts=True)
             twice = np.intersect1d(cells[counts > 1], plain)
             if len(twice):
-                raise self.error(*divmod(int(twice[0]), self.places), "is written twice in one step")
+                raise self.error(*divmod(int(twice[0]) % self.cells, self.places), "is written twice in one step")
+        return alone
 
-    def reduce(self, landing: Array, origin: Array, values: Values, alone: bool) -> None:
+    def reduce(self, landing: Array, read: Array, values: Values, alone: bool) -> None:
         """Fold the arrivals and what the target has, from the left in the order of the ranks."""
+        origin = read // self.places
         if len(landing) == 0:
             return  # messages of no chunks
         if not self.spec.reduces:

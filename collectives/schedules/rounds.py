@@ -18,6 +18,8 @@ import numpy as np
 from dtrain.collectives.dtypes import Array
 from dtrain.collectives.schedules.schedule import NONE, Fold, Receive, Schedule, Send, Step
 
+_SHORT = 1 << 15  # chunks in steps that are handled together, about
+
 
 @dataclass(frozen=True, slots=True)
 class Messages:
@@ -29,7 +31,8 @@ class Messages:
     start: Array
     chunks: Array
     single: bool  # one chunk in each message
-    once: bool  # no rank has two of them
+    once: bool  # no rank has two of them in a step
+    step: Array  # of the table, that row m belongs to
 
     def __len__(self) -> int:
         return len(self.rank)
@@ -69,24 +72,36 @@ class Folds:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One step of all ranks."""
+    """One step of all ranks; or several, one after the other, with the folds of the last."""
 
     sends: Messages
     receives: Messages
     folds: tuple[Folds, ...] = ()
+    steps: int = 1
 
 
-def rounds(schedule: Schedule) -> Iterator[Round]:
-    """The steps of all ranks, one table each."""
-    if schedule.algorithm.regular:
-        everyone = np.arange(schedule.size)
-        for step in schedule.generate(everyone):
-            folds = [Folds(everyone, _row(f.into, everyone), _columns(f.chunks, everyone)) for f in step.folds]
-            yield Round(_stack(step.sends, everyone), _stack(step.receives, everyone), tuple(folds))
+def rounds(schedule: Schedule, together: int = 1) -> Iterator[Round]:
+    """The steps of all ranks, one table each; of a regular algorithm up to so many `together`, if they are short."""
+    if not schedule.algorithm.regular:
+        idle = Step()
+        for each in zip_longest(*(schedule.generate(rank) for rank in range(schedule.size)), fillvalue=idle):
+            yield table(each)
         return
-    idle = Step()
-    for steps in zip_longest(*(schedule.generate(rank) for rank in range(schedule.size)), fillvalue=idle):
-        yield table(steps)
+    everyone, steps, rows = np.arange(schedule.size), list[Step](), 0
+    for step in schedule.generate(everyone):
+        steps.append(step)
+        rows += schedule.size * sum(len(message.chunks) for message in step.sends)
+        if len(steps) == together or rows >= _SHORT or step.folds:
+            yield _from_above(steps, everyone)
+            steps, rows = [], 0
+    if steps:
+        yield _from_above(steps, everyone)
+
+
+def _from_above(steps: Sequence[Step], everyone: Array) -> Round:
+    folds = [Folds(everyone, _row(f.into, everyone), _columns(f.chunks, everyone)) for f in steps[-1].folds]
+    sends, receives = [step.sends for step in steps], [step.receives for step in steps]
+    return Round(_stack(sends, everyone), _stack(receives, everyone), tuple(folds), len(steps))
 
 
 def table(steps: Sequence[Step]) -> Round:
@@ -113,6 +128,7 @@ def _flatten(messages: Sequence[tuple[int, Any, Sequence[int]]]) -> Messages:
         _joined(lists, lengths),
         single=lengths.count(1) == len(lengths),
         once=len(set(ranks)) == len(ranks),
+        step=np.zeros(len(ranks), np.int64),
     )
 
 
@@ -134,8 +150,9 @@ def _single(rank: int, fold: Fold) -> Folds:
     return Folds(np.array([rank]), np.array([fold.into]), np.array([fold.chunks], np.int64))
 
 
-def _stack(messages: Sequence[Send] | Sequence[Receive], everyone: Array) -> Messages:
-    """From messages whose fields are arrays over the ranks (or numbers, equal for all)."""
+def _stack(steps: Sequence[Sequence[Any]], everyone: Array) -> Messages:
+    """From the messages of each step, whose fields are arrays over the ranks (or numbers, equal for all)."""
+    messages = [message for step in steps for message in step]
     number, size, width = len(messages), len(everyone), max((len(m.chunks) for m in messages), default=1)
     peer, when = np.empty((number, size), np.int64), np.empty((number, size), bool)
     chunks = np.full((number, width, size), NONE)
@@ -149,8 +166,11 @@ def _stack(messages: Sequence[Send] | Sequence[Receive], everyone: Array) -> Mes
     start, single = np.arange(len(rows) + 1) * width, width == 1
     if width > 1 and np.count_nonzero(there := rows != NONE) < rows.size:
         start, rows = _offsets(there.sum(axis=1)), rows[there]
-    once = number <= 1  # no rank has two
-    return Messages(chosen % size, peer.reshape(-1)[chosen], reduce[chosen], start, rows.reshape(-1), single, once)
+    once = max(map(len, steps)) <= 1
+    step = np.repeat(np.arange(len(steps)), [size * len(step) for step in steps])
+    return Messages(
+        chosen % size, peer.reshape(-1)[chosen], reduce[chosen], start, rows.reshape(-1), single, once, step[chosen]
+    )
 
 
 def _row(value: Any, everyone: Array) -> Array:

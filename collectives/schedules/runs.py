@@ -17,6 +17,8 @@ from dtrain.collectives.schedules.contents import Values
 from dtrain.collectives.schedules.refusal import ranks_text
 from dtrain.collectives.schedules.schedule import Schedule
 
+# In one piece, so that a place is one look into the memory; a length of 0: nothing there.
+_PLACE = np.dtype([("start", np.int32), ("length", np.int32), ("form", np.uint64)])
 _AT_ONCE = 4096  # sets that are spread out to one byte per rank at a time
 
 
@@ -25,24 +27,25 @@ class Summed:
 
     def __init__(self, schedule: Schedule) -> None:
         cells = schedule.size * schedule.places
-        self.start = np.zeros(cells, np.int32)
-        self.length = np.zeros(cells, np.int32)  # 0: nothing here
-        self.form = np.zeros(cells, np.uint64)
+        self.cells = np.zeros(cells, _PLACE)
         self.size, self.sets = schedule.size, _Sets(schedule.size)
         self.ordered = True
 
     def give(self, rank: Array, cells: Array) -> None:
         """See `Contents`."""
-        self.start[cells], self.length[cells] = rank, 1
-        self.form[cells] = _mix(np.arange(1, self.size + 1, dtype=np.uint64))[rank]
+        form = _mix(np.arange(1, self.size + 1, dtype=np.uint64))
+        self.write(cells, (rank, np.ones(len(cells), np.int32), form[rank]))
 
     def read(self, cells: Array) -> Values:
         """See `Contents`."""
-        return self.start[cells], self.length[cells], self.form[cells]
+        found = self.cells[cells]
+        return found["start"], found["length"], found["form"]
 
     def write(self, cells: Array, values: Values) -> None:
         """See `Contents`."""
-        self.start[cells], self.length[cells], self.form[cells] = values
+        written = np.empty(len(cells), _PLACE)
+        written["start"], written["length"], written["form"] = values
+        self.cells[cells] = written
 
     def absent(self, values: Values) -> Array:
         """See `Contents`."""
@@ -58,7 +61,7 @@ class Summed:
 
     def add(self, left: Values, right: Values, before: Array | None) -> Values:
         """See `Contents`."""
-        self.ordered = self.ordered and self.in_order(left, right, before)
+        self.ordered = self.ordered and self.in_order(left, right, before)  # once it is not, no more is asked
         a, b = left[2], right[2]
         return *self.union(left, right), _mix(((a + b) * np.uint64(0x9E3779B97F4A7C15)) ^ (a * b))
 
@@ -79,13 +82,20 @@ class Summed:
 
     def in_order(self, left: Values, right: Values, before: Array | None) -> bool:
         """Whether the ranks in the one are lower than those in the other."""
+        if before is not None and not np.count_nonzero(before):
+            return self.in_order(right, left, None)
+        end = left[0] + left[1]
+        runs = (left[0] >= 0) & (end <= right[0]) & (right[0] + right[1] <= self.size)
+        if np.count_nonzero(runs if before is None else runs & before) == len(end):
+            return True
         (low, high), (other_low, other_high) = self.sets.ends(*left[:2]), self.sets.ends(*right[:2])
         in_order = high < other_low if before is None else np.where(before, high < other_low, other_high < low)
         return not np.count_nonzero(~in_order)
 
     def wrong(self, cells: Array, contributors: Array) -> Array:
         """See `Contents`."""
-        return np.asarray((self.start[cells] != 0) | (self.length[cells] != contributors))
+        start, length, _ = self.read(cells)
+        return np.asarray((start != 0) | (length != contributors))
 
     def describe(self, cell: int) -> str:
         """See `Contents`."""
@@ -99,7 +109,7 @@ class Summed:
 
     def forms(self, cells: Array) -> Array:
         """See `Contents`."""
-        return np.asarray(self.form[cells])
+        return self.read(cells)[2]
 
 
 class _Sets:

@@ -8,7 +8,7 @@ import pytest
 
 from dtrain.collectives.schedules import ALGORITHMS, Algorithm, Fold, Receive, Send, Step, bind, schedule
 from dtrain.collectives.schedules.letter import Letter
-from dtrain.collectives.schedules.prover import prove, prove_fully
+from dtrain.collectives.schedules.prover import Prover, prove, prove_fully
 from dtrain.collectives.schedules.refusal import ScheduleError
 from dtrain.collectives.schedules.turning import prove_turning
 from tests.naive_prover import Wrong, proven
@@ -147,13 +147,16 @@ def test_with_mistakes(collective, name, mistake):
         except Wrong:
             wrong += 1
             assert prove_turning(plan) is None, trial
+            for together in (3, 64):
+                with pytest.raises(ScheduleError):
+                    Prover(plan, together).run()
             with pytest.raises(ScheduleError) as fully:
-                prove_fully(plan)
+                Prover(plan, 1).run()
             with pytest.raises(ScheduleError) as caught:
                 prove(plan)
             assert str(caught.value) == str(fully.value)
             continue
-        assert_agree(prove_fully(plan), expected, plan.specification.weight)
+        assert_agree(Prover(plan, 3).run(), expected, plan.specification.weight)
         assert_agree(prove(plan), expected, plan.specification.weight)
     assert wrong > 0
 
