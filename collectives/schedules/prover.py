@@ -115,7 +115,7 @@ class Prover:
             self.step = first + int(t)
             self.move(read[begin:end], landing[begin:end], reduce[begin:end], alone)
         self.step = first
-        return np.count_nonzero(busy)
+        return int(np.count_nonzero(busy))
 
     def move(self, read: Array, landing: Array, reduce: Array, alone: bool) -> None:
         """One step."""

@@ -168,9 +168,8 @@ def _links(size: int, tree: int) -> Array:
     for number in range(size, 0, -1):
         rank, up = rank_in_tree(number, size, tree), parent(number, size)
         if up is not None:
-            above = rank_in_tree(up, size, tree)
-            found[1, rank] = above
-            found[2 if number < up else 3, above] = rank
+            found[1, rank] = rank_in_tree(up, size, tree)
+            found[2 if number < up else 3, found[1, rank]] = rank
     depth, above = np.zeros(size, int), found[1]
     while (above != NONE).any():
         depth += above != NONE
