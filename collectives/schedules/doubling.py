@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dtrain.collectives.schedules.schedule import Cost, Fold, Receive, Send, Step
+from dtrain.collectives.schedules.schedule import Cost, Fold, Receive, Send, Step, span
 
 
 def power_of_two(size: int) -> bool:
@@ -90,10 +90,7 @@ def all_gather(rank: int, size: int) -> Iterator[Step]:
     for distance in distances(size):
         peer = rank ^ distance
         mine, theirs = rank - rank % distance, peer - peer % distance
-        yield Step(
-            [Send(peer, [mine + i for i in range(distance)])],
-            [Receive(peer, [theirs + i for i in range(distance)])],
-        )
+        yield Step([Send(peer, span(mine, distance))], [Receive(peer, span(theirs, distance))])
 
 
 def all_gather_cost(size: int) -> Cost:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dtrain.collectives.schedules.doubling import distances, floor_log, folded, unfolded
-from dtrain.collectives.schedules.schedule import NONE, Cost, Receive, Send, Step
+from dtrain.collectives.schedules.schedule import NONE, Cost, Receive, Send, Step, span
 
 
 def power_below(size: int) -> int:
@@ -88,10 +88,11 @@ def reduce_scatter(rank: int, size: int) -> Iterator[Step]:
     extra = size - power
     number, lower, upper, alone = folded(rank, size)
 
-    def blocks(first: Any, count: int) -> list[Any]:
+    def blocks(first: Any, count: int) -> Any:
         """Of so many staying ranks from number first on: two each for those of a pair."""
         begin, last = (end + np.minimum(end, extra) for end in (first, first + count))
-        return [np.where(begin + i < last, begin + i, NONE) for i in range(count + min(count, extra))]
+        found = span(begin, count + min(count, extra))
+        return np.where(found < last, found, NONE)
 
     if extra:
         yield Step([Send(rank + 1, range(size), when=lower)], [Receive(rank - 1, range(size), reduce=True, when=upper)])
@@ -121,7 +122,7 @@ def _halve_and_double(number: Any, stays: Any, power: int, rank_of: Callable[[An
     first, way_back = 0 * number, []
     for distance in distances(power):
         peer, half, upper = rank_of(number ^ distance), power // (2 * distance), number // distance % 2
-        kept, sent = ([first + half * which + i for i in range(half)] for which in (upper, 1 - upper))
+        kept, sent = (span(first + half * which, half) for which in (upper, 1 - upper))
         yield Step([Send(peer, sent, when=stays)], [Receive(peer, kept, reduce=True, when=stays)])
         way_back.append(Step([Send(peer, kept, when=stays)], [Receive(peer, sent, when=stays)]))
         first = first + half * upper

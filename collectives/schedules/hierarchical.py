@@ -12,8 +12,9 @@ MSCCL ("hierarchical"); Jia et al., "Highly scalable deep learning training syst
 
 from collections.abc import Iterator
 from math import isqrt
+from typing import Any
 
-from dtrain.collectives.schedules.schedule import Cost, Receive, Send, Step
+from dtrain.collectives.schedules.schedule import Cost, Receive, Send, Step, span
 
 
 def ranks_per_node(size: int, local: int) -> int:
@@ -36,8 +37,8 @@ def all_reduce(rank: int, size: int, local: int) -> Iterator[Step]:
     right, left = node * g + (me + 1) % g, node * g + (me - 1) % g
     across, back = (rank + g) % size, (rank - g) % size
 
-    def whole(l: int) -> list[int]:  # noqa: E741
-        return [l % g * nodes + c for c in range(nodes)]
+    def whole(l: Any) -> Any:  # noqa: E741
+        return span(l % g * nodes, nodes)
 
     def piece(c: int) -> list[int]:
         return [me * nodes + c % nodes]

@@ -158,6 +158,9 @@ def _stack(steps: Sequence[Sequence[Any]], everyone: Array) -> Messages:
     chunks = np.full((number, width, size), NONE)
     for m, message in enumerate(messages):
         peer[m], when[m] = message.peer, message.when
+        if isinstance(message.chunks, np.ndarray) and message.chunks.ndim == 2:
+            chunks[m, : len(message.chunks)] = message.chunks
+            continue
         for column, chunk in enumerate(message.chunks):
             chunks[m, column] = chunk
     chosen = np.flatnonzero(when)

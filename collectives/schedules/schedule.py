@@ -29,6 +29,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from dtrain.collectives.schedules.specification import Specification, specification
 
 NONE = -1
@@ -208,6 +210,11 @@ def custom(steps: Steps, parts: int, copies: int = 1) -> Algorithm:
         return Cost(float("nan"), float("nan"), float("nan"))
 
     return Algorithm(steps, unknown, parts=lambda size: parts, copies=lambda size: copies)
+
+
+def span(first: Any, count: int) -> Any:
+    """The chunks first, first + 1, ..., so many; of all ranks at once, shape (count, ranks)."""
+    return np.add.outer(np.arange(count), first)
 
 
 def chunk_list(chunks: Iterable[int]) -> str:

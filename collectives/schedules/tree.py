@@ -21,7 +21,7 @@ import numpy as np
 
 from dtrain.collectives.dtypes import Array
 from dtrain.collectives.schedules.doubling import ceil_log, distances, floor_log
-from dtrain.collectives.schedules.schedule import NONE, Cost, Receive, Send, Step
+from dtrain.collectives.schedules.schedule import NONE, Cost, Receive, Send, Step, span
 
 
 def broadcast(rank: int, size: int, root: int = 0) -> Iterator[Step]:
@@ -97,9 +97,10 @@ def gather_cost(size: int) -> Cost:
     return Cost(ceil_log(size), (size - 1) / size)
 
 
-def _subtree(v: int, distance: int, size: int, root: int) -> list[int]:
+def _subtree(v: Any, distance: int, size: int, root: int) -> Any:
     """The blocks of the `distance` ranks from v on, as far as there are any; NONE in place of the others."""
-    return [(i + root) % size * (i < size) + NONE * (i >= size) for i in (v + k for k in range(distance))]
+    found = span(v, distance)
+    return np.where(found < size, (found + root) % size, NONE)
 
 
 # The double binary tree
