@@ -227,8 +227,8 @@ class Prover:
             expected = f"the sum of {ranks_text(contributors)}" if self.spec.reduces else "the chunk"
             text = f"after the last step: expected {expected}, found {self.contents.describe(int(cells[e]))}"
             raise self.error(int(rank[e]), int(chunks[e]), text)
-        if (counts != counts[0]).any() or self.spec.promise.idempotent:
-            return True  # in a scan all want sums of their own
+        if not self.spec.reduces or (counts != counts[0]).any() or self.spec.promise.idempotent:
+            return True  # chunks that are moved are what they were; in a scan all want sums of their own
         forms, one = self.contents.forms(cells), np.zeros(self.places, np.uint64)
         one[chunks] = forms
         return bool((one[chunks] == forms).all())

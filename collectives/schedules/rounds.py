@@ -163,7 +163,7 @@ def _stack(steps: Sequence[Sequence[Any]], everyone: Array) -> Messages:
             continue
         for column, chunk in enumerate(message.chunks):
             chunks[m, column] = chunk
-    chosen = np.flatnonzero(when)
+    chosen: Any = slice(None) if all(m.when is True for m in messages) else np.flatnonzero(when)
     rows = chunks.transpose(0, 2, 1).reshape(number * size, width)[chosen]
     reduce = np.repeat([getattr(message, "reduce", False) for message in messages], size).astype(bool)
     start, single = np.arange(len(rows) + 1) * width, width == 1
@@ -172,7 +172,14 @@ def _stack(steps: Sequence[Sequence[Any]], everyone: Array) -> Messages:
     once = max(map(len, steps)) <= 1
     step = np.repeat(np.arange(len(steps)), [size * len(step) for step in steps])
     return Messages(
-        chosen % size, peer.reshape(-1)[chosen], reduce[chosen], start, rows.reshape(-1), single, once, step[chosen]
+        rank=np.tile(everyone, number)[chosen],
+        peer=peer.reshape(-1)[chosen],
+        reduce=reduce[chosen],
+        start=start,
+        chunks=rows.reshape(-1),
+        single=single,
+        once=once,
+        step=step[chosen],
     )
 
 
