@@ -13,7 +13,7 @@ from dtrain.collectives.schedules.schedule import custom
 from dtrain.collectives.schedules.tree import number_in_tree, parent
 
 ROWS = [(collective, name) for collective, rows in ALGORITHMS.items() for name in rows]
-# 2^k and its neighbours; DTRAIN_PROVE_TO=1025 proves all of them up to there, in half a minute more.
+# 2^k and its neighbours; DTRAIN_PROVE_TO=1025 proves all of them up to there, in a quarter of a minute more.
 PROVE_TO = int(os.environ.get("DTRAIN_PROVE_TO", 257))
 LARGE = [size for k in range(6, 14) for size in (2**k - 1, 2**k, 2**k + 1) if size <= PROVE_TO or size == 1024]
 
