@@ -139,7 +139,8 @@ def test_with_mistakes(collective, name, mistake):
             size = 4
         original = schedule(collective, name, size)
         steps = recorded(original)
-        assert prove_turning(original) is None or prove_turning(played(original, steps)) is not None
+        if trial == 0 and prove_turning(original) is not None:
+            assert prove_turning(played(original, steps)) is not None
         mistake(steps, rng, size, original.parts)
         plan = played(original, steps)
         try:
@@ -147,9 +148,8 @@ def test_with_mistakes(collective, name, mistake):
         except Wrong:
             wrong += 1
             assert prove_turning(plan) is None, trial
-            for together in (3, 64):
-                with pytest.raises(ScheduleError):
-                    Prover(plan, together).run()
+            with pytest.raises(ScheduleError):
+                Prover(plan, 3).run()
             with pytest.raises(ScheduleError) as fully:
                 Prover(plan, 1).run()
             with pytest.raises(ScheduleError) as caught:
