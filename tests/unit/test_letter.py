@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from dtrain.collectives.schedules import Receive, Send, Step, bind, schedule
+from dtrain.collectives.schedules import Send, Step, bind, schedule
 from dtrain.collectives.schedules.letter import Letter
 from dtrain.collectives.schedules.prover import prove
 from dtrain.collectives.schedules.refusal import ScheduleError
+from dtrain.collectives.schedules.ring import all_gather
 from dtrain.collectives.schedules.ring import all_reduce as ring
 from dtrain.collectives.schedules.turning import prove_turning
 from tests.unit.test_prover_oracle import ALIKE
@@ -83,17 +84,29 @@ def test_a_rank_that_is_told_from_others(test, size):
 @pytest.mark.parametrize(
     "peer, chunk",
     [
-        (lambda rank, size: rank + 1, lambda rank, size: rank),  # the last one is too large
-        (lambda rank, size: (rank + 1) % size, lambda rank, size: 0),
-        (lambda rank, size: (rank + 1) % size, lambda rank, size: 2 * rank),
-        (lambda rank, size: (rank + 1) % size, lambda rank, size: rank + rank),
-        (lambda rank, size: (rank + 1) % size * 1 + 0 * rank, lambda rank, size: rank),
+        (lambda rank, size: rank + 1, None),  # for the last rank that is none
+        (lambda rank, size: 2 * rank + 1, None),
+        (lambda rank, size: (3 * rank + 1) % size, None),
+        (None, lambda rank, size: 0),
+        (None, lambda rank, size: 2 * rank),
+        (None, lambda rank, size: rank % (size - 1)),
+        (None, lambda rank, size: 2 * rank % size),
+        (None, lambda rank, size: (rank + rank) % size),
+        (None, lambda rank, size: rank + rank),
     ],
 )
-def test_numbers_that_are_no_turned_ones(peer, chunk):
-    def steps(rank, size):
-        yield Step([Send(peer(rank, size), [chunk(rank, size)])], [Receive((rank - 1) % size, [(rank - 1) % size])])
+def test_a_number_that_is_right_for_rank_0_alone(peer, chunk):
+    """All-gather on a ring, with another peer or chunk in the first send."""
 
-    assert prove_turning(bind("all_gather", "mine", steps, 5)) is None
+    def steps(rank, size):
+        for number, step in enumerate(all_gather(rank, size)):
+            (send,) = step.sends
+            if number == 0:
+                send = Send(peer(rank, size) if peer else send.peer, [chunk(rank, size)] if chunk else send.chunks)
+            yield Step([send], step.receives)
+
+    plan = bind("all_gather", "mine", steps, 5)
+    assert plan.of(0) == schedule("all_gather", "ring", 5).of(0)
+    assert prove_turning(plan) is None
     with pytest.raises(ScheduleError):
-        prove(bind("all_gather", "mine", steps, 5))
+        prove(plan)
