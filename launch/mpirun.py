@@ -121,7 +121,7 @@ def find() -> Mpirun:
     told = library()
     kind = next((kind for kind in KINDS if kind.library in told), None)
     if kind is None:
-        raise UserError(f"MPI: {told.splitlines()[0]}: its mpirun is not known to dtrain; call it yourself: dtrain run")
+        raise UserError(f"MPI: {told}: its mpirun is not known to dtrain; call it yourself: dtrain run")
     beside, others = str(Path(sys.executable).parent), []
     for program in filter(None, [shutil.which(name, path=path) for path in (beside, None) for name in kind.programs]):
         said = subprocess.run([program, "--version"], stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
@@ -136,12 +136,12 @@ def find() -> Mpirun:
 
 
 def library() -> str:
-    """What the MPI library that mpi4py loads says about itself, from a process where MPI does not begin; UserError."""
+    """What the MPI library of mpi4py calls itself, asked in a process where MPI does not begin; UserError."""
     answer = subprocess.run([sys.executable, "-c", _LIBRARY], capture_output=True, text=True, timeout=60)
     if answer.returncode:
         why = (answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"])[-1]
         raise UserError(f"MPI: {why}; pip install 'dtrain[mpich]', or put a system MPI's libmpi on the library path")
-    return answer.stdout.strip()
+    return answer.stdout.partition("\n")[0].strip()
 
 
 def stop(process: subprocess.Popen[bytes], grace: float = 3.0) -> None:

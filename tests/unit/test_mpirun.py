@@ -61,6 +61,10 @@ def test_a_library_that_is_not_known(monkeypatch):
         mpirun.find()
 
 
+def test_the_library_is_told_in_one_line():
+    assert "\n" not in mpirun.library() and any(kind.library in mpirun.library() for kind in mpirun.KINDS)
+
+
 def test_no_library(monkeypatch, tmp_path):
     monkeypatch.setenv("MPI4PY_LIBMPI", str(tmp_path / "libmpi.so"))
     with pytest.raises(UserError, match=r"MPI: .*libmpi.so: cannot open.*; pip install"):
