@@ -1,7 +1,12 @@
-"""For all tests: ranks and workers share the cores fairly, and generated examples are the same in every run."""
+"""For all tests: ranks and workers share the cores fairly, and generated examples are the same in every run.
 
+What the imports and the collection made lives to the end: the garbage collector need not look at it again and again.
+"""
+
+import gc
 import os
 
+import pytest
 from hypothesis import settings
 
 from dtrain.launch.environment import cores, set_blas_threads
@@ -17,3 +22,8 @@ for _name in set(os.environ) - _before:
 os.environ.setdefault("DTRAIN_TUNING", "off")  # what was measured on this machine changes no test
 settings.register_profile("dtrain", derandomize=True, deadline=None, database=None)
 settings.load_profile("dtrain")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    gc.collect()
+    gc.freeze()
