@@ -18,7 +18,7 @@ import numpy as np
 from dtrain.collectives.dtypes import Array, address
 from dtrain.collectives.machine_code import Function, crew_words, machine_code
 from dtrain.collectives.transport import Segment
-from dtrain.collectives.waiting import BELL, CROWDED_TRIES, ORDERED_STORES, TRIES, Patience, nap
+from dtrain.collectives.waiting import BELL, CROWDED_TRIES, ORDERED_STORES, SHORT_TRIES, TRIES, Patience, nap
 
 SLEEP = 20_000_000  # ns without a look, where nothing waits to be helped along
 
@@ -58,13 +58,16 @@ class Flags:
         self._tables: dict[tuple[object, ...], Array] = {}
         self.at = address(np.frombuffer(self.mine, np.int64))
         self._crew = self.crew(self.peers)
-        self._tired_crew = self.crew(self.peers, (0, 0))  # has looked often enough: sleeps at once
+        self._tired_crew = self._table(self.peers, (0, 0))  # has looked often enough: sleeps at once
 
-    def crew(self, peers: Peers, tries: tuple[int, int] | None = None) -> int:
-        """The address of what machine code has to know to wait for these ranks; 0: for nobody."""
+    def crew(self, peers: Peers, short: bool = False) -> int:
+        """The address of what machine code has to know to wait for these ranks, in short calls; 0: for nobody."""
+        if self.patience.spins == 0:
+            return self._table(peers, CROWDED_TRIES)
+        return self._table(peers, SHORT_TRIES if short else TRIES)
+
+    def _table(self, peers: Peers, tries: tuple[int, int]) -> int:
         ranks = [rank for rank, _ in peers]
-        if tries is None:
-            tries = CROWDED_TRIES if self.patience.spins == 0 else TRIES
         words = crew_words([self._places[rank] for rank in ranks], self._places[0] + 8 * BELL, *tries)
         table = self._tables.setdefault((*ranks, tries), np.array(words, np.int64))
         return address(table) if ranks else 0

@@ -238,14 +238,16 @@ class Shortcuts(Plans):
             return type(out) is ndarray and out.dtype is block.dtype and out.shape == block.shape and out.flags.carray
 
         def form(array: Any, out: Array | None) -> Array:
-            if not mine and not (out is None or fits(out)):
-                return scattered(None, root, out)  # for another letter, perhaps
-            letters.calls += 1
-            result: Array | None = give(array if mine else NOTHING, out)
-            if result is None:
+            if mine or out is None or fits(out):
+                letters.calls += 1
+                result: Array | None = give(array if mine else NOTHING, out)
+                if result is not None:
+                    return result
                 told = self._open_letter(short.slot(root), root, out)
                 result = self._scattered(*told, None, root, out, "auto")
-                self._keep_letter(key, root, None)
+            else:  # for another letter, perhaps
+                result = scattered(None, root, out)
+            self._keep_letter(key, root, None)
             return result
 
         return form
