@@ -13,6 +13,7 @@ from dtrain.collectives.schedules.crossover import bytes_text, crossovers, plot,
 from dtrain.collectives.schedules.drawing import draw_svg, draw_text
 from dtrain.collectives.schedules.prover import prove
 from dtrain.collectives.schedules.simulator import Cluster, cluster_from, simulate
+from dtrain.collectives.schedules.specification import PROMISES
 from dtrain.errors import UserError
 from dtrain.launch.bench_table import parse_sizes
 
@@ -41,9 +42,12 @@ def show_collective(
     for name in filter(own.is_own, names):
         try:
             row = own.load(name)
+            rows[name] = row if isinstance(row, Algorithm) else bind(collective, name, row, ranks).algorithm
         except ValueError as error:
             raise UserError(f"--algorithm {error}") from None
-        rows[name] = row if isinstance(row, Algorithm) else bind(collective, name, row, ranks).algorithm
+    if root and not (PROMISES[collective].rooted and root < ranks):
+        allowed = f"0 to {ranks - 1}" if PROMISES[collective].rooted else f"none, {collective} has no root"
+        raise UserError(f"--root {root}: not a rank that can be the root; allowed: {allowed}")
     if unknown := [name for name in names if name not in rows]:
         raise UserError(f"--algorithm: {unknown[0]}: not an algorithm of {collective}; allowed: {', '.join(rows)}")
     try:
@@ -52,6 +56,8 @@ def show_collective(
             cluster = read_cluster(cluster_path)
             _simulate(collective, chosen, ranks, parameters, root, cluster, parse_sizes(sizes), output)
         elif algorithm == "all" and len(rows) > 1:
+            if output is not None:
+                raise UserError("--output: one algorithm can be drawn: --algorithm NAME; or several timed: --simulate")
             print("\n".join(_costs(collective, ranks)))
         elif len(names) > 1:
             raise UserError(f"--algorithm {algorithm}: one can be drawn; several need --simulate")

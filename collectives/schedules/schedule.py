@@ -24,14 +24,15 @@ yields an empty Step; one whose steps end early is idle afterwards. So a schedul
 all ranks can finish step t when all have begun it, which they can when all have finished step t - 1.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dtrain.collectives.schedules.specification import Specification, specification
+from dtrain.collectives.schedules.specification import PROMISES, Specification, specification
 
 NONE = -1
 
@@ -188,19 +189,36 @@ def bind(
     if isinstance(algorithm, Algorithm):
         row = algorithm
     else:
-        promise = specification(collective, 1, 1).promise
+        promise = PROMISES[collective]
         row = custom(algorithm, parts=1 if promise.blocks or promise.pairs else size)
     if size < 1 or not row.sizes(size):
-        raise ValueError(
-            f"{title}: size={size}: not possible between so many ranks; {(row.sizes.__doc__ or '').strip()}"
-        )
+        why = (row.sizes.__doc__ or "").strip().rstrip(".")
+        raise ValueError(f"{title}: size={size}: not possible between so many ranks; {why[:1].lower()}{why[1:]}")
     if not 0 <= root < size:
         raise ValueError(f"{title}: root={root}: allowed: 0 to {size - 1}")
     unknown = set(parameters) - set(row.parameters)
     if unknown:
         allowed = ", ".join(row.parameters) or "none"
         raise ValueError(f"{title}: {', '.join(sorted(unknown))}: not a parameter of it; allowed: {allowed}")
+    for key, value in parameters.items():
+        least = min(1, row.parameters[key])  # 0 where that is the default: left to the algorithm
+        if value < least:
+            raise ValueError(f"{title}: {key}={value}: allowed: whole numbers from {least}")
+    rooted = ("root",) if PROMISES[collective].rooted else ()
+    if refusal := _refusal(row.steps, (*rooted, *row.parameters)):
+        raise ValueError(f"{title}: {refusal}")
     return Schedule(collective, name, size, row, {**row.parameters, **parameters}, root)
+
+
+@lru_cache(maxsize=256)
+def _refusal(steps: Steps, more: tuple[str, ...]) -> str:
+    """Why this function cannot be called with rank, size and `more`; empty: it can."""
+    try:
+        inspect.signature(steps).bind(0, 1, **dict.fromkeys(more))
+    except TypeError as error:
+        name = getattr(steps, "__name__", "it")
+        return f"{name}({', '.join(('rank', 'size', *more))}) must be possible: {error}"
+    return ""
 
 
 def custom(steps: Steps, parts: int, copies: int = 1) -> Algorithm:

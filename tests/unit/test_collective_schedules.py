@@ -257,7 +257,7 @@ def test_lengths():
         (("all_sum", "ring", 4), "not a collective; allowed: all_reduce"),
         (("all_reduce", "rings", 4), "not an algorithm of all_reduce; allowed: ring"),
         (("all_reduce", "ring", 0), "size=0: not possible"),
-        (("all_gather", "recursive_doubling", 6), "It needs a power of two"),
+        (("all_gather", "recursive_doubling", 6), "it needs a power of two"),
         (("broadcast", "chain", 4, 4), "root=4: allowed: 0 to 3"),
     ],
 )

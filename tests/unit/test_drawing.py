@@ -113,5 +113,21 @@ def test_command_mistakes(tmp_path):
         run(["show", "collective", "all_reduce", "--simulate", str(tmp_path / "c.yaml")])
     with pytest.raises(UserError, match="must be KEY=NUMBER"):
         run(["show", "collective", "broadcast", "--algorithm", "chain", "--set", "segments"])
-    with pytest.raises(UserError, match="It needs a power of two"):
+    with pytest.raises(UserError, match="it needs a power of two"):
         run(["show", "collective", "all_gather", "--algorithm", "recursive_doubling", "--ranks", "6"])
+    for arguments, message in [
+        (("broadcast", "--ranks", "4", "--root", "4"), r"--root 4: .*allowed: 0 to 3"),
+        (("all_reduce", "--root", "1"), "all_reduce has no root"),
+        (("all_reduce", "-o", "x.svg"), "--output: one algorithm can be drawn"),
+        (("all_reduce", "--algorithm", "double_tree", "--set", "segments=0"), "segments=0: allowed: .*from 1"),
+        (("all_reduce", "--algorithm", "hierarchical", "--set", "local=-1"), "local=-1: allowed: .*from 0"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            run(["show", "collective", *arguments])
+
+
+def test_ones_own_for_another_collective(tmp_path):
+    """A function that cannot be called as this collective calls it is told, not a traceback."""
+    (tmp_path / "mine.py").write_text("from dtrain.collectives.schedules.ring import all_reduce as twin\n")
+    with pytest.raises(UserError, match=r"\(rank, size, root\) must be possible: .*unexpected keyword argument 'root'"):
+        run(["show", "collective", "broadcast", "--algorithm", f"{tmp_path}/mine.py:twin"])
