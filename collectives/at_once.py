@@ -34,6 +34,10 @@ class AtOnce:
         self.reduce(source, target, op, root)
         return Finished()
 
+    def start_scan(self: Transport, source: Array, target: Array, op: str, inclusive: bool) -> Request:
+        self.scan(source, target, op, inclusive)
+        return Finished()
+
     def start_all_to_all(
         self: Transport, source: Array, target: Array, send_counts: Sequence[int], receive_counts: Sequence[int]
     ) -> Request:

@@ -5,7 +5,8 @@
     Movement       all_gather, broadcast, ...             movement.py
     Plans          the same again, prepared               plans.py
     Shortcuts      what is short, prepared                shortcuts.py
-    Communicator   their non-blocking twins, messages     here
+    Messages       send, recv                             messages.py
+    Communicator   the non-blocking twins                 here
 
 One rule for all collectives: arrays go in unchanged and a new array comes out, unless `out=` says where the result
 goes; `out=array` works in place. Any dtype of NumPy and ml_dtypes, any length, contiguous or not. Every reduction is
@@ -19,23 +20,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dtrain.collectives import algorithms, device_works, staged
+from dtrain.collectives import algorithms, staged
 from dtrain.collectives.algorithms import Algorithm
 from dtrain.collectives.call import Call
-from dtrain.collectives.counters import Volume
 from dtrain.collectives.device import ON_GPU, on_gpu
-from dtrain.collectives.dtypes import Array
-from dtrain.collectives.forms import NOTHING, as_rows, check_pair, deliver, destination, flat, target_of
+from dtrain.collectives.dtypes import Array, neutral
+from dtrain.collectives.forms import NOTHING, as_rows, deliver
 from dtrain.collectives.group import BARRIER
-from dtrain.collectives.shortcuts import Shortcuts
+from dtrain.collectives.messages import Messages
 from dtrain.collectives.window import WindowWork
-from dtrain.collectives.work import Request, Watched, Work
+from dtrain.collectives.work import Work
 
 if TYPE_CHECKING:
     from dtrain.collectives.choices import Own
 
 
-class Communicator(Shortcuts):
+class Communicator(Messages):
     """`size` ranks, of which this process is number `rank`."""
 
     # Non-blocking twins: the same arguments, a `Work` as the result
@@ -126,6 +126,29 @@ class Communicator(Shortcuts):
         blocking = lambda: _or_nothing(self.reduce(array, op, root, result))  # noqa: E731
         return self._start("reduce", algorithms.REDUCE, call, _or_nothing(result), blocking, algorithm=algorithm)
 
+    def scan_async(
+        self, array: Any, op: str = "sum", out: Array | None = None, algorithm: "str | Own" = "auto"
+    ) -> Work:
+        """`scan`, started."""
+        if type(array) is not np.ndarray and on_gpu(array):
+            return self.gpu.scan_async(array, op, out, inclusive=True)
+        array = np.asarray(array)
+        call, result = self._all_reduce_call(array, op, out)
+        blocking = lambda: self.scan(array, op, result)  # noqa: E731
+        return self._start("scan", algorithms.SCAN, call, result, blocking, algorithm=algorithm)
+
+    def exscan_async(
+        self, array: Any, op: str = "sum", out: Array | None = None, algorithm: "str | Own" = "auto"
+    ) -> Work:
+        """`exscan`, started."""
+        if type(array) is not np.ndarray and on_gpu(array):
+            return self.gpu.scan_async(array, op, out, inclusive=False)
+        array = np.asarray(array)
+        call, result = self._all_reduce_call(array, op, out)
+        blocking = lambda: self.exscan(array, op, result)  # noqa: E731
+        work = self._start("exscan", algorithms.EXSCAN, call, result, blocking, algorithm=algorithm)
+        return work.then(lambda before: _full(before, neutral(op, array.dtype))) if self.rank == 0 else work
+
     def gather_async(
         self,
         array: Any,
@@ -173,63 +196,6 @@ class Communicator(Shortcuts):
         self._check("barrier", "native")
         self.counters.add("barrier", "native", 0, BARRIER)
         return self._watch(self.transport.start_barrier(), lambda: NOTHING, "barrier")
-
-    # Between two ranks: only these two call
-
-    def send(self, array: Any, destination: int, tag: int = 0) -> None:
-        """Send array to rank destination; returns when array may be changed again."""
-        if self._progress.busy() or (type(array) is not np.ndarray and on_gpu(array)):
-            self.send_async(array, destination, tag).wait()
-            return
-        check_pair("destination", destination, tag, self.rank, self.size)
-        source = flat(np.asarray(array))
-        self.transport.send(source, destination, tag)
-        self.counters.add("send", "message", source.nbytes, Volume(1, source.nbytes, 0))
-
-    def recv(self, out: Array, source: int, tag: int = 0) -> Array:
-        """Receive into out, which has the shape and dtype of what rank source sends."""
-        if self._progress.crowded or self._progress.busy() or (type(out) is not np.ndarray and on_gpu(out)):
-            return self.recv_async(out, source, tag).wait()
-        check_pair("source", source, tag, self.rank, self.size)
-        target = target_of(destination(out, out.shape, out.dtype))
-        self.transport.recv(target, source, tag)
-        self.counters.add("recv", "message", target.nbytes, Volume(1, 0, target.nbytes))
-        return deliver(target, out)
-
-    def sendrecv(self, array: Any, destination: int, out: Array, source: int, tag: int = 0) -> Array:
-        """Send array to one rank while receiving out from another."""
-        sending = self.send_async(array, destination, tag)
-        self.recv(out, source, tag)
-        sending.wait()
-        return out
-
-    def send_async(self, array: Any, destination: int, tag: int = 0) -> Work:
-        """`send`, started: array is left alone until `wait`."""
-        check_pair("destination", destination, tag, self.rank, self.size)
-        if type(array) is not np.ndarray and on_gpu(array):
-            return device_works.send_async(self, array, destination, tag)
-        array = np.asarray(array)
-        source = flat(array)
-        self.counters.add("send", "message", source.nbytes, Volume(1, source.nbytes, 0))
-        return self._watch(
-            self.transport.start_send(source, destination, tag), lambda: array, "send to", destination, "tag", tag
-        )
-
-    def recv_async(self, out: Array, source: int, tag: int = 0) -> Work:
-        """`recv`, started: out is left alone until `wait`."""
-        check_pair("source", source, tag, self.rank, self.size)
-        if type(out) is not np.ndarray and on_gpu(out):
-            return device_works.recv_async(self, out, source, tag)
-        target = target_of(destination(out, out.shape, out.dtype))
-        self.counters.add("recv", "message", target.nbytes, Volume(1, 0, target.nbytes))
-        return self._watch(
-            self.transport.start_recv(target, source, tag),
-            lambda: deliver(target, out),
-            "recv from",
-            source,
-            "tag",
-            tag,
-        )
 
     # How a work begins
 
@@ -288,11 +254,11 @@ class Communicator(Shortcuts):
         self._progress.wake()
         return Work(request, lambda: deliver(call.target, result), (name,))
 
-    def _watch(self, request: Request, finish: Callable[[], Array], *what: object) -> Work:
-        """The work of a request of the transport; it is helped along in every wait."""
-        self._progress.watch(request)
-        self._progress.wake()
-        return Work(Watched(request, self._progress), finish, what)
+
+def _full(array: Array, value: Any) -> Array:
+    """The array, full of this value."""
+    array[...] = value
+    return array
 
 
 def _or_nothing(result: Array | None) -> Array:

@@ -1,4 +1,4 @@
-"""CuPy arrays, continued: the non-blocking twins, and messages between two ranks.
+"""CuPy arrays, continued: scans, the non-blocking twins, and messages between two ranks.
 
     NCCL      what the call does, enqueued on a stream of its own; `wait` lets the current stream wait for its event
     staged    a copy in pinned memory, the twin for NumPy arrays on it; `wait` brings the result to the GPU
@@ -11,15 +11,42 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dtrain.collectives import volumes
+from dtrain.collectives.call import Call
 from dtrain.collectives.device import DeviceCollectives
+from dtrain.collectives.dtypes import neutral, operation
 from dtrain.collectives.work import Request, Work
 
 if TYPE_CHECKING:
-    from dtrain.collectives.communicator import Communicator
+    from dtrain.collectives.messages import Messages
 
 
 class Device(DeviceCollectives):
     """What one communicator does with CuPy arrays."""
+
+    def scan(self, array: Any, op: str, out: Any, algorithm: Any, inclusive: bool) -> Any:
+        """As `Communicator.scan`, or `exscan`: NCCL has none, so always a schedule."""
+        operation(op, np.dtype(array.dtype))
+        name = "scan" if inclusive else "exscan"
+        result = self._destination(out, array.shape, array.dtype)
+        if self.hindrance is not None:
+            host = self._nccl.to_host(array)
+            return self._nccl.to_gpu(getattr(self._comm, name)(host, op, host, algorithm), result)
+        source, target = self._pair(array, result, 0)
+        call = Call(self._comm.transport, None, source, target, op)
+        self._run(name, algorithm, call, None, "doubling", source.size, volumes.least_scan)
+        if self._comm.rank == 0 and not inclusive:
+            dtype = np.dtype(array.dtype)
+            target[...] = np.asarray(neutral(op, dtype), dtype).item()
+        return self._deliver(target, result)
+
+    def scan_async(self, array: Any, op: str, out: Any, inclusive: bool) -> Work:
+        """As `Communicator.scan_async`, or `exscan_async`."""
+        if self.hindrance is None:
+            return self._start(lambda: self.scan(array, op, out, "auto", inclusive), array, out)
+        result, host = self._destination(out, array.shape, array.dtype), self._nccl.to_host(array)
+        start = self._comm.scan_async if inclusive else self._comm.exscan_async
+        return self._later(start(host, op, host), lambda: result)
 
     def all_reduce_async(self, array: Any, op: str, out: Any) -> Work:
         """As `Communicator.all_reduce_async`."""
@@ -116,7 +143,7 @@ class Hosted(Request):
         self._work.wait()
 
 
-def send_async(comm: "Communicator", array: Any, destination: int, tag: int) -> Work:
+def send_async(comm: "Messages", array: Any, destination: int, tag: int) -> Work:
     """`Communicator.send_async` of a copy in host memory."""
     from dtrain.collectives import nccl
 
@@ -124,7 +151,7 @@ def send_async(comm: "Communicator", array: Any, destination: int, tag: int) -> 
     return Work(Hosted(sending), lambda: array)
 
 
-def recv_async(comm: "Communicator", out: Any, source: int, tag: int) -> Work:
+def recv_async(comm: "Messages", out: Any, source: int, tag: int) -> Work:
     """`Communicator.recv_async` into host memory; the GPU gets it at the wait."""
     from dtrain.collectives import nccl
 

@@ -106,6 +106,12 @@ class FromMessages(AtOnce):
         if target is not None and everyone is not None:
             reduce_rows(OPERATIONS[op], list(everyone), target)
 
+    def scan(self, source: Array, target: Array, op: str, inclusive: bool) -> None:
+        everyone = np.empty((self.size, source.size), source.dtype)
+        self.all_gather(source, everyone.reshape(-1), [source.size] * self.size)
+        if self.rank or inclusive:
+            reduce_rows(OPERATIONS[op], list(everyone[: self.rank + inclusive]), target)
+
 
 def _blocks(flat: Array, counts: Sequence[int]) -> list[Array]:
     return [flat[start : start + count] for start, count in zip(starts(counts), counts, strict=True)]

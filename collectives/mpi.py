@@ -13,7 +13,7 @@ Only buffers travel, never pickles: the upper-case methods of mpi4py. What is mo
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, cast
 
 import mpi4py
@@ -147,11 +147,8 @@ class Transport(Moves):
 
     def all_reduce(self, source: Array, target: Array, op: str) -> None:
         source, target, operator = _typed(source, target, op)
-        in_place = _same(source, target)
-        step = max(1, self.limit // source.itemsize)
-        for start in range(0, len(source), step):
-            part = target[start : start + step]
-            self._comm.Allreduce(MPI.IN_PLACE if in_place else source[start : start + step], part, operator)
+        for origin, part in self._both(source, target):
+            self._comm.Allreduce(origin, part, operator)
 
     def reduce_scatter(self, source: Array, target: Array, counts: Sequence[int], op: str) -> None:
         source, target, operator = _typed(source, target, op)
@@ -183,18 +180,30 @@ class Transport(Moves):
                 part = part.copy()
             self._comm.Reduce(part, into, operator, root)
 
+    def scan(self, source: Array, target: Array, op: str, inclusive: bool) -> None:
+        source, target, operator = _typed(source, target, op)
+        call = self._comm.Scan if inclusive else self._comm.Exscan
+        for origin, part in self._both(source, target):
+            call(origin, part, operator)
+
+    def _both(self, source: Array, target: Array) -> Iterator[tuple[Any, Array]]:
+        """Source and target in pieces of what one call can carry."""
+        in_place = _same(source, target)
+        step = max(1, self.limit // source.itemsize)
+        for start in range(0, len(source), step):
+            yield MPI.IN_PLACE if in_place else source[start : start + step], target[start : start + step]
+
     # Non-blocking
 
     def start_all_reduce(self, source: Array, target: Array, op: str) -> Request:
         source, target, operator = _typed(source, target, op)
-        in_place = _same(source, target)
-        step = max(1, self.limit // source.itemsize)
-        requests = [
-            self._comm.Iallreduce(
-                MPI.IN_PLACE if in_place else source[start : start + step], target[start : start + step], operator
-            )
-            for start in range(0, len(source), step)
-        ]
+        requests = [self._comm.Iallreduce(origin, part, operator) for origin, part in self._both(source, target)]
+        return self.together(requests, source, target)
+
+    def start_scan(self, source: Array, target: Array, op: str, inclusive: bool) -> Request:
+        source, target, operator = _typed(source, target, op)
+        call = self._comm.Iscan if inclusive else self._comm.Iexscan
+        requests = [call(origin, part, operator) for origin, part in self._both(source, target)]
         return self.together(requests, source, target)
 
     def start_reduce_scatter(self, source: Array, target: Array, counts: Sequence[int], op: str) -> Request:

@@ -151,6 +151,8 @@ class Reductions(Group):
 
     def scan(self, array: Any, op: str = "sum", out: Array | None = None, algorithm: str = "auto") -> Array:
         """The sum of the arrays of ranks 0 to mine, in this order."""
+        if type(array) is not np.ndarray and on_gpu(array):
+            return self.gpu.scan(array, op, out, algorithm, inclusive=True)  # type: ignore[no-any-return]
         call, result = self._all_reduce_call(np.asarray(array), op, out)
         self._settle()
         self._run("scan", algorithms.SCAN, algorithm, call)
@@ -161,6 +163,8 @@ class Reductions(Group):
 
         (MPI leaves rank 0's result undefined.)
         """
+        if type(array) is not np.ndarray and on_gpu(array):
+            return self.gpu.scan(array, op, out, algorithm, inclusive=False)  # type: ignore[no-any-return]
         call, result = self._all_reduce_call(np.asarray(array), op, out)
         self._settle()
         if self.size > 1:

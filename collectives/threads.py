@@ -192,6 +192,13 @@ class Transport(AtOnce):
         if target is not None:
             np.copyto(target, total)
 
+    def scan(self, source: Array, target: Array, op: str, inclusive: bool) -> None:
+        total, before = np.empty_like(target), self.rank + inclusive
+        first = lambda sources: sources[: max(1, before)]  # noqa: E731  rank 0 of an exclusive one has none
+        self.share_values(source, lambda sources: reduce_rows(OPERATIONS[op], first(sources), total))
+        if before:
+            np.copyto(target, total)
+
     # Non-blocking: collectives meet at once (a thread always comes), messages are truly late.
 
     def start_send(self, source: Array, destination: int, tag: int) -> Request:

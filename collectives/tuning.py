@@ -181,6 +181,8 @@ _LENGTHS: dict[str, Callable[["Call"], int]] = {
     "all_reduce": _source,
     "reduce_scatter": _source,
     "reduce": _source,
+    "scan": _source,
+    "exscan": _source,
     "all_gather": _blocks,
     "gather": _blocks,
     "scatter": _blocks,

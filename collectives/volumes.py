@@ -171,6 +171,12 @@ def least_reduce(call: "Call") -> Volume:
     return Volume(1, 0 if call.at_root else call.source.nbytes, call.source.nbytes if call.at_root else 0)
 
 
+def least_scan(call: "Call") -> Volume:
+    """A chain: from the rank before me, to the next."""
+    rank, n = call.transport.rank, call.source.nbytes
+    return Volume(1, n * (rank < _others(call)), n * (rank > 0))
+
+
 def least_all_gather(call: "Call") -> Volume:
     """My block and those that pass through."""
     moved = call.target.nbytes - call.source.nbytes

@@ -166,6 +166,14 @@ def native_reduce(call: Call) -> None:
     call.met("reduce", "native").reduce(call.source, _at_root(call, call.target), call.op, call.root)
 
 
+def native_scan(call: Call) -> None:
+    call.met("scan", "native").scan(call.source, call.target, call.op, inclusive=True)
+
+
+def native_exscan(call: Call) -> None:
+    call.met("exscan", "native").scan(call.source, call.target, call.op, inclusive=False)
+
+
 def native_all_gather(call: Call) -> None:
     call.met("all_gather", "native", alike=False).all_gather(call.apart, call.target, call.counts)
 
@@ -206,6 +214,14 @@ def start_broadcast(call: Call) -> Request:
 
 def start_reduce(call: Call) -> Request:
     return call.noted("reduce").start_reduce(call.source, _at_root(call, call.target), call.op, call.root)
+
+
+def start_scan(call: Call) -> Request:
+    return call.noted("scan").start_scan(call.source, call.target, call.op, inclusive=True)
+
+
+def start_exscan(call: Call) -> Request:
+    return call.noted("exscan").start_scan(call.source, call.target, call.op, inclusive=False)
 
 
 def start_gather(call: Call) -> Request:

@@ -58,6 +58,12 @@ class Work:
             self._result = self._finish()
         return self._result
 
+    def then(self, change: Callable[[Array], Array]) -> "Work":
+        """Itself, with `change` of its array as the result."""
+        finish = self._finish
+        self._finish = lambda: change(finish())
+        return self
+
 
 def wait_all(works: Iterable[Work]) -> list[Array]:
     """The results of several works, in their order.

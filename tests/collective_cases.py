@@ -270,6 +270,8 @@ def twins(comm: Communicator) -> None:
                     "all_reduce": comm.all_reduce_async(mine),
                     "all_gather": comm.all_gather_async(mine),
                     "reduce": comm.reduce_async(mine, "max", root),
+                    "scan": comm.scan_async(mine, "min"),
+                    "exscan": comm.exscan_async(mine, "max"),
                     "barrier": comm.barrier_async(),
                     "reduce_scatter": comm.reduce_scatter_async(mine),
                     "gather": comm.gather_async(mine, root),
@@ -288,6 +290,9 @@ def twins(comm: Communicator) -> None:
                 at_root = comm.rank == root
                 assert bits(results["gather"]) == (bits(join(arrays)) if at_root else b"")
                 assert bits(results["reduce"]) == (bits(total(arrays, "max")) if at_root else b"")
+                assert bits(results["scan"]) == bits(total(arrays[: comm.rank + 1], "min"))
+                least = np.full_like(mine, -np.inf)
+                assert bits(results["exscan"]) == bits(total(arrays[: comm.rank], "max") if comm.rank else least)
     rows = [rank + 1 for rank in range(comm.size)]
     mine = comm.empty(sum(rows))
     mine[...] = comm.rank

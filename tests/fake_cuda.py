@@ -72,7 +72,7 @@ class ndarray:
         return ndarray(self._values[key], self._home)
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        assert isinstance(value, ndarray | int | float), "only CuPy arrays and numbers can be assigned"
+        assert isinstance(value, ndarray | int | float | complex), "only CuPy arrays and numbers can be assigned"
         into, value = self._values, value._values if isinstance(value, ndarray) else value
         _launch(lambda: into.__setitem__(key, value))
 

@@ -80,6 +80,13 @@ def test_reductions(size: int, layout: str, cupy: Any) -> None:
                     assert (at_root is None) == (comm.rank != size - 1)
                     if at_root is not None:
                         near(cupy.asnumpy(at_root), expected, size)
+                first, mine_too = comm.scan_async(mine), comm.exscan(mine, "max")
+                near(cupy.asnumpy(first.wait()), total(arrays[: comm.rank + 1]), size)
+                if comm.rank:
+                    near(cupy.asnumpy(mine_too), total(arrays[: comm.rank], "max"), size)
+                copy = mine.copy()
+                assert comm.scan(copy, "min", out=copy) is copy
+                near(cupy.asnumpy(copy), total(arrays[: comm.rank + 1], "min"), size)
                 copy = mine.copy()
                 assert comm.all_reduce(copy, out=copy) is copy
                 near(cupy.asnumpy(copy), total(arrays), size)
