@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from dtrain.collectives import Array, Communicator, algorithms
-from dtrain.collectives.dtypes import OPERATIONS, accumulator
+from dtrain.collectives.dtypes import OPERATIONS, accumulator, neutral
 from dtrain.collectives.schedules import Algorithm, bind, own
 from dtrain.collectives.schedules.prover import prove
 from dtrain.errors import UserError
@@ -48,12 +48,14 @@ class Pattern:
         """Elements start .. start + PERIOD of the array of a rank."""
         return np.roll(self._table, -(start + 977 * rank + 131 * turn))
 
-    def total(self, turn: int, start: int = 0) -> Array:
-        """The same elements of the reduction over all ranks."""
+    def total(self, turn: int, start: int = 0, ranks: int | None = None) -> Array:
+        """The same elements of the reduction over all ranks, or the first so many."""
         wide = accumulator(self._table.dtype)
+        if ranks == 0:
+            return np.full(PERIOD, neutral(self._op, self._table.dtype))
         result = self.period(0, turn, start).astype(wide)
         with np.errstate(all="ignore"):
-            for rank in range(1, self._size):
+            for rank in range(1, self._size if ranks is None else ranks):
                 OPERATIONS[self._op](result, self.period(rank, turn, start).astype(wide), out=result)
             return result.astype(self._table.dtype)
 
@@ -130,6 +132,8 @@ def wrong_elements(name: str, result: Array | None, place: Place, pattern: Patte
         return count_wrong(result, pattern.period(ROOT, turn))
     if name == "scatter":
         return count_wrong(result, pattern.period(ROOT, turn, rank * block))
+    if name in ("scan", "exscan"):
+        return count_wrong(result, pattern.total(turn, 0, rank + (name == "scan")))
     return count_wrong(result, pattern.total(turn, rank * block if name == "reduce_scatter" else 0))
 
 
@@ -225,6 +229,10 @@ def _bare(name: str, place: Place, source: Array, target: Array | None) -> Array
         transport.reduce_scatter(source, into, counts, place.op)
     elif name == "reduce":
         transport.reduce(source, into, place.op, ROOT)
+    elif name in ("scan", "exscan"):
+        transport.scan(source, into, place.op, inclusive=name == "scan")
+        if name == "exscan" and place.comm.rank == 0:
+            into[...] = neutral(place.op, into.dtype)  # the library leaves it undefined
     elif name == "all_gather":
         transport.all_gather(source, into, counts)
     elif name == "all_to_all":

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from dtrain.collectives.dtypes import dtype_from_name
 from dtrain.collectives.schedules.own import is_own
 from dtrain.collectives.waiting import CHECKED
 from dtrain.errors import UserError
-from dtrain.launch import bench_cases, bench_memory, bench_peer, bench_table
+from dtrain.launch import bench_cases, bench_latency, bench_memory, bench_peer, bench_table, bench_wire
 from dtrain.launch.bench_cases import Pattern, Place
 from dtrain.launch.bench_contest import SECONDS, Contestant, impossible, peer_impossible, run_blocks
 from dtrain.launch.bench_memory import Memory
@@ -50,6 +50,10 @@ class Options:
     """Runs before the timed ones of each block; the first of them is checked."""
     private: bool = False
     cold: bool = False
+    latency: bool = False
+    """Tell the columns of the OSU microbenchmarks too."""
+    wire: float | None = None
+    """Over several nodes: bytes per second that a node can send; the bound is that of the wire."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,9 @@ def measure(comm: Communicator, options: Options, tell: Tell, peer: Peer | None 
         for size in options.sizes if collective != "barrier" else (0,):
             for text in _measure_size(comm, options, memory, collective, size, outcome, peer):
                 tell(text)
+    if options.latency:
+        for text in bench_latency.tables(outcome.rows):
+            tell(text)
     for note in outcome.notes:
         tell(f"# {note}")
     return outcome
@@ -141,9 +148,14 @@ def _measure_size(
             each.wrong,
             comm.size,
             bandwidth,
+            each.means,
         )
         for each in contestants
     ]
+    nodes = len(set(comm.transport.nodes))
+    if options.wire is not None and size and nodes > 1:
+        least = bench_wire.bound(collective, size, nodes, comm.size, options.wire)
+        rows = [replace(each, bound=least) for each in rows]
     outcome.rows.extend(rows)
     native = bench_table.native_time(rows)
     for algorithm in dict.fromkeys(row.algorithm for row in rows):

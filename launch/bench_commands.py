@@ -6,9 +6,11 @@ from typing import Any
 import click
 
 from dtrain.launch.bench_table import COLLECTIVES, IN_PLACE, OUT_OF_PLACE, parse_sizes
+from dtrain.launch.bench_wire import parse_rate
 
 _DTYPES = (
-    "float32", "float64", "float16", "bfloat16", "int8", "uint8", "int32", "uint32", "int64", "uint64",
+    "float32", "float64", "float16", "bfloat16", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64",
+    "uint64", "bool", "complex64", "complex128",
 )  # fmt: skip
 _COLUMNS = """Columns as in nccl-tests: size in bytes (of the whole array; for collectives in blocks, of all blocks
 together), elements, dtype, operation, algorithm; then, out of place and in place, the time (median over iterations of
@@ -53,12 +55,22 @@ def _command(name: str, summary: str) -> click.Command:
             ["--private"], is_flag=True, help="Arrays in ordinary memory; default: in the node's shared window."
         ),
         click.Option(["--cold"], is_flag=True, help="Take turns among arrays of more than twice the last-level cache."),
+        click.Option(
+            ["--wire"],
+            metavar="RATE",
+            help="Over several nodes: what a node can send, as 1gbit; bound is then the least time that it allows.",
+        ),
+        click.Option(
+            ["--latency"],
+            is_flag=True,
+            help="The columns of the OSU microbenchmarks too: mean latency of all ranks, the fastest and the slowest.",
+        ),
         click.Option(["--json", "json_path"], type=click.Path(path_type=Path), help="Write everything to this file."),
         click.Option(["--csv", "csv_path"], type=click.Path(path_type=Path), help="Write the rows to this file."),
         click.Option(
             ["--plot", "plot_path"],
             type=click.Path(path_type=Path),
-            help="Draw time and bus bandwidth over size, and the limit of the memory, as SVG.",
+            help="Draw time and bus bandwidth over size, and the limit of the memory or the wire, as SVG.",
         ),
         click.Option(
             ["--compare", "compare_path"],
@@ -87,8 +99,8 @@ def _command(name: str, summary: str) -> click.Command:
                 "dtrain show collective ... --simulate FILE.",
             )
         )
-    dropped = {"barrier": {"sizes", "factor", "dtype", "op", "placing", "private", "cold", "plot_path"}}
-    dropped["p2p"] = {"algorithms", "op", "placing", "cold", "peer", "peer_python", "reference_paths"}
+    dropped = {"barrier": {"sizes", "factor", "dtype", "op", "placing", "private", "cold", "plot_path", "wire"}}
+    dropped["p2p"] = {"algorithms", "op", "placing", "cold", "peer", "peer_python", "reference_paths", "wire"}
     kept = [option for option in options if option.name not in dropped.get(name, set()) | _without_op(name)]
     return click.Command(
         name, callback=callback, params=list(kept), help=f"Measure {summary}; under mpirun.\n\n{_COLUMNS}",
@@ -112,6 +124,8 @@ def _run(
     placing: str = "both",
     private: bool = False,
     cold: bool = False,
+    latency: bool = False,
+    wire: str | None = None,
     json_path: Path | None = None,
     csv_path: Path | None = None,
     plot_path: Path | None = None,
@@ -136,6 +150,8 @@ def _run(
         warmup=warmup,
         private=private,
         cold=cold,
+        latency=latency,
+        wire=None if wire is None else parse_rate(wire),
     )
     result = bench(
         options,

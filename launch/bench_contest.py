@@ -42,6 +42,8 @@ class Contestant:
     """One per place in memory; the first is the one that is checked. Empty for a peer, which has its own memory."""
     iterations: int = 0
     seconds: list[float] = field(default_factory=list)
+    means: list[float] = field(default_factory=list)
+    """Of the calls of each rank."""
     wrong: int = 0
     peer: Peer | None = None
     places: int = 1
@@ -88,6 +90,7 @@ def run_blocks(
         everyone = comm.all_gather(mine).reshape(comm.size, -1)
         each.wrong = int(everyone[:, 0].sum())
         each.seconds = everyone[:, 1:].max(0).tolist()
+        each.means = everyone[:, 1:].mean(1).tolist()
     return bandwidths
 
 

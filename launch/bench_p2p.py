@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from dtrain.collectives import Array, Communicator
-from dtrain.launch import bench_links, bench_table
+from dtrain.launch import bench_latency, bench_links, bench_table
 from dtrain.launch.bench_cases import Pattern, count_wrong, fill
 from dtrain.launch.bench_collectives import Options, Tell, dtype_of
 from dtrain.launch.bench_contest import BLOCKS, ITERATIONS, SECONDS
@@ -98,6 +98,9 @@ def measure(comm: Communicator, options: Options, tell: Tell) -> list[Link]:
             link.rows += rows
             tell(bench_table.line(rows))
         for text in _told(link.fit()):
+            tell(text)
+    if options.latency:
+        for text in bench_latency.tables([row for link in found for row in link.rows]):
             tell(text)
     return found
 

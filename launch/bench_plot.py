@@ -1,9 +1,10 @@
-"""The picture of `dtrain bench COLLECTIVE --plot`: time and bus bandwidth over size, with the limit of the memory.
+"""The picture of `dtrain bench COLLECTIVE --plot`: time and bus bandwidth over size, with the limit of memory or wire.
 
     one row per collective     time, both axes logarithmic  |  bus bandwidth  |  legend
 
-Solid lines are out of place, dashed ones in place; grey is what the memory alone would allow. An SVG is text: drawn
-without any library, sharp at every size.
+Solid lines are out of place, dashed ones in place; grey is what the memory, or between nodes the wire alone would
+allow; where that is far above the axis of bandwidths, the legend has the number. An SVG is text: drawn without any
+library, sharp at every size.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dtrain.launch.pictures import FONT, GRID, INK, REFERENCE, ticks
 
 PANEL, HEIGHT, LEFT, GAP, TOP, LEGEND, ROW = 330, 240, 70, 76, 70, 190, 340
 LINE, LETTER = 18, 7  # of the legend
+FAR = 4  # times the highest measured bandwidth: up to here the axis reaches a limit
 COLOURS = ("#2f6fb5", "#d9662b", "#3a8f5c", "#8a4fb0", "#b8892b", "#c23b6b", "#3aa0a8", "#5c6b2f", "#7a4a2b", "#4a4ad0")
 
 Point = tuple[float, float]
@@ -27,7 +29,8 @@ def svg(result: dict[str, Any]) -> str:
     """The picture of a result (config, header, rows), as text."""
     rows: list[Row] = [row for row in result["rows"] if row.size]
     groups = dict.fromkeys(row.collective for row in rows)
-    legends = {name: _legend([row for row in rows if row.collective == name]) for name in groups}
+    limit = "memory limit" if result["config"].get("wire") is None else "wire limit"
+    legends = {name: _legend([row for row in rows if row.collective == name], limit) for name in groups}
     longest = max((len(label) for legend in legends.values() for label in legend), default=0)
     width = LEFT + 2 * PANEL + GAP + max(LEGEND, 46 + LETTER * longest)
     heights = [max(ROW, 52 + LINE * len(legend)) for legend in legends.values()]
@@ -43,18 +46,18 @@ def svg(result: dict[str, Any]) -> str:
     ]
     for position, collective in enumerate(groups):
         chosen = [row for row in rows if row.collective == collective]
-        parts += _collective(collective, chosen, TOP + sum(heights[:position]))
+        parts += _collective(collective, chosen, TOP + sum(heights[:position]), limit)
     return "\n".join([*parts, "</svg>", ""])
 
 
-def _collective(name: str, rows: Sequence[Row], top: float) -> list[str]:
+def _collective(name: str, rows: Sequence[Row], top: float, limit: str) -> list[str]:
     """Two panels and a legend."""
     algorithms = list(dict.fromkeys(row.algorithm for row in rows))
     curves = {}
     for key in dict.fromkeys((row.algorithm, row.placing) for row in rows):
         curves[key] = sorted((row for row in rows if (row.algorithm, row.placing) == key), key=lambda row: row.size)
     styles = {key: (COLOURS[algorithms.index(key[0]) % len(COLOURS)], _dashes(key[1])) for key in curves}
-    limits = _limits(rows)
+    limits = _limits(rows, limit)
     parts = [f'<text x="{LEFT}" y="{top + 8}" font-size="14" font-weight="600">{escape(name)}</text>']
     second = LEFT + PANEL + GAP
     for left, unit, value in ((LEFT, "time, µs", _time), (second, "bus bandwidth, GB/s", _busbw)):
@@ -62,17 +65,22 @@ def _collective(name: str, rows: Sequence[Row], top: float) -> list[str]:
         lines += [(_points(chosen, value), REFERENCE, "2 3") for chosen in limits.values()]
         parts += _panel(left, top + 22, unit, lines, logarithmic=value is _time)
     looks = [*styles.values(), *[(REFERENCE, "2 3") for _ in limits]]
-    for row_number, (label, (colour, dashes)) in enumerate(zip(_legend(rows), looks, strict=True)):
+    for row_number, (label, (colour, dashes)) in enumerate(zip(_legend(rows, limit), looks, strict=True)):
         x, y = second + PANEL + 16, top + 34 + LINE * row_number
         parts.append(f'<path d="M{x} {y}h24" stroke="{colour}" stroke-width="2" stroke-dasharray="{dashes}"/>')
         parts.append(f'<text x="{x + 30}" y="{y + 4}">{escape(label)}</text>')
     return parts
 
 
-def _legend(rows: Sequence[Row]) -> list[str]:
+def _legend(rows: Sequence[Row], limit: str) -> list[str]:
     """What the curves are called, in their order."""
     curves = dict.fromkeys(f"{row.algorithm}, {row.placing}" for row in rows)
-    return [*curves, *_limits(rows)]
+    fastest = max((row.busbw for row in rows), default=0.0)
+    limits = [
+        label + (f", above: {found[-1].busbw:.3g} GB/s" if found[-1].busbw > FAR * fastest else "")
+        for label, found in _limits(rows, limit).items()
+    ]
+    return [*curves, *limits]
 
 
 def _points(rows: Sequence[Row], value: Callable[[Row], float]) -> list[Point]:
@@ -91,12 +99,12 @@ def _dashes(placing: str) -> str:
     return "6 4" if placing in (IN_PLACE, BOTH_WAYS) else "none"
 
 
-def _limits(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows as they would be if memory were the only cost: one per size, and others for one shared result."""
+def _limits(rows: Sequence[Row], name: str) -> dict[str, list[Row]]:
+    """Rows as they would be if memory, or the wire, were the only cost: one per size, others for one shared result."""
     limits: dict[str, dict[int, Row]] = {}
     for row in rows:
         if row.bound is not None and row.bound > 0:
-            label = "memory limit" + (", shared" if row.algorithm == "shared" else "")
+            label = name + (", shared" if row.algorithm == "shared" else "")
             values = {**row.__dict__, "time": row.bound, "busbw": row.busbw * row.time / row.bound}
             limits.setdefault(label, {})[row.size] = Row(**values)
     return {label: [found[size] for size in sorted(found)] for label, found in limits.items()}
@@ -115,7 +123,9 @@ def _panel(
         marks = [(float(power), _decimal(power)) for power in range(low, max(high, low + 1) + 1)]
         scale: Callable[[float], float] = math.log10
     else:
-        round_ones = ticks(0.0, 1.3 * max(measured) or 1.0, 5)
+        limits = [line[-1][1] for line, colour, _ in lines if colour == REFERENCE]  # at the longest, not in caches
+        near = [1.05 * limit for limit in limits if limit <= FAR * max(measured)]
+        round_ones = ticks(0.0, max([1.3 * max(measured), *near]) or 1.0, 5)
         marks = [(tick, f"{tick:g}") for tick in round_ones]
         scale = float
     first, last = marks[0][0], marks[-1][0]

@@ -31,6 +31,8 @@ NAMES = {
     "reduce": "reduce",
     "gather": "gather",
     "scatter": "scatter",
+    "scan": "scan",
+    "exscan": "exscan",
     "barrier": "barrier",
 }
 BY_BLOCK = ("all_gather", "all_to_all", "gather", "scatter")

@@ -107,8 +107,10 @@ def bench(
     told = tell if comm.rank == 0 else (lambda text: None)
     found = header(comm)
     check(comm, options)
+    if options.wire is not None and found["nodes"] == 1:
+        raise UserError("--wire: all ranks are on one node, nothing crosses a wire")
     memory = "private" if options.private or (comm.node is None and comm.levels is None) else "window"
-    for text in _header_lines(found, memory, options.cold):
+    for text in _header_lines(found, memory, options):
         told(text)
     outcome = Outcome([], {}, [])
     if options.collectives:
@@ -191,16 +193,17 @@ def _prepared(
     return old, references
 
 
-def _header_lines(header: dict[str, Any], memory: str, cold: bool) -> Iterator[str]:
+def _header_lines(header: dict[str, Any], memory: str, options: Options) -> Iterator[str]:
     yield (
         f"# dtrain {header['dtrain']}, {header['mpi']}, NumPy {header['numpy']}; {_plural(header['ranks'], 'rank')} on "
         f"{_plural(header['nodes'], 'node')}, {header['cores']} cores, {header['processor']}"
     )
     where = "private memory" if memory == "private" else "shared windows"
-    heat = "cold (more than twice the last-level cache in turn)" if cold else "hot"
+    heat = "cold (more than twice the last-level cache in turn)" if options.cold else "hot"
+    limit = "memory" if options.wire is None else "the wire"
     yield (
         f"# arrays in {where}, {heat}; time: median over iterations of the maximum over ranks; bound: least time that "
-        "memory allows / time; native: time of native / time"
+        f"{limit} allows / time; native: time of native / time"
     )
     for text in warnings(header):
         yield f"# WARNING: {text}"

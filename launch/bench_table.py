@@ -3,8 +3,9 @@
     size / time = algbw,   algbw x bus factor = busbw,   traffic x size / memory bandwidth = the memory bound
 
 Sizes and factors are those of nccl-tests (doc/PERFORMANCE.md there): the size is the whole array of all_reduce,
-broadcast and reduce, and the p blocks together of all others; busbw then is what the slowest link must carry whatever
-p is. GB = 1e9 bytes; K, M, G in sizes are powers of 1024. One row is one algorithm at one size, in place or not.
+broadcast, reduce and scans, and the p blocks together of all others; busbw then is what the slowest link must carry
+whatever p is. GB = 1e9 bytes; K, M, G in sizes are powers of 1024. One row is one algorithm at one size, in place or
+not.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ COLLECTIVES: dict[str, Formula] = {
     "reduce":         Formula("the sum on rank 0", lambda p: 1, lambda p, i: p + 1, True),
     "gather":         Formula("the blocks of all ranks on rank 0", lambda p: (p - 1) / p, lambda p, i: 2 - 2 * i / p),
     "scatter":        Formula("a block of rank 0 on each rank", lambda p: (p - 1) / p, lambda p, i: 2 - 2 * i / p),
+    "scan":           Formula("the sum up to each rank", lambda p: 1, lambda p, i: 2 * p, True),
+    "exscan":         Formula("the sum before each rank", lambda p: 1, lambda p, i: 2 * (p - 1), True),
     "barrier":        Formula("everybody waits for everybody", lambda p: 0, lambda p, i: 0),
 }
 # fmt: on
@@ -77,6 +80,10 @@ class Row:
     """Wrong elements, of all ranks and checks together."""
     bound: float | None = None
     """The time that memory alone would take; None where it is not known."""
+    avg: float | None = None
+    """Of the means of the ranks; `fastest` and `slowest`: the least and the most of them (`bench_latency.py`)."""
+    fastest: float | None = None
+    slowest: float | None = None
 
 
 def row(
@@ -88,8 +95,12 @@ def row(
     wrong: int,
     ranks: int,
     memory_bandwidth: float | None = None,
+    means: Sequence[float] = (),
 ) -> Row:
-    """The row of `seconds`, one value per iteration; what: size in bytes, count, dtype, op; bandwidth in bytes/s."""
+    """The row of `seconds`, one value per iteration; what: size in bytes, count, dtype, op; bandwidth in bytes/s.
+
+    means: seconds, of the calls of each rank.
+    """
     size, count, dtype, op = what
     median, p10, p90 = (percentile(seconds, part) for part in (0.5, 0.1, 0.9))
     algbw = size / median / 1e9
@@ -101,8 +112,10 @@ def row(
     if memory_bandwidth is not None and size >= BOUND_FROM:
         bound = traffic(collective, algorithm, placing, ranks) * size / memory_bandwidth * 1e6
     times = (median * 1e6, p10 * 1e6, p90 * 1e6, len(seconds))
+    means = means or [sum(seconds) / len(seconds)]
+    of_ranks = (1e6 * sum(means) / len(means), 1e6 * min(means), 1e6 * max(means))
     return Row(
-        collective, size, count, dtype, op, algorithm, placing, *times, algbw, algbw * factor, wrong, bound
+        collective, size, count, dtype, op, algorithm, placing, *times, algbw, algbw * factor, wrong, bound, *of_ranks
     )  # fmt: skip
 
 

@@ -63,7 +63,7 @@ def tune(
     told = tell if comm.rank == 0 else (lambda text: None)
     key = tuning.key(mpi.library(), __version__)
     path = tuning.path(key) if path is None else path
-    told(f"# {comm.size} ranks, {key['mpi']}, {key['processor']}; times in us")
+    told(f"# {comm.size} ranks, {' '.join(key['mpi'].split())}, {key['processor']}; times in us")
     measured: list[Measured] = []
     for name, group in groups(comm, quick):
         told(f"# {name}")
@@ -84,7 +84,8 @@ def tune(
     problem = comm.broadcast_object(problem)
     if problem:
         raise UserError(problem)
-    told(f"# {path}: {len(measured)} lengths measured now, {len(table.measured)} in all; runs on this machine use it")
+    use = "runs on this machine use it" if path == tuning.path(key) else f"DTRAIN_TUNING={path} uses it"
+    told(f"# {path}: {len(measured)} lengths measured now, {len(table.measured)} in all; {use}")
     comm.close()
     result = tuning.unpack(brought.encode())
     assert result is not None

@@ -75,6 +75,8 @@ def call(
     if name == "gather":
         parts = list(second.chunk(size)) if rank == 0 else None
         return (lambda: dist.gather(mine, parts, 0)), second if rank == 0 else None
+    if name != "scatter":
+        raise NotImplementedError(f"PyTorch has no {name}")
     parts = list(first.chunk(size)) if rank == 0 else None
     return (lambda: dist.scatter(second[:block], parts, 0)), second[:block]
 

@@ -12,27 +12,20 @@ import json
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tests.hosts import namespaces
 
-# Bytes that one of two hosts with p ranks must send, for n bytes as `dtrain bench` counts them.
-LEAST: dict[str, Callable[[int, int], float]] = {
-    "all_reduce": lambda n, p: n,
-    "reduce_scatter": lambda n, p: n / 2,
-    "all_gather": lambda n, p: n / 2,
-    "broadcast": lambda n, p: n,
-    "all_to_all": lambda n, p: n * p / 4,
-}
-UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
+COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather", "broadcast", "all_to_all")
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("collectives", nargs="*", metavar="collective", default=[], help=f"default: {', '.join(LEAST)}")
+    parser.add_argument(
+        "collectives", nargs="*", metavar="collective", default=[], help=f"default: {', '.join(COLLECTIVES)}"
+    )
     parser.add_argument("--sizes", default="1M,4M,16M,64M")
     parser.add_argument("--ranks", type=int, default=8, help="of both hosts together")
     parser.add_argument("--rate", default="1gbit")
@@ -40,21 +33,20 @@ def main() -> None:
     parser.add_argument("--algorithms", default="native,hierarchical")
     parser.add_argument("--private", action="store_true", help="arrays from elsewhere, not in the shared window")
     arguments = parser.parse_args()
-    rate = float(arguments.rate[:-4]) * UNITS[arguments.rate[-4:]] / 8
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the namespaces go then, too
     with tempfile.TemporaryDirectory() as folder:
         try:
             with namespaces.hosts(Path(folder)) as hosts:
                 hosts.limit(arguments.rate)
-                for collective in arguments.collectives or LEAST:
-                    _measure(hosts, arguments, collective, rate, Path(folder) / "rows.json")
+                for collective in arguments.collectives or COLLECTIVES:
+                    _measure(hosts, arguments, collective, Path(folder) / "rows.json")
         except namespaces.NoHosts as reason:
             sys.exit(str(reason))
 
 
-def _measure(hosts: namespaces.Hosts, arguments: Any, collective: str, rate: float, file: Path) -> None:
+def _measure(hosts: namespaces.Hosts, arguments: Any, collective: str, file: Path) -> None:
     words = [str(Path(sys.executable).with_name("dtrain")), "bench", collective, "--json", str(file)]
-    words += ["--sizes", arguments.sizes, "--algorithms", arguments.algorithms]
+    words += ["--sizes", arguments.sizes, "--algorithms", arguments.algorithms, "--wire", arguments.rate]
     words += ["--iterations", str(arguments.iterations), *(["--private"] if arguments.private else [])]
     before = hosts.bytes_sent()
     done = hosts.run(arguments.ranks, *words, limit=900)
@@ -67,11 +59,10 @@ def _measure(hosts: namespaces.Hosts, arguments: Any, collective: str, rate: flo
     for size in sorted({row["size"] for row in rows}):
         of_size = [row for row in rows if row["size"] == size]
         native = min((row["time"] for row in of_size if row["algorithm"] == "native"), default=0.0)
-        least = LEAST[collective](size, arguments.ranks) / rate * 1e6
         for row in of_size:
             print(
                 f"{size:>12}  {row['algorithm']:<14}{row['placing']:<14}{row['time'] / 1e3:>9.2f}"
-                f"{100 * least / row['time']:>7.1f}%{native / row['time']:>8.2f}x{row['wrong']:>7}",
+                f"{100 * row['bound'] / row['time']:>7.1f}%{native / row['time']:>8.2f}x{row['wrong']:>7}",
                 flush=True,
             )
 

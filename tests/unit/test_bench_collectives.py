@@ -46,7 +46,7 @@ def test_other_ranks_turns_and_displacements_are_wrong():
 
 def test_all_collectives_between_threads():
     """Any transport will do: here one without shared memory."""
-    options = Options(tuple(COLLECTIVES), (64, 20000), ("all",), iterations=5)
+    options = Options(tuple(COLLECTIVES), (64, 20000), ("all",), iterations=5, latency=True)
 
     def work(comm):
         lines = []
@@ -61,6 +61,10 @@ def test_all_collectives_between_threads():
         assert ran >= {"auto", "native", "exchange", "bare", *ALGORITHMS["all_reduce"]} and "staged" not in ran
         assert any(note.startswith("all_reduce, window: ") for note in notes)
         assert len([line for line in lines if not line.startswith("#")]) > 40
+        start = lines.index("# scan, chain, in-place")
+        assert lines[start + 1].split()[1:6] == ["Size", "Avg", "Latency(us)", "Min", "Latency(us)"]
+        size, *latencies, iterations = map(float, lines[start + 2].split())
+        assert size == 60 and iterations == 5 and latencies[1] <= latencies[0] <= latencies[2]
 
 
 def test_cold_arrays_are_apart_and_more_than_twice_the_cache(monkeypatch):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dtrain.errors import UserError
-from dtrain.launch import bench_p2p, bench_plot, bench_table
+from dtrain.launch import bench_latency, bench_p2p, bench_plot, bench_table, bench_wire
 from dtrain.launch.bench_table import BOTH_WAYS, COLLECTIVES, IN_PLACE, ONE_WAY, OUT_OF_PLACE, Row, parse_sizes
 
 
@@ -50,6 +50,8 @@ def test_bus_factors_are_those_of_nccl_tests(collective, bus_of_4, bus_of_8):
         ("all_to_all", 4 + 4, 3 + 3),
         ("broadcast", 1 + 4, 1 + 3),
         ("reduce", 4 + 1, 4 + 1),
+        ("scan", 4 + 4, 4 + 4),
+        ("exscan", 3 + 3, 3 + 3),
         ("gather", 1 + 1, 0.75 + 0.75),
         ("scatter", 1 + 1, 0.75 + 0.75),
     ],
@@ -218,6 +220,38 @@ def test_the_legend_of_many_algorithms_is_within_the_picture():
     lowest = max(y for text, y in texts if text and text.startswith("an algorithm"))
     assert lowest < next(y for text, y in texts if text == "all_reduce") < float(root.get("height"))
     assert float(root.get("width")) > 1000
+
+
+def test_latencies_are_means_of_the_ranks():
+    """By hand: ranks with 1, 2 and 6 us on average; each iteration takes as long as its slowest rank."""
+    row = bench_table.row(
+        "all_reduce", (8, 2, "float32", "sum"), "ring", IN_PLACE, [6e-6, 6e-6], 0, 3, None, [1e-6, 2e-6, 6e-6]
+    )
+    line = list(bench_latency.tables([row]))[2].split()
+    assert line == ["8", "3.00", "1.00", "6.00", "2"]
+
+
+def test_what_the_wire_must_carry():
+    """Bytes that one of two nodes must send, counted on paper: p = 8 ranks, n = 1000."""
+    least = {
+        "all_reduce": 1000, "reduce_scatter": 500, "all_gather": 500, "all_to_all": 4 * 500, "broadcast": 1000,
+        "reduce": 1000, "gather": 500, "scatter": 500, "scan": 1000, "exscan": 1000, "barrier": 0,
+    }  # fmt: skip
+    assert {name: 1e-6 * bench_wire.bound(name, 1000, 2, 8, 1.0) for name in COLLECTIVES} == least
+    assert bench_wire.bound("all_reduce", 1000, 4, 8, 1e6) == 1500  # a ring of 4 nodes: 2 * 3 / 4
+    assert bench_wire.parse_rate("1gbit") == 125e6 and bench_wire.parse_rate("100Mbit") == 12.5e6
+    for text in ("1", "gbit", "-1gbit", "0gbit", "nangbit", "1gbyte"):
+        with pytest.raises(UserError, match=f"--wire {text}: no rate; such as 100mbit"):
+            bench_wire.parse_rate(text)
+
+
+def test_the_limit_is_in_the_picture_or_in_the_legend():
+    near, far = (row(2.0, bound=bound, busbw=1.0) for bound in (1.0, 0.1))
+    assert "memory limit<" in bench_plot.svg(result(near)) and "above" not in bench_plot.svg(result(near))
+    assert "memory limit, above: 20 GB/s" in bench_plot.svg(result(far))
+    wire = result(near)
+    wire["config"]["wire"] = 1.25e8
+    assert "wire limit<" in bench_plot.svg(wire)
 
 
 # --- links ------------------------------------------------------------------------------------------------------------
