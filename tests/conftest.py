@@ -1,6 +1,12 @@
 """For all tests: ranks and workers share the cores fairly, and generated examples are the same in every run.
 
 What the imports and the collection made lives to the end: the garbage collector need not look at it again and again.
+
+DTRAIN_OWN=all_reduce=examples/my_collective.py:ROW puts an algorithm of one's own into the catalogue, under the name of
+its function, so that everything that is tested for the catalogue's is tested for it:
+
+    DTRAIN_OWN=… python -m pytest tests/unit -k two_rings              proof, executor, simulation, bits, every length
+    DTRAIN_OWN=… mpirun -n 4 python -m pytest --with-mpi tests/mpi/test_scheduled.py -k two_rings
 """
 
 import gc
@@ -27,3 +33,17 @@ settings.load_profile("dtrain")
 def pytest_collection_finish(session: pytest.Session) -> None:
     gc.collect()
     gc.freeze()
+
+
+def _take_in(own: str) -> None:
+    """COLLECTIVE=PATH.py:NAME, before the tests read the catalogue."""
+    from dtrain.collectives.schedules import ALGORITHMS
+    from dtrain.collectives.schedules.own import load_row
+
+    collective, _, name = own.partition("=")
+    row = load_row(collective, name)
+    ALGORITHMS[collective][row.steps.__name__] = row
+
+
+if "DTRAIN_OWN" in os.environ:
+    _take_in(os.environ["DTRAIN_OWN"])

@@ -7,7 +7,8 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from dtrain.collectives.schedules.schedule import Algorithm, Steps
+from dtrain.collectives.schedules.schedule import Algorithm, Cost, Steps, bind
+from dtrain.collectives.schedules.specification import PROMISES
 
 
 def is_own(text: str) -> bool:
@@ -32,3 +33,20 @@ def load(text: str) -> Algorithm | Steps:
         rows = f"; rows there: {', '.join(here)}" if here else ""
         raise ValueError(f"{text}: {name!r} is no algorithm; allowed: a function (rank, size) -> steps or a row{rows}")
     return own
+
+
+def load_row(collective: str, text: str) -> Algorithm:
+    """The row of a file; of a bare function one with as many chunks as ranks, whose cost is what the prover counts."""
+    if collective not in PROMISES:
+        raise ValueError(f"{collective}: not a collective; allowed: {', '.join(PROMISES)}")
+    own = load(text)
+    if isinstance(own, Algorithm):
+        return own
+    blocks = PROMISES[collective].blocks or PROMISES[collective].pairs
+
+    def counted(size: int) -> Cost:
+        from dtrain.collectives.schedules.prover import prove
+
+        return Cost(prove(bind(collective, text, own, size)).steps)
+
+    return Algorithm(own, counted, parts=lambda size: 1 if blocks else size)
