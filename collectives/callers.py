@@ -52,11 +52,21 @@ class Caller:
         words += [f"{name}={given[name]}" for name in wanted if name in _SHOWN and _says(given.get(name))]
         return ", ".join(words)
 
+    @property
+    def group(self) -> str:
+        """The name of the communicator, but of the world's."""
+        owner = None if self.frame is None else self.frame.f_locals.get("self")
+        name = getattr(owner, "name", "")
+        return "" if name == "world" or not hasattr(owner, "split") else str(name)
+
+    @property
+    def call(self) -> str:
+        """The collective with its arguments, and on which communicator."""
+        name = "?" if self.frame is None else self.frame.f_code.co_name
+        return f"{name}({self.arguments})" + (f" on {self.group}" if self.group else "")
+
     def __str__(self) -> str:
-        frame = self.frame
-        if frame is None:
-            return f"in no collective, at {self.line}"
-        return f"in {frame.f_code.co_name}({self.arguments}) at {self.line}"
+        return f"in no collective, at {self.line}" if self.frame is None else f"in {self.call} at {self.line}"
 
 
 def _ours(frame: FrameType) -> bool:

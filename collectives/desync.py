@@ -94,7 +94,8 @@ class Desync:
         if self._number > self.last:
             return
         caller = callers.here()
-        what = f"{name} #{self._number} ({', '.join(filter(None, [algorithm, caller.arguments]))}) at {caller.line}"
+        words = [algorithm, caller.arguments, f"on {caller.group}" if caller.group else ""]
+        what = f"{name} #{self._number} ({', '.join(filter(None, words))}) at {caller.line}"
         del caller  # its frames, this one among them, would live on in a circle, and with them the arrays they name
         mine: list[Any] = [signature(name, algorithm, call), what]
         subject = f"{self._key}#{self._number}"

@@ -109,8 +109,7 @@ def _word(number: int) -> str:
 def write_text(octets: memoryview, number: int) -> None:
     """Who called collective `number`: the line of the user's program, and the call."""
     caller = callers.here()
-    name = caller.frame.f_code.co_name if caller.frame is not None else "?"
-    text = f" at {caller.line}, {name}({caller.arguments})".encode(errors="replace")[:TEXT_BYTES]
+    text = f" at {caller.line}, {caller.call}".encode(errors="replace")[:TEXT_BYTES]
     del caller  # its frames, this one among them, would live on in a circle, and with them the arrays they name
     begin = TEXTS + TEXT_BYTES * (number % RING)
     octets[begin : begin + TEXT_BYTES] = text.ljust(TEXT_BYTES, b"\0")

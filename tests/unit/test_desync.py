@@ -66,6 +66,15 @@ def test_another_call_on_one_rank(size: int, usual: Do, other: Do, words: list[s
     told(size, all_but(1, usual, other), *words)
 
 
+def test_the_communicator_is_named() -> None:
+    def function(comm: Communicator) -> None:
+        part = comm.split(0, name="dp")
+        assert part is not None
+        all_but(1, all_reduce, lambda comm: comm.broadcast(X))(part)
+
+    told(2, function, "op=sum, on dp) at", "broadcast #1 (native, float32 (100,), root=0, on dp) at")
+
+
 def test_a_skipped_call() -> None:
     def function(comm: Communicator) -> None:
         if comm.rank != 2:
