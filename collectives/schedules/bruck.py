@@ -1,6 +1,8 @@
 """Bruck's algorithms: ⌈lg p⌉ steps for any number of ranks, on a circle where step k reaches 2^k (or p/2^k) ahead.
 
-    all_gather, 5 ranks:   from r+1: 1 block    from r+2: 2 blocks    from r+4: the 1 that is missing
+    all_gather, 5 ranks    0 ◄── 1                from r+1: 1 block      0 has 0 1
+    (every rank as 0)      0 ◄────── 2            from r+2: 2 blocks     0 1 2 3
+                           0 ◄────────────── 4    from r+4: the 1 that is missing
 
 References: Bruck et al., "Efficient algorithms for all-to-all communications in multiport message-passing systems",
 TPDS 8, 1997; Träff, "Optimal, non-pipelined reduce-scatter and allreduce algorithms", arXiv:2410.14234 (circulant);
