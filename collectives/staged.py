@@ -98,6 +98,28 @@ def reduce_scatter(node: Node, source: Array, target: Array, counts: Sequence[in
             reduce_into(OPERATIONS[op], slots, start, start + length, [target[begin : begin + length]])
 
 
+def scan(node: Node, source: Array, target: Array, op: str, inclusive: bool) -> None:
+    """Target = the sum of the sources of the ranks up to mine; not `inclusive`: before mine, on rank 0 left alone.
+
+    Each rank adds up what it needs: one synchronisation, and on average half of the slots are read.
+    """
+    before, ring = node.rank + inclusive, ring_for(source.nbytes)
+    chunk = ring.portion(1, source.itemsize)
+    with np.errstate(all="ignore"):
+        for begin in range(0, source.size, chunk):
+            piece = source[begin : begin + chunk]
+            number = node.begin("scan" if inclusive else "exscan", "staged", op, source)
+            slots = node.stage(number, source.dtype, ring)
+            slots[node.rank][: piece.size] = piece
+            node.arrive(number)
+            node.await_arrived(number)
+            into = target[begin : begin + piece.size]
+            if before > 1:
+                reduce_into(OPERATIONS[op], slots[:before], 0, piece.size, [into])
+            elif before:
+                into[...] = slots[0][: piece.size]
+
+
 def all_gather(node: Node, source: Array, target: Array | None, counts: Sequence[int], root: int | None = None) -> None:
     """Target = the ranks' sources of lengths counts, one after another, on all ranks or on root alone."""
     name = "all_gather" if root is None else "gather"

@@ -194,8 +194,8 @@ class Transport(AtOnce):
 
     def scan(self, source: Array, target: Array, op: str, inclusive: bool) -> None:
         total, before = np.empty_like(target), self.rank + inclusive
-        first = lambda sources: sources[: max(1, before)]  # noqa: E731  rank 0 of an exclusive one has none
-        self.share_values(source, lambda sources: reduce_rows(OPERATIONS[op], first(sources), total))
+        # Rank 0 of an exclusive one needs nobody's, but comes to the meeting all the same.
+        self.share_values(source, lambda sources: reduce_rows(OPERATIONS[op], sources[: max(1, before)], total))
         if before:
             np.copyto(target, total)
 

@@ -151,6 +151,12 @@ def staged_all_to_all(call: "Call") -> Volume:
     return Volume(_chunks(own, LONG.nbytes // call.transport.size), call.source.nbytes, call.target.nbytes - own)
 
 
+def staged_scan(call: "Call") -> Volume:
+    """Mine for those behind me, all before me: one synchronisation for each chunk."""
+    rank, n = call.transport.rank, call.source.nbytes
+    return Volume(_chunks(n), n * (rank < _others(call)), n * rank)
+
+
 # Messages: of the least volume, and by `exchange`
 
 

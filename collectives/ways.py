@@ -107,6 +107,14 @@ def staged_all_gather(call: Call) -> None:
     staged.all_gather(call.stage, call.source, call.target, call.counts)
 
 
+def staged_scan(call: Call) -> None:
+    staged.scan(call.stage, call.source, call.target, call.op, inclusive=True)
+
+
+def staged_exscan(call: Call) -> None:
+    staged.scan(call.stage, call.source, call.target, call.op, inclusive=False)
+
+
 def staged_gather(call: Call) -> None:
     staged.all_gather(call.stage, call.source, _at_root(call, call.target), call.counts, call.root)
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dtrain.collectives import Communicator, wait_all
+from dtrain.collectives.dtypes import accumulator
 from tests.oracle import DTYPES, OPS, Array, bits, close, inputs, join, lengths, same_everywhere, total
 
 
@@ -120,6 +121,27 @@ def reduce_scatter(comm: Communicator) -> None:
     block = grid[start : start + counts[comm.rank]]
     comm.reduce_scatter(grid, out=block, counts=counts)
     np.testing.assert_array_equal(block, expected)
+
+
+def scans(comm: Communicator) -> None:
+    """By every way, elsewhere and in place; an exclusive one leaves rank 0 with what changes no sum."""
+    from dtrain.collectives.algorithms import EXSCAN, SCAN
+
+    for dtype in DTYPES:
+        for count in lengths(comm.size, dtype):
+            arrays = inputs(comm.size, count, dtype)
+            mine = arrays[comm.rank]
+            ways = {"native", "staged"}  # these round small floats once, schedules in every step
+            if accumulator(dtype) == dtype:
+                ways |= {"auto", "copy", "chain", "doubling"}
+            if comm.size > 1 and not comm.transport.reduces("sum", mine):
+                ways -= {"native"}
+            for algorithm in sorted(ways & {"chain", *algorithms(comm, SCAN)}):
+                close(comm.scan(mine, algorithm=algorithm), total(arrays[: comm.rank + 1]))
+            for algorithm in sorted(ways & {"doubling", *algorithms(comm, EXSCAN)}):
+                found = mine.copy()
+                assert comm.exscan(found, out=found, algorithm=algorithm) is found
+                close(found, total(arrays[: comm.rank]) if comm.rank else np.zeros_like(mine))
 
 
 def movement(comm: Communicator) -> None:
@@ -347,6 +369,7 @@ ALL: dict[str, Callable[[Communicator], None]] = {
     "operations": operations,
     "shapes": shapes,
     "reduce_scatter": reduce_scatter,
+    "scans": scans,
     "movement": movement,
     "uneven": uneven,
     "messages": messages,
