@@ -70,6 +70,9 @@ def cma() -> str:
 
 def warnings(header: dict[str, Any]) -> Iterator[str]:
     """What makes numbers of this machine hard to compare."""
+    if header["ranks"] == 1:
+        yield "one rank: nothing is exchanged; mpirun -n 2 dtrain bench ..."
+        return
     if header["crowded"]:
         yield f"{header['ranks']} ranks on {header['cores']} cores: they take turns, times hold for this machine only"
     if header["cma"]:

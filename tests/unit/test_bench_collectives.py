@@ -96,6 +96,7 @@ def test_warnings():
     told = list(bench_report.warnings(header))
     assert len(told) == 3 and "8 ranks on 2 cores" in told[0] and "a filter: " in told[1]
     assert not list(bench_report.warnings(header | {"crowded": False, "cma": "", "mpi": "Open MPI"}))
+    assert ["one rank: nothing" in text for text in bench_report.warnings(header | {"ranks": 1})] == [True]
     assert bench_report.cma() in ("", "process_vm_readv is refused") or "ptrace_scope" in bench_report.cma()
 
 
