@@ -199,6 +199,6 @@ def _number(place: str, value: Any, whole: bool) -> float:
         number = int(value) if whole else float(value)  # YAML reads 1e-6 as text
     except (TypeError, ValueError):
         number = -1
-    if not 0 <= number < float("inf") or (whole and number != value):
+    if isinstance(value, bool) or not 0 <= number < float("inf") or (whole and number != value):
         raise ValueError(f"{place}={value}: must be a {'whole ' if whole else ''}number from 0")
     return number
