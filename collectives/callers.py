@@ -22,14 +22,22 @@ class Caller:
     """A thread's place: `line` of the user's program, and the collective it is in, if any."""
 
     def __init__(self, frame: FrameType | None) -> None:
-        stack = list(_outwards(frame))
-        first = next((at for at, each in enumerate(stack) if _ours(each)), len(stack))
-        end = next((at for at in range(first, len(stack)) if not _ours(stack[at])), len(stack))
-        self.innermost = stack[0] if stack else None
-        self.inner = stack[:end] if first < len(stack) else []
+        self.innermost = frame
+        self.inner: list[FrameType] = []
         """The frames up to that of the collective, the innermost first."""
-        user = stack[end:] if self.inner else stack
-        self.line = f"{_short(user[0].f_code.co_filename)}:{user[0].f_lineno}" if user else "?"
+        inside, user, passed = False, frame, []
+        for each in _outwards(frame):  # no further than needed: below a test runner the stack is deep
+            if _ours(each):
+                inside = True
+            elif inside:
+                user = each
+                break
+            passed.append(each)
+        else:
+            user = None if inside else frame
+        if inside:
+            self.inner = passed
+        self.line = f"{_short(user.f_code.co_filename)}:{user.f_lineno}" if user else "?"
 
     @property
     def frame(self) -> FrameType | None:
