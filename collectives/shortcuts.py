@@ -214,8 +214,11 @@ class Shortcuts(Plans):
 
     def _keep_letter(self, key: tuple[Any, ...], root: int, array: Any) -> None:
         """Keep the form of a scatter that was one letter, as the one that comes next."""
-        node, known, last = self._node, self._opened, self.counters.last
-        if node is None or known is None or known.block is None or last is None or last[:2] != ("scatter", "letter"):
+        node, known = self._node, self._opened
+        ran = [what[:2] for _, what in list(self.counters.recent)[-2:]]
+        if node is None or known is None or known.block is None:
+            return
+        if ran != [("broadcast", "staged"), ("scatter", "letter")]:
             return
         if self.tuning is not None or not small.able(node) or not known.block.dtype.isnative:
             return
@@ -243,6 +246,7 @@ class Shortcuts(Plans):
                 result: Array | None = give(array if mine else NOTHING, out)
                 if result is not None:
                     return result
+                self.counters.recent.append((monotonic(), letters.last))
                 told = self._open_letter(short.slot(root), root, out)
                 result = self._scattered(*told, None, root, out, "auto")
             else:  # for another letter, perhaps
