@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Call:
-    """Source and target are flat and contiguous, the same memory or disjoint, but for an `all_gather` or `gather` in
-    the window, where the source may be this rank's block of the target.
+    """Source and target are flat and contiguous, the same memory or disjoint; but on one node, or in the window, the
+    source of an `all_gather` or `gather` may be this rank's block of the target, and the target of a `reduce_scatter`
+    this rank's block of the source.
     """
 
     transport: "Transport"

@@ -69,7 +69,7 @@ def pair(array: Array, result: Array, shared: bool) -> tuple[Array, Array]:
 def apart(array: Array, result: Array, shared: bool, own: int | None = None) -> tuple[Array, Array]:
     """Source and target in disjoint memory; or, with `own`, the source exactly at this element of the target."""
     source, target = flat(array), target_of(result)
-    if shared and own is not None and len(source) and address(source) == address(target) + own * source.itemsize:
+    if own is not None and len(source) and address(source) == address(target) + own * source.itemsize:
         return source, target
     return disjoint(source, target, shared)
 
@@ -82,10 +82,10 @@ def swapped(array: Array, result: Array, shared: bool, even: bool) -> tuple[Arra
     return *disjoint(source, target, shared), False
 
 
-def with_block(array: Array, result: Array, shared: bool, own: int) -> tuple[Array, Array]:
-    """Source and target of a reduce_scatter: disjoint, or, in the window, the target exactly at element `own`."""
+def with_block(array: Array, result: Array, shared: bool, own: int | None = None) -> tuple[Array, Array]:
+    """Source and target of a reduce_scatter: disjoint; or, with `own`, the target exactly at this element."""
     source, target = flat(array), target_of(result)
-    if shared and len(target) and address(target) == address(source) + own * source.itemsize:
+    if own is not None and len(target) and address(target) == address(source) + own * source.itemsize:
         return source, target
     return disjoint(source, target, shared)
 

@@ -312,6 +312,10 @@ class Group:
         place = self._place(array)
         return None if place is None or place[1] % array.itemsize else place
 
+    def _own_block(self, counts: Sequence[int], place: Place | None) -> int | None:
+        """Where my block begins in all of them; None: the algorithms between nodes know such overlaps in windows only."""
+        return None if self.node is None and place is None else sum(counts[: self.rank])
+
     # Deferred work: what has no non-blocking form runs at the first wait, in the order of the start. A blocking
     # collective runs the open ones first, so that all ranks run all collectives in one order wherever they wait.
 

@@ -142,7 +142,7 @@ class Movement(Group):
         rows = rows_brought(array, counts, self.rank, self.size)
         result = destination(out, (sum(rows), *array.shape[1:]), array.dtype)
         node, place, lengths = self.node, self._place(array), elements(rows, array.shape)
-        source, target = apart(array, result, place is not None, sum(lengths[: self.rank]))
+        source, target = apart(array, result, place is not None, self._own_block(lengths, place))
         return Call(self.transport, node, source, target, counts=lengths, place=place), result
 
     def _broadcast_call(self, array: Array, root: int, out: Array | None) -> tuple[Call, Array]:
@@ -188,7 +188,7 @@ class Movement(Group):
         result = None
         if self.rank == root:
             result = destination(out, (sum(rows), *array.shape[1:]), array.dtype)
-            source, target = apart(array, result, place is not None, sum(lengths[: self.rank]))
+            source, target = apart(array, result, place is not None, self._own_block(lengths, place))
         else:
             source, target = flat(array), NOTHING
         call = Call(self.transport, node, source, target, counts=lengths, root=root, place=place)

@@ -18,6 +18,7 @@ from dtrain.collectives.algorithms import Algorithm
 from dtrain.collectives.call import Call
 from dtrain.collectives.counters import Volume
 from dtrain.collectives.dtypes import Array, address
+from dtrain.collectives.forms import destination
 from dtrain.collectives.movement import Movement
 from dtrain.collectives.prepared import PREPARED
 from dtrain.collectives.prepared_window import Run
@@ -138,16 +139,27 @@ class Plans(Reductions, Movement):
 
     def broadcast(self, array: Any, root: int = 0, out: Array | None = None, algorithm: str = "auto") -> Array:
         """The array of rank root on every rank; the others pass one of its shape and dtype to be ignored."""
-        key = self._plan_key(array, out, "broadcast", algorithm, root) if out is array else None
+        if type(array) is np.ndarray and out is not array:
+            array = out = self._into_result(array, root, out)
+        key = self._plan_key(array, out, "broadcast", algorithm, root)
         plan = self._plans.get(key)
         if plan is not None:
             return self._follow(plan, array, out)
         return self._remember(key, array, super().broadcast(array, root, out, algorithm))
 
+    def _into_result(self, array: Array, root: int, out: Array | None) -> Array:
+        """The result of a broadcast, with root's array in it: from there on it is one in place."""
+        result = destination(out, array.shape, array.dtype)
+        if self._deferred:
+            self._settle()
+        if self.rank == root:
+            np.copyto(result, array)
+        return result
+
     # Keys and plans
 
     def _plan_key(self, array: Any, out: Array | None, name: str, algorithm: Any, detail: Hashable = None) -> Hashable:
-        """What decides how a call runs; None: that is not enough here (strides, overlaps, subclasses, byte order)."""
+        """What decides how a call runs; None: that is not enough here (strides, subclasses, byte order)."""
         node = self._node
         if node is None or type(algorithm) is not str or type(array) is not np.ndarray or not array.flags.c_contiguous:
             return None
@@ -159,9 +171,9 @@ class Plans(Reductions, Movement):
         if out is array:
             return name, algorithm, detail, array.shape, array.dtype, place, True
         goal = node.arena.place(out)
-        if goal is None and place is None and np.may_share_memory(array, out):
-            return None
-        return name, algorithm, detail, array.shape, array.dtype, place, out.shape, out.dtype, goal
+        apart = goal is not None or place is not None or not np.may_share_memory(array, out)
+        shift = None if apart else address(array) - address(out)
+        return name, algorithm, detail, array.shape, array.dtype, place, out.shape, out.dtype, goal, shift
 
     def _follow(self, plan: Plan, array: Array, out: Array | None) -> Array:
         """Run a plan; the result."""

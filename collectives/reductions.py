@@ -191,7 +191,7 @@ class Reductions(Group):
         rows = rows_per_rank("counts", counts, len(array), self.size)
         result = destination(out, (rows[self.rank], *array.shape[1:]), array.dtype)
         node, place, lengths = self.node, self._sum_place(array), elements(rows, array.shape)
-        source, target = with_block(array, result, place is not None, sum(lengths[: self.rank]))
+        source, target = with_block(array, result, place is not None, self._own_block(lengths, place))
         return Call(self.transport, node, source, target, op, lengths, place=place), result
 
     def _reduce_call(self, array: Array, op: str, root: int, out: Array | None) -> tuple[Call, Array | None]:

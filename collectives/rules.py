@@ -35,9 +35,9 @@ BROADCAST, BROADCAST_OR_READ = Staged(64 * KIB, LONG, LONG), Staged(64 * KIB, MI
 ALL_TO_ALL, ALL_TO_ALL_OR_READ = Staged(512 * KIB, MIB, MIB), Staged(128 * KIB, 256 * KIB, 256 * KIB)
 
 # Arrays in the window: above this length straight from there. What is moved, and reduce_scatter, needs one
-# synchronisation in the staging and two in the window; that costs as much as copying 128-256 KiB (2 and 8 ranks on 2
+# synchronisation in the staging and two in the window; that costs as much as copying 64 KiB (2 and 8 ranks on 2
 # cores). Longer reductions to all or to root need two in both.
-WINDOW_BYTES = 128 * 1024
+WINDOW_BYTES = 64 * 1024
 WINDOW_REDUCE_BYTES = SMALL_BYTES
 
 

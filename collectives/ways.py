@@ -209,7 +209,7 @@ def start_all_reduce(call: Call) -> Request:
 
 
 def start_reduce_scatter(call: Call) -> Request:
-    return call.noted("reduce_scatter").start_reduce_scatter(call.source, call.target, call.counts, call.op)
+    return call.noted("reduce_scatter").start_reduce_scatter(call.apart, call.target, call.counts, call.op)
 
 
 def start_all_gather(call: Call) -> Request:
