@@ -313,7 +313,7 @@ class Group:
         return None if place is None or place[1] % array.itemsize else place
 
     def _own_block(self, counts: Sequence[int], place: Place | None) -> int | None:
-        """Where my block begins in all of them; None: the algorithms between nodes know such overlaps in windows only."""
+        """Where my block begins in all of them; None: between nodes, such overlaps are known in the window alone."""
         return None if self.node is None and place is None else sum(counts[: self.rank])
 
     # Deferred work: what has no non-blocking form runs at the first wait, in the order of the start. A blocking

@@ -13,7 +13,7 @@ from dtrain.collectives.machine_source import PAGE
 from dtrain.collectives.meeting import Job
 from dtrain.collectives.node import Node
 from dtrain.collectives.parts import reads
-from dtrain.collectives.prepared_window import Rows, Run, all_gather_rows, all_to_all_rows, broadcast_from_home
+from dtrain.collectives.prepared_window import Rows, Run, all_gather_rows, all_to_all_rows, broadcast_rows
 from dtrain.collectives.records import NO_PLACE, Record
 
 
@@ -23,21 +23,20 @@ def cma_all_gather(call: Call) -> Run:
 
 
 def cma_all_to_all(call: Call) -> Run | None:
-    """Target = the blocks for this rank of all sources. Uneven blocks have no plan, nor what is in place."""
-    return _read(call.stage, *all_to_all_rows(call, "cma")) if call.alike and not call.in_place else None
+    """Target = the blocks for this rank of all sources, in place out of a copy. Uneven blocks have no plan."""
+    if not call.alike:
+        return None
+    run = _read(call.stage, *all_to_all_rows(call, "cma"))
+    return (lambda source, target: run(source.copy(), target)) if call.in_place else run
 
 
 def cma_broadcast(call: Call) -> Run:
     """Target of every rank = target of root. Between two ranks each moves a half: one reads, root writes."""
-    node, root = call.stage, call.root
+    node = call.stage
     if node.size == 2:
         return _broadcast_in_halves(call)
 
-    def fetch(number: int, octets: Array) -> None:
-        process, at = node.at_home(root, node.packed_aside(root, number))
-        cross_memory.read(process or node.processes[node.rank], at, address(octets), len(octets))
-
-    return broadcast_from_home(call, "cma", lambda target: _home(node, target), fetch)
+    return _read(node, *broadcast_rows(call, "cma"), past=False)
 
 
 def _broadcast_in_halves(call: Call) -> Run:
@@ -71,10 +70,10 @@ def _read(node: Node, record: Record, rows: Rows, past: bool) -> Run:
     table = part.tables[0]
 
     def find(number: int, expected: Array) -> None:
+        expected[:] = [node.packed_aside(rank, number) for rank, _ in node.peers]
         for k, (rank, _, _, _) in enumerate(rows):
             if rank != node.rank:
-                where = expected[rank - (rank > node.rank)] = node.packed_aside(rank, number)
-                table[k, :2] = node.at_home(rank, where)
+                table[k, :2] = node.at_home(rank, int(expected[rank - (rank > node.rank)]))
 
     job = Job(node, among=part, find=find)
 

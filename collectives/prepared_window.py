@@ -12,9 +12,7 @@ from dtrain.collectives import records
 from dtrain.collectives.arena import Place
 from dtrain.collectives.caches import last_level_cache
 from dtrain.collectives.call import Call
-from dtrain.collectives.copying import copy
 from dtrain.collectives.dtypes import OPERATIONS, Array, address, starts
-from dtrain.collectives.flags import Peers
 from dtrain.collectives.meeting import Find, Job
 from dtrain.collectives.node import Node
 from dtrain.collectives.parts import Own, Part, added, copies, swaps
@@ -92,16 +90,16 @@ def view(node: Node, rank: int, number: int, begin: int, length: int) -> Array:
 Rows = list[tuple[int, int, int, int]]  # (rank, where it begins there, where in my target, bytes)
 
 
-def _moved(node: Node, record: Record, place: Place, blocks: Rows, make: Callable[[Rows], Part]) -> Run:
+def _moved(node: Node, record: Record, blocks: Rows, place: Place, make: Callable[[Rows], Part]) -> Run:
     """Every rank copies or swaps its blocks out of what the others have put aside; `make` gets addresses for ranks."""
     part = make([(0, *block[1:]) for block in blocks])
     table = part.tables[0]
 
     def find(number: int, expected: Array) -> None:
+        expected[:] = [node.packed_aside(rank, number) for rank, _ in node.peers]
         for row, (rank, begin, _, length) in enumerate(blocks):
             if rank != node.rank:
                 table[row, 0] = address(view(node, rank, number, begin, length)) - begin
-                expected[rank - (rank > node.rank)] = node.packed_aside(rank, number)
 
     return Windowed(node, record, part, place, find)
 
@@ -131,7 +129,7 @@ def window_all_gather(call: Call) -> Run:
     """Target = the sources of all ranks, one after another."""
     node, place = call.window
     record, rows, past = all_gather_rows(call, "window")
-    return _moved(node, record, place, rows, partial(copies, past=past))
+    return _moved(node, record, rows, place, partial(copies, past=past))
 
 
 def window_all_to_all(call: Call) -> Run | None:
@@ -140,41 +138,21 @@ def window_all_to_all(call: Call) -> Run | None:
     if call.in_place:
         item = call.source.itemsize
         record = records.record("all_to_all", IN_PLACE, "", None, 0, NO_PLACE, hash((item, *call.counts)))
-        return _moved(node, record, place, halves(node, item * call.counts[node.rank]), swaps)
+        return _moved(node, record, halves(node, item * call.counts[node.rank]), place, swaps)
     if not call.alike:
         return None
     record, rows, past = all_to_all_rows(call, "window")
-    return _moved(node, record, place, rows, partial(copies, past=past))
+    return _moved(node, record, rows, place, partial(copies, past=past))
 
 
 def window_broadcast(call: Call) -> Run:
     """Target of every rank = target of root."""
-    (node, place), root = call.window, call.root
+    node, place = call.window
     past = node.size * call.target.nbytes > last_level_cache()
-
-    def fetch(number: int, octets: Array) -> None:
-        copy(octets, view(node, root, number, 0, len(octets)), past)
-
-    return broadcast_from_home(call, "window", lambda target: place, fetch)
+    return _moved(node, *broadcast_rows(call, "window"), place, partial(copies, past=past))
 
 
-def broadcast_from_home(
-    call: Call, how: str, home: Callable[[Array], Place], fetch: Callable[[int, Array], None]
-) -> Run:
-    """Nobody waits for anybody but root, and root for all; home: the place of an array."""
-    node, root, at_root = call.stage, call.root, call.at_root
-    record = records.record("broadcast", how, "", call.target.dtype, call.target.size, NO_PLACE, root)
-    sources = node.only(root)
-    users: Peers | None = None if at_root else []
-
-    def run(source: Array, target: Array) -> None:
-        number = node.begin_record(record, home(target))
-        node.arrive(number)
-        node.works.complete(number)  # works started before: REDUCED below speaks for them too
-        node.await_arrived(number, sources)
-        if not at_root:
-            fetch(number, target.view(np.uint8))
-        node.reduced(number)
-        node.await_reduced(number, users)
-
-    return run
+def broadcast_rows(call: Call, how: str) -> tuple[Record, Rows]:
+    """Target of every rank = target of root: the record and the rows; root has none."""
+    record = records.record("broadcast", how, "", call.target.dtype, call.target.size, NO_PLACE, call.root)
+    return record, [] if call.at_root else [(call.root, 0, 0, call.target.nbytes)]

@@ -183,6 +183,8 @@ class Shortcuts(Plans):
         """The array of rank root on every rank; the others pass one of its shape and dtype to be ignored."""
         if algorithm != "auto" or type(array) is not ndarray:
             return super().broadcast(array, root, out, algorithm)
+        if out is not array and array.nbytes > MOVED_BYTES:
+            array = out = self._into_result(array, root, out)
         key = "broadcast", array.shape, array.dtype, root
         form = self._forms.get(key)
         if form is not None:
