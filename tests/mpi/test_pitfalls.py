@@ -182,6 +182,41 @@ def test_in_place(comm: Communicator) -> None:
             assert np.array_equal(own, pattern[mine] * (size - 1))
 
 
+@pytest.mark.parametrize("count", [5, 20_000])
+@pytest.mark.parametrize("algorithm", ["auto", "staged", "cma", "native", "exchange", "ring"])
+def test_in_place_again(comm: Communicator, algorithm: str, count: int) -> None:
+    """Private memory, calls of equal shapes in turns: my own block, one that overlaps it, one apart, another array."""
+    size, rank = comm.size, comm.rank
+    pattern, mine = np.arange(count * size), slice(rank * count, (rank + 1) * count)
+    gathers = algorithm in ("auto", "native", "ring")
+    adds = algorithm in ("auto", "native", "exchange", "ring")
+    if comm.node is not None:
+        gathers = gathers or algorithm == "staged" or (algorithm == "cma" and comm.node.reads)
+        adds = adds or algorithm == "staged"
+    for turn in range(3):
+        for begin in (rank * count, abs(rank * count - (size > 1)), None):
+            array = np.full(count * size, -1)
+            own = np.empty(count, np.int64) if begin is None else array[begin : begin + count]
+            if gathers:
+                own[...] = rank + turn
+                assert comm.all_gather(own, out=array, algorithm=algorithm) is array
+                assert np.array_equal(array, np.repeat(np.arange(size) + turn, count))
+            if adds:
+                array[...] = pattern + rank + turn
+                assert comm.reduce_scatter(array, out=own, algorithm=algorithm) is own
+                assert np.array_equal(own, (pattern[mine] + turn) * size + sum(range(size)))
+                array[...] = pattern + rank + turn
+                assert comm.reduce_scatter_async(array, out=own).wait() is own
+                assert np.array_equal(own, (pattern[mine] + turn) * size + sum(range(size)))
+        if gathers:
+            root, given = turn % size, np.full(count, rank + turn)
+            result = given if turn == 1 else np.empty_like(given)
+            way = "chain" if algorithm == "ring" else algorithm
+            assert comm.broadcast(given, root, out=result, algorithm=way) is result
+            assert (result == root + turn).all()
+            assert result is given or (given == rank + turn).all(), "the source was changed"
+
+
 def test_aliases_and_layouts(comm: Communicator) -> None:
     """Overlapping views, backwards, every second element, read-only, single numbers, the other byte order."""
     size, shift = comm.size, sum(range(comm.size))

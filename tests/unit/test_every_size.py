@@ -19,6 +19,7 @@ CASES: dict[str, Callable[[Any], None]] = {
     "reduce": pitfalls.test_reduce_scatter_and_reduce_by_every_way,
     "nothing": pitfalls.test_some_ranks_have_nothing,
     "in place": pitfalls.test_in_place,
+    "in place again": lambda comm: pitfalls.test_in_place_again(comm, "auto", 5),
     "order": pitfalls.test_the_order_is_that_of_the_ranks,
     "short": lambda comm: shortcuts.test_again_and_again_with_new_data(comm, "float32"),
     "short, uneven": shortcuts.test_uneven_blocks,
