@@ -57,20 +57,22 @@ class Flags:
         self._places = [address(np.frombuffer(part, np.uint8)) for part in segment.parts]
         self._tables: dict[tuple[object, ...], Array] = {}
         self.at = address(np.frombuffer(self.mine, np.int64))
-        self._crew = self.crew(self.peers)
+        self._crew = self._table(self.peers, self._tries(TRIES))
         self._tired_crew = self._table(self.peers, (0, 0))  # has looked often enough: sleeps at once
 
-    def crew(self, peers: Peers, short: bool = False) -> int:
+    def crew(self, peers: Peers) -> int:
         """The address of what machine code has to know to wait for these ranks, in short calls; 0: for nobody."""
-        if self.patience.spins == 0:
-            return self._table(peers, CROWDED_TRIES)
-        return self._table(peers, SHORT_TRIES if short else TRIES)
+        return self._table(peers, self._tries(SHORT_TRIES)) if peers else 0
+
+    def _tries(self, alone: tuple[int, int]) -> tuple[int, int]:
+        """Looks and yields, where each rank has a core of its `alone`, or not."""
+        return alone if self.patience.spins else CROWDED_TRIES
 
     def _table(self, peers: Peers, tries: tuple[int, int]) -> int:
         ranks = [rank for rank, _ in peers]
         words = crew_words([self._places[rank] for rank in ranks], self._places[0] + 8 * BELL, *tries)
         table = self._tables.setdefault((*ranks, tries), np.array(words, np.int64))
-        return address(table) if ranks else 0
+        return address(table)
 
     def close(self) -> None:
         """Let go of the memory."""

@@ -70,8 +70,8 @@ class Short:
         self._words = np.zeros(WORDS, np.int64)
         self._kept: list[Any] = []  # to which the words point
         slots = [address(slot) for slot in node.slots(0, _OCTET, ring)]
-        self._set("crew", node.flags.crew(self._peers, short=True))
-        self._set("all", node.flags.crew(node.peers, short=True))
+        self._set("crew", node.flags.crew(self._peers))
+        self._set("all", node.flags.crew(node.peers))
         self._set("mine", node.flags.at)
         self._point("turn", node.turn)
         self._point("source", source.words(_READ))
