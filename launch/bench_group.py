@@ -8,11 +8,12 @@ import click
 
 from dtrain.launch import bench_commands, environment, failures
 from dtrain.launch.arguments import CONFIG
+from dtrain.launch.help_pages import Group
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-@click.group()
+@click.group(cls=Group)
 def bench() -> None:
     """Measure, always as ratios within one run."""
 

@@ -11,6 +11,7 @@ from dtrain.errors import UserError
 from dtrain.launch import environment, failures
 from dtrain.launch.arguments import CONFIG
 from dtrain.launch.bench_group import bench
+from dtrain.launch.help_pages import Group
 from dtrain.launch.show_commands import show
 
 
@@ -32,7 +33,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
         raise KeyboardInterrupt from None
 
 
-@click.group(context_settings={"help_option_names": ["--help"], "max_content_width": 110})
+@click.group(cls=Group, context_settings={"help_option_names": ["--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="dtrain")
 def cli() -> None:
     """Distributed training on real processes: MPI between the ranks, NumPy arrays inside them.
@@ -90,6 +91,7 @@ def launch_command(
 
 @cli.command(
     "verify",
+    short_help="Compare this layout with one process: losses, gradients, parameters.",
     help="Compare this layout with one process on the same data from the same weights: losses, gradient norms, every "
     "gradient and every parameter, with a verdict for each and the layer where a difference begins. Under mpirun.\n\n"
     f"Exit code 1 when more differs than rounding explains.\n\n{CONFIG}",

@@ -6,9 +6,10 @@ import click
 
 from dtrain.launch import environment, failures
 from dtrain.launch.arguments import CONFIG
+from dtrain.launch.help_pages import Group
 
 
-@click.group()
+@click.group(cls=Group)
 def show() -> None:
     """Show what a configuration means, without training."""
 
