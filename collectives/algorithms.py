@@ -93,6 +93,9 @@ ALL_REDUCE: dict[str, Algorithm] = {
     "copy": COPY,
     "hierarchical": _hierarchical(ways.hierarchical_all_reduce, hierarchy_volumes.all_reduce, rules.far),
     "window": _window(ways.window_all_reduce, volumes.window_all_reduce, rules.in_place_in_window, rules.long_reduce),
+    "window_staged": Algorithm(
+        ways.window_staged_all_reduce, rules.in_window, rules.long_reduce, volumes.window_staged_all_reduce
+    ),
     "staged": Algorithm(ways.staged_all_reduce, rules.on_node, rules.always, volumes.staged_all_reduce),
     "native": Algorithm(
         ways.native_all_reduce, rules.reduces, rules.always, volumes.least_all_reduce, ways.start_all_reduce

@@ -73,6 +73,7 @@ def native_broadcast(call: Call) -> Run:
 # (collective, row) -> what prepares it; it returns None for what has no prepared form.
 PREPARED: dict[tuple[str, str], Callable[[Call], Run | None]] = {
     ("all_reduce", "window"): prepared_window.window_all_reduce,
+    ("all_reduce", "window_staged"): prepared_window.window_staged_all_reduce,
     ("all_reduce", "staged"): prepared_staged.staged_all_reduce,
     ("all_reduce", "native"): native_all_reduce,
     ("reduce_scatter", "window"): prepared_window.window_reduce_scatter,

@@ -17,7 +17,8 @@ from dtrain.collectives.meeting import Find, Job
 from dtrain.collectives.node import Node
 from dtrain.collectives.parts import Own, Part, added, copies, swaps
 from dtrain.collectives.records import IN_PLACE, NO_PLACE, Record
-from dtrain.collectives.sums import owned
+from dtrain.collectives.staging import LONG
+from dtrain.collectives.sums import LINE, owned
 from dtrain.collectives.window_moves import halves
 
 Run = Callable[[Array, Array], None]
@@ -55,6 +56,42 @@ def window_all_reduce(call: Call) -> Run:
     parts = [part[start:stop] for part in node.arena.parts(place, count, dtype)]
     record = records.record("all_reduce", "window", call.op, dtype, count, place, 0)
     return Windowed(node, record, added(OPERATIONS[call.op], dtype, stop - start, parts, None))
+
+
+def window_staged_all_reduce(call: Call) -> Run:
+    """Target = the sum of all ranks' arrays at one place: my slices of it go into the staging too, for the others."""
+    node, place = call.window
+    dtype, count, mine = call.source.dtype, call.source.size, node.rank
+    item, most = dtype.itemsize, _slices(call)
+    record = records.record("all_reduce", "window_staged", call.op, dtype, count, place, 0)
+    sources = node.arena.parts(place, count, dtype)
+    past = node.size * call.target.nbytes > last_level_cache()  # the results; the slots stay in the caches
+
+    def make(begin: int, index: int) -> Job:
+        slots = node.slots(index, dtype)
+        ends = [owned(min(most, count - begin), rank, node.size) for rank in range(node.size)]
+        start, stop = (begin + end for end in ends[mine])
+        results = [slots[mine][: stop - start], Own(True, start)]
+        add = added(OPERATIONS[call.op], dtype, stop - start, [part[start:stop] for part in sources], results)
+        others = [(rank, first, last) for rank, (first, last) in enumerate(ends) if rank != mine]
+        fetch = [
+            (address(slots[rank]), 0, (begin + first) * item, (last - first) * item) for rank, first, last in others
+        ]
+        return Job(node, among=add, after=copies(fetch, past))
+
+    chunks = [[make(begin, index) for index in range(LONG.depth)] for begin in range(0, count, most)]
+
+    def run(source: Array, target: Array) -> None:
+        for jobs in chunks:
+            number = node.begin_record(record)
+            jobs[node.free_slot(number)].meet(number, source, target)
+
+    return run
+
+
+def _slices(call: Call) -> int:
+    """The most elements whose slices (`owned`) each fit into a slot."""
+    return call.stage.size * (LONG.nbytes // call.source.itemsize // LINE * LINE)
 
 
 def window_all_reduce_shared(node: Node, place: Place, op: str, result: Array) -> Callable[[], None]:

@@ -118,6 +118,13 @@ def staged_all_reduce(call: "Call") -> Volume:
     return Volume(2 * _chunks(nbytes), nbytes, _others(call) * _slice(call) + nbytes - _slice(call))
 
 
+def window_staged_all_reduce(call: "Call") -> Volume:
+    """My slice from all, into the slot, and the sums of theirs."""
+    nbytes, size = call.source.nbytes, call.transport.size
+    chunks = _chunks(nbytes, size * LONG.nbytes)
+    return Volume(2 * chunks, _slice(call), _others(call) * _slice(call) + nbytes - _slice(call))
+
+
 def staged_reduce(call: "Call") -> Volume:
     """As all_reduce, but only root reads sums."""
     steps, sent, received = staged_all_reduce(call)

@@ -6,7 +6,17 @@ A function that returns a request has started the collective; the others have do
 
 from dataclasses import replace
 
-from dtrain.collectives import exchange, hierarchy, hierarchy_moves, prepared_cma, staged, uneven, window, window_moves
+from dtrain.collectives import (
+    exchange,
+    hierarchy,
+    hierarchy_moves,
+    prepared_cma,
+    prepared_window,
+    staged,
+    uneven,
+    window,
+    window_moves,
+)
 from dtrain.collectives.call import Call
 from dtrain.collectives.dtypes import Array
 from dtrain.collectives.window import WindowWork
@@ -23,6 +33,10 @@ def _at_root(call: Call, array: Array) -> Array | None:
 def window_all_reduce(call: Call) -> Request:
     node, place = call.window
     return window.start_all_reduce(node, call.source, place, call.op)
+
+
+def window_staged_all_reduce(call: Call) -> None:
+    prepared_window.window_staged_all_reduce(call)(call.source, call.target)
 
 
 def window_reduce_scatter(call: Call) -> Request:
