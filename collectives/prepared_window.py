@@ -71,7 +71,7 @@ def window_staged_all_reduce(call: Call) -> Run:
         slots = node.slots(index, dtype)
         ends = [owned(min(most, count - begin), rank, node.size) for rank in range(node.size)]
         start, stop = (begin + end for end in ends[mine])
-        results = [slots[mine][: stop - start], Own(True, start)]
+        results: list[Array | Own] = [slots[mine][: stop - start], Own(True, start)]
         add = added(OPERATIONS[call.op], dtype, stop - start, [part[start:stop] for part in sources], results)
         others = [(rank, first, last) for rank, (first, last) in enumerate(ends) if rank != mine]
         fetch = [
