@@ -101,7 +101,7 @@ def window_all_reduce_shared(node: Node, place: Place, op: str, result: Array) -
     parts = [part[start:stop] for part in node.arena.parts(place, count, dtype)]
     record = records.record("all_reduce_shared", "window", op, dtype, count, place, 0)
     run = Windowed(node, record, added(OPERATIONS[op], dtype, stop - start, parts, [result[start:stop]]))
-    return lambda: run(result, result)
+    return lambda: run.again(result, result)
 
 
 def window_reduce_scatter(call: Call) -> Run:

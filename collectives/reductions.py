@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from dtrain.collectives import algorithms
-from dtrain.collectives.arena import Place, with_keeper
+from dtrain.collectives.arena import with_keeper
 from dtrain.collectives.call import Call
 from dtrain.collectives.counters import Volume
 from dtrain.collectives.device import on_gpu
-from dtrain.collectives.dtypes import Array, neutral, operation
+from dtrain.collectives.dtypes import Array, address, neutral, operation
 from dtrain.collectives.forms import (
     NOTHING,
     as_rows,
@@ -46,6 +46,7 @@ class Reductions(Group):
         super().__init__(transport, timeout, progress)
         # Until the arrays at these places die (None: elsewhere); the home of copies, if any, and the result.
         self._shared_results: dict[Hashable, tuple[Array | None, Array]] = {}
+        # By addresses in the window: nothing else lies there before these arrays die.
         self._shared_runs: dict[Hashable, SharedSum] = {}
 
     def close(self) -> None:
@@ -77,10 +78,11 @@ class Reductions(Group):
             return self.gpu.all_reduce(array, op, None, "auto")  # type: ignore[no-any-return]
         array = np.asarray(array)
         self._settle()
-        place = self._sum_place(array)
-        known = None if place is None else self._shared_runs.get((place, array.size, array.dtype, op))
+        known = None
+        if array.flags.c_contiguous:
+            known = self._shared_runs.get((address(array), array.size, array.dtype, op))
         if known is None:
-            known = self._prepare_shared(array, place, op)
+            known = self._prepare_shared(array, op)
         if known is None:
             result = self.all_reduce(array, op)
             result.flags.writeable = False
@@ -92,11 +94,10 @@ class Reductions(Group):
         view.flags.writeable = False
         return view
 
-    def _prepare_shared(self, array: Array, place: Place | None, op: str) -> SharedSum | None:
+    def _prepare_shared(self, array: Array, op: str) -> SharedSum | None:
         """What sums up arrays like this one; None: no memory is shared. An array from elsewhere is copied there."""
         operation(op, array.dtype)
-        node = self.node
-        source = flat(array)
+        node, place, source = self.node, self._sum_place(array), flat(array)
         if node is None or not len(source):
             return None
         key = (place, source.size, source.dtype)
@@ -116,8 +117,9 @@ class Reductions(Group):
         volume = window_shared(Call(self.transport, node, source, shared, op))
         known = run, with_keeper(shared, result), volume
         if place is not None and len(self._shared_runs) < _KNOWN_FORMS:
-            self._shared_runs[(*key, op)] = known
-            node.arena.at_death(source, partial(self._shared_runs.pop, (*key, op), None))
+            here = address(source), source.size, source.dtype, op
+            self._shared_runs[here] = known
+            node.arena.at_death(source, partial(self._shared_runs.pop, here, None))
         return known
 
     def reduce_scatter(
