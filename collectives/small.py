@@ -8,10 +8,12 @@ All of the source is in the own slot before the target is written, so the two ma
 code does not do comes back to Python: to wait for long, to look at arrays that are not like those it is made for, and
 sums other than of float32 and float64, which NumPy makes out of the slots.
 
-Only after the first collectives, which are compared (`Node.traced`), and where there is machine code.
+Where there is no machine code, the same in Python, step by step. Only after the first collectives, which are compared
+(`Node.traced`).
 """
 
 import contextvars
+import ctypes
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +24,7 @@ from dtrain.collectives.dtypes import OPERATIONS, Array, accumulator, address, s
 from dtrain.collectives.flags import Peers
 from dtrain.collectives.forms import NOTHING, destination
 from dtrain.collectives.letters import HEAD, LENGTH, Block
-from dtrain.collectives.machine_code import MachineCode, machine_code
+from dtrain.collectives.machine_code import machine_code
 from dtrain.collectives.machine_short import AGAIN, ANOTHER, LATE, NOT_FREE, UNLIKE, WAIT, WORD, WORDS
 from dtrain.collectives.node import Node
 from dtrain.collectives.records import NO_PLACE, Record
@@ -46,6 +48,11 @@ class Like(NamedTuple):
         """For machine code."""
         return [id(np.ndarray), id(self.dtype), flags, len(self.shape), *self.shape]
 
+    def fits(self, array: Array, writable: bool) -> bool:
+        """For Python."""
+        alike = type(array) is np.ndarray and array.dtype is self.dtype and array.shape == self.shape
+        return alike and (array.flags.carray if writable else array.flags.c_contiguous and array.flags.aligned)
+
 
 class Short:
     """One collective that comes again: `run(source, target)`, and `finish` if that is not all."""
@@ -64,38 +71,68 @@ class Short:
         wait for; by default everybody.
         """
         self._node, self._ring, self._source, self._target = node, ring, source, target
+        self._record, self._give = record, give
+        self._take: Sequence[Row] = ()
+        self._root, self._head = 0, np.empty(0, np.uint8)
         self._peers = node.peers if peers is None else peers
         self.then: Callable[[Array], object] | None = None
         """What else to do with the target."""
+        self._slots = [address(slot) for slot in node.slots(0, _OCTET, ring)]
         self._words = np.zeros(WORDS, np.int64)
         self._kept: list[Any] = []  # to which the words point
-        slots = [address(slot) for slot in node.slots(0, _OCTET, ring)]
+        self._code, self._function = machine_code(), None
+        if self._code is not None and self._code.short is not None and node.flags.meet is not None:
+            self._write_words()
+            self._function = self._code.short(self._words)
+
+    def _write_words(self) -> None:
+        """What machine code has to know of all this."""
+        node, ring, give = self._node, self._ring, self._give
         self._set("crew", node.flags.crew(self._peers))
         self._set("all", node.flags.crew(node.peers))
         self._set("mine", node.flags.at)
         self._point("turn", node.turn)
-        self._point("source", source.words(_READ))
-        self._point("target", source.words(_READ) if target is None else target.words(_WRITE))
-        self._set("slot", slots[node.rank])
+        self._point("source", self._source.words(_READ))
+        self._point("target", self._source.words(_READ) if self._target is None else self._target.words(_WRITE))
+        self._set("slot", self._slots[node.rank])
         self._set("depth", ring.depth)
         self._set("stride", ring.nbytes)
         self._point("give", [word for row in give for word in row])
         self._set("gives", len(give))
-        self._words[WORD["record"] :] = *record, records.packed(NO_PLACE)
-        self._slots = slots
-        self._code = _machine_code()
-        assert self._code.short is not None
-        self.run = self._code.short(self._words)
+        self._words[WORD["record"] :] = *self._record, records.packed(NO_PLACE)
+
+    @property
+    def run(self) -> Callable[..., int]:
         """(source, target) -> 0, or what `finish` must be told."""
+        return self._function or self._step_by_step
+
+    def _step_by_step(self, source: Array, target: Array) -> int:
+        """`run` without machine code; it waits, so nobody is ever late."""
+        node, wanted = self._node, self._target or self._source
+        if not (self._source.fits(source, False) and wanted.fits(target, self._target is not None)):
+            return UNLIKE
+        number = node.begin_record(self._record)
+        shift = node.free_slot(number, self._ring) * self._ring.nbytes
+        for there, begin, to, nbytes in self._give:
+            ctypes.memmove(self._slots[node.rank] + shift + to, (there or address(source)) + begin, nbytes)
+        node.arrive(number)
+        if self._peers:
+            node.await_arrived(number, self._peers)
+        if len(self._head) and not np.array_equal(self.slot(self._root)[: len(self._head)], self._head):
+            return ANOTHER
+        for rank, begin, to, nbytes in self._take:
+            ctypes.memmove(address(target) + to, self._slots[rank] + shift + begin, nbytes)
+        return 0
 
     def take(self, rows: Sequence[Row]) -> None:
         """Rows out of the slots into the target."""
+        self._take = rows
         self._point("take", [word for rank, *row in rows for word in (self._slots[rank], *row)])
         self._set("takes", len(rows))
 
     def expect(self, head: Array, root: int) -> None:
         """These octets at the beginning of the slot of root, or else nothing is taken, and it is ANOTHER."""
-        self._kept.append(head)
+        self._head, self._root = head, root
         self._set("head", address(head))
         self._set("heads", head.nbytes // 8)
         self._set("root", self._slots[root])
@@ -110,7 +147,7 @@ class Short:
         assert target is not None
         count = _elements(target.shape)
         nbytes = count * target.dtype.itemsize
-        if op == "sum" and target.dtype.isnative and target.dtype.char in code.sums:
+        if self._function and code and op == "sum" and target.dtype.isnative and target.dtype.char in code.sums:
             self._set("sum", code.parts[target.dtype.char])
             self._set("ranks", len(self._slots))
             self._set("bytes", nbytes)
@@ -177,14 +214,7 @@ class Short:
 
 def able(node: Node) -> bool:
     """Whether calls may be short ones by now. Other ranks may see it otherwise: they meet."""
-    code = machine_code()
-    return code is not None and code.short is not None and node.flags.meet is not None and node.number >= node.traced
-
-
-def _machine_code() -> MachineCode:
-    code = machine_code()
-    assert code is not None
-    return code
+    return node.number >= node.traced
 
 
 def _record(name: str, op: str, dtype: np.dtype[Any] | None, count: int, extra: int = 0) -> Record:

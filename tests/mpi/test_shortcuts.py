@@ -16,10 +16,15 @@ from dtrain.collectives.waiting import CollectiveMismatch
 DTYPES = ["float32", "float64", "int8", "bool", "complex64", "float16", ml_dtypes.bfloat16]
 
 
-@pytest.fixture
-def part(comm: Communicator, monkeypatch: pytest.MonkeyPatch) -> Iterator[Communicator]:
-    """All ranks, with counters of its own; no first collectives are compared, so that the second call has a form."""
+@pytest.fixture(params=["at once", "both"])
+def part(comm: Communicator, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Communicator]:
+    """All ranks, with counters of its own; no first collectives are compared, so that the second call has a form.
+
+    In machine code, or on every second rank step by step in Python.
+    """
     monkeypatch.setattr(node, "CHECKED", 0)
+    if request.param == "both" and comm.rank % 2:
+        monkeypatch.setattr(small, "machine_code", lambda: None)
     found = comm.split(0)
     assert found is not None
     yield found
