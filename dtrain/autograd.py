@@ -89,12 +89,11 @@ def gradients(
             _check(tensor.node)  # a freed graph has no way to the leaves: that must not look like a zero gradient
     found: dict[Tensor, Array] = {}
     wanted = set(leaves)
-    reached: set[Node] = set()
+    reached: dict[Node, tuple[bool, ...]] = {}  # what they need in a backward to all leaves
     for node in reversed(_newest_first(roots, {})):
         needs = tuple([source in reached or source in wanted for source in node.inputs])
         if any(needs):  # made from the leaves: the others may belong to an outer graph and stay as they are
-            node.needs = needs
-            reached.add(node)
+            reached[node], node.needs = node.needs, needs
 
     def deliver(leaf: Tensor, gradient: Array | None) -> None:
         if gradient is not None:
@@ -106,6 +105,8 @@ def gradients(
         _walk([(t, g) for t, g in roots if t in wanted or t.node in reached], order, deliver, retain_graph)
     finally:
         mode.collecting = before
+        for node, needs in reached.items():
+            node.needs = needs
     return [_like(leaf.data, found[leaf]) if leaf in found else np.zeros_like(leaf.data) for leaf in leaves]
 
 

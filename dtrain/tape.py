@@ -123,17 +123,18 @@ class Node:
     def into(self, position: int) -> Array | None:
         """Where the gradient of this input may be written (overwritten) directly, or None. Return that array then."""
         leaf: Any = self.inputs[position]
-        if type(leaf) is not Node and leaf.grad is None and leaf.buffer is not None and self._once(leaf):
-            return leaf.buffer  # type: ignore[no-any-return]
-        return None
+        return leaf.buffer if self._delivers(leaf) and leaf.grad is None else None
 
     def onto(self, position: int) -> Array | None:
         """The gradient that this input already has, to be added to in place, or None. Return that array then."""
         leaf: Any = self.inputs[position]
-        return leaf.grad if type(leaf) is not Node and leaf.grad is not None and self._once(leaf) else None
+        return leaf.grad if self._delivers(leaf) else None
 
-    def _once(self, leaf: Tensor) -> bool:
-        return sum([source is leaf for source in self.inputs]) == 1
+    def _delivers(self, source: Node | Tensor) -> bool:
+        """Whether this walk fills the `.grad` of the input, a leaf, and this op reads it once."""
+        if type(source) is Node or mode.collecting:
+            return False
+        return sum([other is source for other in self.inputs]) == 1
 
     def describe(self) -> str:
         """The op with the shapes of its inputs, for error messages."""

@@ -123,6 +123,20 @@ def test_gradients_returns_them_and_touches_nothing():
         gradients([(y, np.ones(()))], [x])
 
 
+def test_gradients_leaves_buffers_and_what_was_added_up_alone():
+    table, weight, x = leaf(3, 2), leaf(4, 2), leaf(5, 2)
+    table.grad, weight.buffer = np.full((3, 2), 7.0), np.full((4, 2), 9.0)
+    y = F.embedding(table, np.array([0, 0])).sum() + F.linear(x, weight).sum()
+    found = gradients([(y, np.ones(()))], [table, weight], retain_graph=True)
+    np.testing.assert_array_equal(found[0], [[2, 2], [0, 0], [0, 0]])
+    np.testing.assert_allclose(found[1], np.tile(x.data.sum(0), (4, 1)))
+    np.testing.assert_array_equal(table.grad, 7)
+    np.testing.assert_array_equal(weight.buffer, 9)
+    y.backward()  # of all leaves, also of those that were not asked for
+    np.testing.assert_array_equal(table.grad[0], 9)
+    np.testing.assert_allclose(x.grad, np.tile(weight.data.sum(0), (5, 1)))
+
+
 def test_arrays_die_as_soon_as_nobody_needs_them():
     """A chain of additions keeps no intermediate: the tape holds nodes, not their outputs."""
     x = leaf(4)
