@@ -120,6 +120,8 @@ CASES = {
         (lambda a: a[..., ::-2, None], numbers(3, 4)),
         (lambda a: a[np.array([0, 2, 0])], numbers(3, 2)),
         (lambda a: a[[0, 0], 1:], numbers(3, 2)),
+        (lambda a: a[(0, 0), 1], numbers(3, 2)),
+        (lambda a: a[range(2), (1, 1)], numbers(3, 2)),
         (lambda a: a[np.array([[0], [2]]), np.array([1, 1])], numbers(3, 2)),
         (lambda a: a[np.array([True, False, True])], numbers(3, 2)),
         (lambda a: a[2:2], numbers(3, 2)),

@@ -12,6 +12,7 @@ from dtrain.op import ITSELF, Op, elementwise
 from dtrain.ops.common import scatter_add, unbroadcast
 
 FREE = elementwise(0)
+SIMPLE = (int, slice, type(None), type(...))  # parts of an index; all other sequences may name an element twice
 
 RESHAPE = Op(
     "reshape", lambda x, shape: (x.reshape(shape), None), lambda node, g: (g.reshape(node.shapes[0]),), ITSELF, FREE
@@ -40,7 +41,7 @@ BROADCAST_TO = Op(
 def _basic(index: Any) -> bool:
     """Whether the index picks every element at most once: slices, integers, None, ..., or a mask."""
     parts = index if isinstance(index, tuple) else (index,)
-    return all([p.dtype.kind == "b" if hasattr(p, "dtype") else not isinstance(p, list) for p in parts])
+    return all([p.dtype.kind == "b" if hasattr(p, "dtype") else isinstance(p, SIMPLE) for p in parts])
 
 
 def _index_vjp(node: Any, g: Array) -> tuple[Array]:
