@@ -103,7 +103,7 @@ class Tensor:
         if gradient is None:
             if self.size != 1:
                 raise GraphError(f"backward() without a gradient needs one element; this tensor has shape {self.shape}")
-            seed = self.data * 0 + 1
+            seed = np.ones_like(self.data)
         else:
             seed = gradient.data if isinstance(gradient, Tensor) else gradient
             seed = seed if hasattr(seed, "dtype") else np.asarray(seed, self.dtype)
@@ -198,7 +198,8 @@ class Tensor:
 
     def __pow__(self, other: Any) -> Tensor:
         if isinstance(other, (int, float)):
-            return apply(arithmetic.POW, self, exponent=other)
+            exponent = other if type(other) is int else float(other)  # np.float64, a float, would widen float32
+            return apply(arithmetic.POW, self, exponent=exponent)
         return apply(arithmetic.POWER, self, other if isinstance(other, Tensor) else self.constant(other))
 
     def __rpow__(self, other: Any) -> Tensor:

@@ -42,4 +42,6 @@ def clip_factor(norm: float, clip_norm: float | None) -> float:
 
     A norm that is not finite gives a factor that is not: nothing is hidden.
     """
-    return 1.0 if clip_norm is None else min(clip_norm / (norm + 1e-6), 1.0)
+    if clip_norm is None:
+        return 1.0
+    return min(clip_norm / (norm + 1e-6), 1.0) if math.isfinite(norm) else math.nan

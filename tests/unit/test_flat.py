@@ -135,4 +135,5 @@ def test_clip_factor():
     assert clip_factor(5.0, None) == 1.0
     assert clip_factor(0.5, 1.0) == 1.0
     assert clip_factor(4.0, 1.0) == pytest.approx(0.25, rel=1e-6)
-    assert np.isnan(clip_factor(float("nan"), 1.0))
+    assert np.isnan(clip_factor(float("nan"), 1.0)) and np.isnan(clip_factor(float("inf"), 1.0))
+    assert clip_factor(float("inf"), None) == 1.0
