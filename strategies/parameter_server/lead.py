@@ -79,7 +79,7 @@ class Lead(Server):
         elif header.kind == Kind.FAILED:
             text = np.empty(header.length, np.uint8)
             yield from self.receive([text], worker, BODY)
-            self.lose(worker, bytes(text).decode())
+            self.lose(worker, bytes(text).decode(errors="replace"))
             yield lambda: self.over
             self.send([Header(Kind.STOP, length=bool(self.lost)).array()], worker, ANSWER)
             return True

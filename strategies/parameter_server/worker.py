@@ -234,7 +234,7 @@ class Worker(Trainer):
 
     def fail(self, error: BaseException) -> bool:
         """Tell the lead that this worker cannot go on, and wait for the end of the run; as `work`."""
-        text = f"{type(error).__name__}: {error}".encode()[:2000]
+        text = f"{type(error).__name__}: {error}".encode(errors="replace")[:2000]
         answer = Header(Kind.STOP).array()
         works = [self.comm.recv_async(answer, self.lead, ANSWER)]
         self.request(self.lead, Header(Kind.FAILED, length=len(text)), [np.frombuffer(text, np.uint8)])

@@ -23,7 +23,9 @@ def test_the_rest_go_on_when_a_worker_dies(mode):
             def fail(microbatches: Any) -> Any:
                 calls.append(worker.step)
                 if len(calls) > 1:
-                    raise MemoryError("no more")
+                    raise MemoryError(
+                        "no more " + "…" * 1000 + "\udcff"
+                    )  # longer than what is sent of it, and no Unicode
                 return execute(microbatches)
 
             worker.execute = fail
