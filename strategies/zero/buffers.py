@@ -23,6 +23,7 @@ import numpy as np
 
 from dtrain.arrays import Array
 from dtrain.collectives import Communicator, single
+from dtrain.config.rules import divisors
 from dtrain.errors import UserError
 from dtrain.flat import FlatBuffers
 from dtrain.flat_group import FlatGroup
@@ -47,6 +48,42 @@ class Pages:
             self._map.madvise(mmap.MADV_DONTNEED)
 
 
+class Copies:
+    """The communicators of hybrid sharding: `over` consecutive ranks have one copy of the parameters between them."""
+
+    def __init__(self, over: int, mesh: Mesh) -> None:
+        """over: 0 for all ranks that replicate a group."""
+        self._over, self._mesh = over, mesh
+        self._made: dict[tuple[str, str], Communicator] = {}
+
+    def levels(self, comm: Communicator) -> tuple[Communicator, Communicator]:
+        """Of ranks that replicate a group: (those of my copy, those that own the same part of the copies). Collective.
+
+        UserError where copies of that many ranks do not fill `comm`.
+        """
+        if not self._over or comm.size <= self._over:
+            return comm, single()
+        if comm.size % self._over:
+            fits = divisors(comm.size)
+            raise UserError(f"parallel.shard_over: {self._over}; must divide the {comm.size} data ranks: {fits}")
+        copy, part = divmod(comm.rank, self._over)
+        return self._split(comm, "in copy", copy), self._split(comm, "of copies", part)
+
+    def within(self, comm: Communicator, copy: int) -> Communicator:
+        """The ranks of `comm` whose copy is this one of theirs. Collective."""
+        return self._split(comm, "of one copy", copy)
+
+    def _split(self, comm: Communicator, what: str, color: int) -> Communicator:
+        """Made once for all groups; the mesh closes it."""
+        key = comm.name, what
+        if key not in self._made:
+            part = comm.split(color, name=f"{comm.name} {what}")
+            assert part is not None
+            self._mesh.keep(part)
+            self._made[key] = part
+        return self._made[key]
+
+
 class ZeroGroup(FlatGroup):
     """The parameters of one unit that lie alike, padded to a multiple of the ranks; `owned` is this rank's n-th."""
 
@@ -54,7 +91,7 @@ class ZeroGroup(FlatGroup):
         self,
         stage: int,
         replicate: bool,
-        levels: Callable[[Communicator], tuple[Communicator, Communicator]],
+        copies: Copies,
         parameters: Mapping[str, Parameter],
         comm: Communicator,
         pad_to: int,
@@ -63,12 +100,12 @@ class ZeroGroup(FlatGroup):
     ) -> None:
         """replicate: every rank has its own copy of what it needs, also where ranks could share one.
 
-        levels: of those who replicate the group, (the ranks over which it is cut, the ranks that own the same part).
+        copies: how many ranks have one between them.
         """
-        self.comm, self.copies = levels(comm)
+        self._copies = copies
+        self.comm, self.copies = copies.levels(comm)
         # What is cut over the data ranks already, as tables and experts, has one owner: nothing is gathered or summed.
         self.stage, self.replicate = stage if self.comm.size > 1 else 1, replicate
-        self._complement: Communicator | None = None
         self.pages: Pages | None = None
         """Room for the gathered parameters where this rank keeps only its own."""
         self.mine: Array | None = None
@@ -118,12 +155,8 @@ class ZeroGroup(FlatGroup):
     @property
     def complement(self) -> Communicator:
         """The ranks that together own each parameter once, within my copy. The first access is collective."""
-        if self._complement is None:
-            every = super().complement
-            part = every if self.copies.size == 1 else every.split(self.copies.rank)
-            assert part is not None
-            self._complement = part
-        return self._complement
+        every = super().complement
+        return every if self.copies.size == 1 else self._copies.within(every, self.copies.rank)
 
     @property
     def owned_data(self) -> Array:
@@ -158,26 +191,10 @@ class ZeroBuffers(FlatBuffers):
 
         shard_over: consecutive ranks over which a group is cut (0: all that replicate it); the others are copies.
         """
-        self._shard_over = shard_over
-        self._levels: dict[Communicator, tuple[Communicator, Communicator]] = {}
-        self.group_type = partial(ZeroGroup, stage, replicate, self._cut)  # type: ignore[assignment]
+        self.group_type = partial(ZeroGroup, stage, replicate, Copies(shard_over, mesh))  # type: ignore[assignment]
         comm = mesh[SHARDED_OVER]
         super().__init__(parameters, comm, pad_to=comm.size, mesh=mesh, section=unit_of, join=True)
         self.groups: list[ZeroGroup]  # type: ignore[assignment]
-
-    def _cut(self, comm: Communicator) -> tuple[Communicator, Communicator]:
-        """The ranks of one copy, and those with the same part of the copies."""
-        over = self._shard_over
-        if not over or comm.size <= over:
-            return comm, single()
-        if comm.size % over:
-            fits = [size for size in range(1, comm.size + 1) if comm.size % size == 0]
-            raise UserError(f"parallel.shard_over: {over}; must divide the {comm.size} data ranks: {fits}")
-        if comm not in self._levels:
-            inner, outer = comm.split(comm.rank // over), comm.split(comm.rank % over)
-            assert inner is not None and outer is not None
-            self._levels[comm] = inner, outer
-        return self._levels[comm]
 
     def initialise(self, seed: int, comm: Communicator | None = None) -> None:
         """As of all flat buffers; what ranks share is written by one of them. Collective."""

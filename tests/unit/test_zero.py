@@ -24,6 +24,9 @@ def train(comm, sections):
     trainer = training.trainer(comm, **sections)
     records = list(trainer.run())
     held = [(b.name, b.array.copy(), b.start) for blocks in trainer._blocks().values() for b in blocks]
+    split = [comm.name for comm in trainer.mesh.communicators() if " " in comm.name]  # these the mesh closes
+    shard = trainer.config.parallel.shard_over
+    assert len(split) == len(set(split)) and ("dp of copies" in split) == (shard > 0), split
     return training.losses(records), held
 
 
