@@ -165,8 +165,9 @@ def _first(wrong: Array) -> int:
 def class_ids(values: Array, where: str) -> tuple[Array, list[str]]:
     """Targets (n,) of integers or words as ids 0..classes-1 in sorted order, and the names of the classes."""
     if values.dtype.kind == "f":
-        if not np.array_equal(values, np.floor(values)):  # not finite is unequal to itself
-            wrong = _first(~(values == np.floor(values)))
+        whole = np.isfinite(values) & (values == np.floor(values))
+        if not whole.all():
+            wrong = _first(~whole)
             raise UserError(f"{where}: sample {wrong} is {values[wrong]}; classes must be whole numbers or words")
         values = values.astype(np.int64)
     if values.dtype.kind not in "biuUS":

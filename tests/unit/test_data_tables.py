@@ -105,6 +105,7 @@ def test_npz(folder, target, words):
         (TEXT.replace("4.7", "inf"), None, "line 3, column petal: inf"),
         (TEXT, "petal", "column species: setosa is not a finite number"),
         ("a,y\n1,0.5\n2,1.5\n", None, "data.target: y: sample 0 is 0.5; classes must be whole"),
+        ("a,y\n1,inf\n2,1\n", None, "y: sample 0 is inf; classes must be whole"),
         ('a,y\n1,"open\n', None, "line 2"),
         ("a,y\n1,2\n", None, "too short: 1 samples"),
     ],
