@@ -21,6 +21,10 @@ class _Optimizer(Member, frozen=True, kw_only=True):
             f"optimizer.clip_norm: {self.clip_norm}; must be above 0, or null",
         )
         fraction("optimizer", momentum=getattr(self, "momentum", 0.0), decay=getattr(self, "decay", 0.0))
+        for key in ("epsilon", "clip_threshold"):
+            value = getattr(self, key, 1.0)
+            above = min(value) > 0 if isinstance(value, tuple) else value > 0
+            require(above, f"optimizer.{key}: {list(value) if isinstance(value, tuple) else value}; must be above 0")
         for beta in getattr(self, "betas", ()):
             require(0 <= beta < 1, f"optimizer.betas: {list(self.betas)}; both must be in [0, 1)")  # type: ignore[attr-defined]
 
