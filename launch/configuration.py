@@ -27,8 +27,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     path = Path(path)
     values, lines = _read(path)
     _spell_out(values)
-    changed = [_override(values, override) for override in overrides]
-    _spell_out(values)
+    changed = []
+    for override in overrides:
+        changed.append(_override(values, override))
+        _spell_out(values)
 
     def place(key: str) -> str:
         """Where the key stands: the override that set it, or the line of it or of the nearest enclosing section."""
