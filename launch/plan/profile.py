@@ -66,7 +66,7 @@ def profile(config: Config, sizes: Sizes) -> Profile:
     if isinstance(config.model, MLPConfig):
         parts = trace(config, sizes, 0, range(len(model.blocks)))
         number, kv_heads, tokens = 1, 1, False
-        boundary = itemsize * float(max(config.model.hidden))
+        boundary = itemsize * float(max(config.model.hidden, default=0))
     else:
         assert isinstance(config.model, GPTConfig | BERTConfig)
         length = config.model.sequence

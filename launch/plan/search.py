@@ -18,6 +18,7 @@ import msgspec
 
 from dtrain import config as schema
 from dtrain.config import Config
+from dtrain.config.rules import divisors
 from dtrain.launch.plan.costs import Cost, bound, cost
 from dtrain.launch.plan.layout import Job, Layout
 from dtrain.launch.plan.microbatch import Work, work
@@ -81,7 +82,7 @@ def groups(job: Job, config: Config) -> Iterator[Group]:
     """(bound, layout without schedule and data parallelism, its work, its schedules) of all that is legal."""
     for plain, schedules in _shapes(job):
         cut = stages(job.profile, plain)
-        for micro_batch in _divisors(job.global_batch // plain.data):
+        for micro_batch in divisors(job.global_batch // plain.data):
             if micro_batch % plain.grid[0] or not legal(config, replace(plain, micro_batch=micro_batch), job.ranks):
                 continue
             for recompute in (False, True):
@@ -93,13 +94,14 @@ def groups(job: Job, config: Config) -> Iterator[Group]:
 def _shapes(job: Job) -> Iterator[tuple[Layout, tuple[str, ...]]]:
     """Degrees with what belongs to them, and the schedules that cut the model alike."""
     profile, ranks = job.profile, job.ranks
-    for tp, pp, cp, ep in itertools.product(_divisors(ranks), repeat=4):
+    deepest = max(1, len(profile.blocks))  # the two ends are a stage also where no block is between them
+    for tp, pp, cp, ep in itertools.product(divisors(ranks), repeat=4):
         dp, left = divmod(ranks, tp * pp * cp * ep)
-        if left or pp > len(profile.blocks) or job.global_batch % (dp * ep):
+        if left or pp > deepest or job.global_batch % (dp * ep):
             continue
         for schedules, tensor in itertools.product(GROUPS if pp > 1 else ((GROUPS[0][0],),), ("1d", "2d")):
             plain = Layout(dp, tp, pp, schedule=schedules[0], cp=cp, ep=ep, tensor=tensor)
-            if pp * plain.chunks > len(profile.blocks) or (plain.schedule == "zb_v" and pp > WIDEST_V):
+            if pp * plain.chunks > deepest or (plain.schedule == "zb_v" and pp > WIDEST_V):
                 continue
             if not _has_parts(profile, plain):
                 continue
@@ -147,7 +149,7 @@ def applied(config: Config, layout: Layout) -> Config:
         plan=None,
         data_parallel=layout.data_parallel,
         sequence=layout.sequence,
-        **({"auto": False} if hasattr(config.parallel, "auto") else {}),
+        auto=False,
     )
     pipeline = msgspec.structs.replace(
         config.pipeline, schedule=layout.schedule, microbatches=None, chunks=None, cut=None
@@ -162,7 +164,3 @@ def _opened(job: Job, layout: Layout, known: Work, schedules: Sequence[str]) -> 
             found = cost(job, replace(layout, schedule=schedule, data_parallel=kind), known)
             if found is not None:
                 yield found
-
-
-def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]

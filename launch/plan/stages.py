@@ -53,7 +53,7 @@ def stages(profile: Profile, layout: Layout) -> tuple[Stage, ...]:
     def here(amount: Amount) -> float:
         return (amount.on_grid(rows, columns, profile.kv_heads) if is_grid else owned(amount)) / layout.cp
 
-    weights = [total(block.flops) for block in profile.blocks]
+    weights = [total(block.flops) for block in profile.blocks] or [0.0]
     weights[-1] += total(profile.exit.flops)
     sizes = _sizes(tuple(weights), number)
     ends = list(accumulate(sizes))

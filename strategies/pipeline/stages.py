@@ -134,6 +134,6 @@ def costs(model: Model) -> list[float]:
         blocks.append(cost)
     for name in model.exit:
         part = getattr(model, name)
-        if isinstance(part, Module):
+        if blocks and isinstance(part, Module):
             blocks[-1] += sum(p.size for p in part.named_parameters().values() if p.ndim > 1)
     return blocks

@@ -79,6 +79,8 @@ def _check(model: Model, plan: Mapping[str, str], sequence: bool, found: Mapping
     if of_samples(plan) and (inside or sequence):
         other = f"{inside}: {found[inside][1]}" if inside else "parallel.sequence: true"
         raise UserError(f"parallel.plan: blocks: {SAMPLES}; leaves blocks whole, and does not go with {other}")
+    if of_samples(plan) and not model.blocks:
+        raise UserError(f"parallel.plan: blocks: {SAMPLES}; the model has no blocks")
     if of_samples(plan) and any(isinstance(module, MoE) for module in modules.values()):
         raise UserError(f"parallel.plan: blocks: {SAMPLES}; does not go with mixtures of experts: use parallel.dp")
     whole = [path for path, module in modules.items() if isinstance(module, BRANCHES) and path not in found]

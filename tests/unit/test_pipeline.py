@@ -109,6 +109,9 @@ def test_cut_by_hand_also_without_blocks(tmp_path):
     file = tmp_path / "mine.csv"
     file.write_text(to_csv(programs("zb_h1", 2, 8)))
     compare(2, parallel={"pp": 2}, pipeline={"schedule": str(file)})
+    linear = {"kind": "mlp", "hidden": []}
+    data, train = {"kind": "images", "path": "digits"}, {"steps": 2, "micro_batch": 5, "global_batch": 20}
+    compare(2, model=linear, data=data, train=train, parallel={"pp": 2}, pipeline={"cut": [0, 0]})
 
 
 def test_interleaving_sends_v_times_as_much():

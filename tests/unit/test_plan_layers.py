@@ -178,6 +178,13 @@ def test_a_huge_head_is_cut_and_a_small_one_is_not(classes, cut):
     assert best.seconds <= cheapest.seconds * (1 + 1e-12)
 
 
+def test_without_blocks_only_the_head_can_be_cut():
+    data = {"kind": "images", "path": "digits"}
+    here = training.config(model={"kind": "mlp", "hidden": []}, data=data, train={"dtype": "float32"})
+    _, plans = search(here, 4, training.trainer(single(), model={"kind": "mlp"}, data=data).data)
+    assert {tuple(plan.styles) for plan, _ in plans} == {(), ("head",)}
+
+
 def test_plans_that_run_are_never_cheaper_than_the_search():
     best, plans = search(training.config(model=GPT, train={"dtype": "float32", "global_batch": 16}), 4)
     assert len(plans) > 10

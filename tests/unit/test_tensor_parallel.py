@@ -38,6 +38,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "bert": {"model": {**GPT, "kind": "bert"}},
     "mlp": {"model": {"kind": "mlp", "hidden": [48, 9], "dropout": 0.1}, "data": {"kind": "images", "path": "digits"}},
 }
+MODELS["linear"] = {**MODELS["mlp"], "model": {"kind": "mlp", "hidden": []}}
 TRAIN = {"steps": 2, "micro_batch": 4, "global_batch": 16}
 
 
@@ -150,6 +151,7 @@ def test_a_plan_of_the_user_equals_one_process(name, parallel, plan):
         ("mlp", {"haed": "head"}, r"haed; fits no module.*Modules: blocks.0.linear, blocks.1.linear, head"),
         ("mlp", {"head": "mlp"}, "head: mlp; head is of kind Linear, allowed: MLP"),
         ("mlp", {"head": "samples"}, "samples is for blocks"),
+        ("linear", SAMPLES, "blocks: samples; the model has no blocks"),
         ("mlp", {"(": "head"}, "is no pattern of paths"),
         ("gpt", SAMPLES | {r"blocks\.0\.mlp": "mlp"}, "does not go with blocks.0.mlp: mlp"),
     ],

@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from dtrain.config.rules import divisors
 from dtrain.graph import Graph, Leaf, Line
 from dtrain.launch.plan.layers.problem import Assignment, Impossible, Problem
 from dtrain.launch.plan.layers.rules import cuts
@@ -99,14 +100,15 @@ def candidates(graph: Graph, ranks: int, batch: int) -> Iterator[Plan]:
     leaves = {leaf.name: leaf for leaf in graph.leaves if leaf.trained}
     transformer = any(name.endswith("attention.qkv.weight") for name in leaves)
     full = PLANS["transformer" if transformer else "mlp"]
-    parts = [pattern for pattern in full if pattern.startswith("blocks") and not pattern.endswith("moe")]
+    has_blocks = any(name.startswith("blocks.") for name in leaves)
+    parts = [p for p in full if p.startswith("blocks") and not p.endswith("moe") and has_blocks]
     inside = [{p: full[p] for i, p in enumerate(parts) if number >> i & 1} for number in range(2 ** len(parts))]
     ends = [{"head": "head"}, {}]
     if transformer:
         tied = "head.weight" not in leaves
         ends = [{"embedding": "vocabulary", **end} if end or not tied else {} for end in ends]
         ends += [] if tied else [{"head": "head"}, {}]
-    for tp in [number for number in range(1, ranks + 1) if ranks % number == 0]:
+    for tp in divisors(ranks):
         dp = ranks // tp
         if batch % dp:
             continue
@@ -118,7 +120,8 @@ def candidates(graph: Graph, ranks: int, batch: int) -> Iterator[Plan]:
                 yield from (Plan(dp, tp, end | styles) for _ in range(bool(end | styles)))
                 if transformer and len(styles) == len(parts):
                     yield Plan(dp, tp, end | styles, sequence=True)
-            yield Plan(dp, tp, {"blocks": "samples"} | end)
+            if has_blocks:
+                yield Plan(dp, tp, {"blocks": "samples"} | end)
 
 
 def megatron(plan: Plan, graph: Graph) -> bool:
