@@ -23,7 +23,7 @@ from dtrain.models import Sizes
 from dtrain.models.base import IGNORED
 from dtrain.tape import tracing
 
-VIEWS = ("reshape", "permute", "slice")  # ops that move nothing
+VIEWS = ("reshape", "permute", "index")  # ops that move nothing
 LENGTHS = (20, 40, 60)  # tokens of the traces; of each a whole number is asked for by BERT at the usual 15 %
 
 
@@ -40,7 +40,7 @@ def trace(config: Config, sizes: Sizes, length: int, blocks: Sequence[int]) -> l
     for node in nodes(loss):
         name = getattr(node.inputs[1], "name", "") if node.op.name == "linear" else ""
         place = re.match(r"blocks\.(\d+)", name or node.scope)
-        entering = (node.scope or name).split(".")[0] in model.entrance or node.op.name in ("embedding", "add", "slice")
+        entering = (node.scope or name).split(".")[0] in model.entrance or node.op.name in ("embedding", "add", "index")
         part = traced[int(place[1]) + 1 if place else 0 if entering and not name else -1]
         kind, kept = _kinds(node.op.name, name, node.scope)
         size = 0.0 if node.op.name in VIEWS else float(np.prod(node.shape)) * node.dtype.itemsize

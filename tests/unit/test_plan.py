@@ -43,12 +43,13 @@ MODELS = {
     | {"kv_heads": 2, "norm": "rms", "mlp": "swiglu", "position": "rotary", "bias": False, "tied": False, "dim": 48},
     "bert": {**GPT, "kind": "bert", "dropout": 0.1},
     "mlp": {"kind": "mlp", "hidden": [48, 32]},
+    "linear": {"kind": "mlp", "hidden": []},
     "moe": GPT | {"kind": "moe_gpt", "moe": {"experts": 6, "every": 2, "top": 2, "shared": 1, "capacity": None}},
 }
 
 
 def config(model="gpt", batch=16, **sections):
-    data = {"data": {"kind": "images", "path": "digits"}} if model == "mlp" else {}
+    data = {"data": {"kind": "images", "path": "digits"}} if MODELS[model]["kind"] == "mlp" else {}
     train = {"dtype": "float32", "global_batch": batch, "micro_batch": 1}
     return training.config(model=MODELS[model], train=train, **data, **sections)
 
@@ -73,6 +74,7 @@ def meshes(costs):
         ("llama", 8, 103 << 20),
         ("bert", 4, 1e12),
         ("mlp", 8, 1e12),
+        ("linear", 4, 1e12),
         ("moe", 4, 103 << 20),
         ("moe", 1, 1e12),
     ],
@@ -174,6 +176,15 @@ def test_flops_and_parameters_are_those_of_the_graph(model):
     assert flops == pytest.approx(captured.flops, rel=tolerance)
 
 
+def test_the_entrance_moves_tokens_and_positions():
+    """The rows of positions are a view: nothing is moved for it, neither there nor in the exit."""
+    vectors = 4.0 * GPT["sequence"] * GPT["dim"]  # bytes
+    found = profile(config(), SIZES)
+    assert total(found.entrance.moved) == pytest.approx(2 * vectors)  # the embedding, and the sum
+    logits = 4 * GPT["sequence"] * SIZES.vocabulary
+    assert total(found.exit.moved) == pytest.approx(vectors + logits + 4)  # the norm, the head, and the loss
+
+
 def _data(here):
     return {"kind": here.data.kind, "path": here.data.path}
 
@@ -249,6 +260,7 @@ def test_auto_is_the_first_row_on_all_ranks(tmp_path):
     file.write_text(start + "parallel: auto\n" + rest[rest.index("pipeline:") :])
     loaded = configuration.load(file, ["parallel.memory_gb=1"])
     assert loaded.parallel.auto and loaded.parallel.memory_gb == 1
+    assert loaded == configuration.load(file, ["parallel=auto", "parallel.memory_gb=1"])
     results = run_threads(4, lambda comm: planned(loaded, comm))
     assert all(result == results[0] for result in results)
     chosen, told = results[0]

@@ -131,7 +131,7 @@ def _reshape(line: Line, heads: int) -> list[Cut]:
     return found
 
 
-LINEAR = ("add", "reshape", "permute", "slice", "bias_residual", "concat", "stack")
+LINEAR = ("add", "reshape", "permute", "index", "bias_residual", "concat", "stack")
 RULES: dict[str, Rule] = {
     "linear": _linear,
     "embedding": _embedding,
