@@ -131,7 +131,7 @@ class RunFolder:
             "learning_rate": record.learning_rate,
             "tokens_per_second": sum(each.tokens for each in self._since) / seconds,
             "step_seconds": seconds / len(self._since),
-            "tokens": record.step * record.tokens,
+            "tokens": record.step * self.trainer.expected_targets,
             "memory_bytes": self._largest(peak_memory()),
         }
         if record.skipped_steps is not None:
