@@ -78,8 +78,9 @@ def choose(logits: Array, temperature: float, top_k: int | None, generator: np.r
     allowed = np.arange(len(logits))
     if top_k is not None and top_k < len(logits):
         allowed = np.sort(np.argsort(-logits, kind="stable")[:top_k])  # among equals the lower id stays
-    scaled = logits[allowed] / temperature
-    sums = np.cumsum(np.exp(scaled - scaled.max()))
+    with np.errstate(over="ignore"):  # a tiny temperature: those below the largest are never drawn
+        scaled = (logits[allowed] - logits[allowed].max()) / temperature
+    sums = np.cumsum(np.exp(scaled))
     # u < sums[-1] keeps the index inside; rounding of u * sums[-1] may not.
     place = np.searchsorted(sums, generator.random() * sums[-1], side="right")
     return int(allowed[min(place, len(allowed) - 1)])
