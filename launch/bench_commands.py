@@ -257,7 +257,7 @@ SERVERS = click.Command(
             type=click.Path(path_type=Path),
             default=Path("runs/bench-ps"),
             show_default=True,
-            help="The runs, results.json and losses.svg; emptied first.",
+            help="The runs by mode, results.json and losses.svg; those of an earlier call go.",
         ),
     ],
     help="Parameter servers with one slow worker: synchronous, local SGD, bounded staleness and asynchronous, the same "

@@ -149,5 +149,8 @@ def bench(
                     print(row.line(), flush=True)
     if json_path is not None and comm.rank == 0:
         content = {"header": header, "rows": [{**asdict(row), "overlap": row.overlap} for row in rows]}
-        write_atomic(json_path, json.dumps(content, indent=1).encode())
+        try:
+            write_atomic(json_path, json.dumps(content, indent=1).encode())
+        except OSError as error:
+            raise UserError(f"--json: {json_path}: cannot be written: {error.strerror}") from None
     return rows

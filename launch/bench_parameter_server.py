@@ -32,7 +32,8 @@ MODES: dict[str, dict[str, Any]] = {
 def bench(config: Path, overrides: Sequence[str], workers: int, servers: int, slow: float, output: Path) -> None:
     """Run `config` in every mode, print a line each, write output/losses.svg and output/results.json."""
     launcher, ranks = mpirun.find(), workers + servers
-    shutil.rmtree(output, ignore_errors=True)
+    for name in MODES:
+        shutil.rmtree(output / name, ignore_errors=True)
     curves, results = {}, {}
     print(f"{workers} workers, {servers} servers, worker 0 slowed {slow:g} times")
     print(f"{'mode':<14}{'seconds':>9}{'of sync':>9}{'loss':>8}{'validation':>12}  gradients by worker", flush=True)

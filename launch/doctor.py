@@ -188,6 +188,7 @@ _OPTIONAL = (
     ("matplotlib", "plots", "curves and traffic as pictures"),
     ("tokenizers", "bpe", "byte-pair encoding (data.tokenizer: bpe)"),
     ("sklearn", "digits", "data.path: digits"),
+    ("statsmodels", "survey", "data.path: fair"),
     ("cupy", "cuda", "NVIDIA GPUs"),
 )
 
