@@ -1,12 +1,13 @@
 """Do all ranks do the same? Compared before anything blocks, where the ranks share no memory to compare records in.
 
-    rank 0   all_reduce #7 sum 1000 float32, train.py:57   ──►  ranks 1, 2
-    rank 1   broadcast  #7 root 0, train.py:61             ──►  ranks 0, 2        CollectiveMismatch on all three
+    rank 0   #7: all_reduce native sum float32 1000   ──►  ranks 1, 2
+    rank 1   #7: broadcast native float32 0 1000      ──►  ranks 0, 2        CollectiveMismatch on all three
 
-Each rank writes what it is about to do to the others, waits for theirs, and compares. The texts travel on a
-communicator of their own (`Post`), so they meet no collective, whatever went wrong. Always for the first CHECKED
-collectives of a communicator, where such mistakes show; for all with DTRAIN_DEBUG=1. Up to FULL ranks everybody writes
-to everybody; with more, each rank to those 1, 2, 4, ... away: one of them finds the mistake and ends all.
+Each rank writes what it is about to do to the others, waits for theirs, and compares. Only where they differ the stacks
+are read, and second letters tell the lines. Letters travel on a communicator of their own (`Post`), so they meet no
+collective, whatever went wrong. Always for the first CHECKED collectives of a communicator, where such mistakes show;
+for all with DTRAIN_DEBUG=1. Up to FULL ranks everybody writes to everybody; with more, each rank to those 1, 2, 4, ...
+away: one of them finds the mistake and ends all. Threads of one process need no letters: all see all (`say`).
 On one node the records in shared memory do the same (`reports.py`), for every collective, at no cost.
 """
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from dtrain.collectives.transport import Post, Transport
 
 FULL = 32
+ANSWER = 3.0  # seconds: how long to wait for the line of the other rank
 
 
 class Letters:
@@ -74,7 +76,7 @@ class Desync:
     def __init__(self, transport: Transport, letters: Letters, progress: Progress, key: str, timeout: float) -> None:
         """`key`: the same on all ranks of the communicator and of no other."""
         self._rank, self._size = transport.rank, transport.size
-        self._world = transport.world_ranks
+        self._say = transport.say
         self._letters = letters
         self._progress = progress
         self._key = key
@@ -82,62 +84,85 @@ class Desync:
         self._number = 0
         self.last = CHECKED if not debugging() else 1 << 62
         if self._size <= FULL:
-            self._peers = [rank for rank in range(self._size) if rank != self._rank]
+            peers = set(range(self._size)) - {self._rank}
         else:
             steps = [1 << power for power in range((self._size - 1).bit_length())]
             ways = {(self._rank + sign * step) % self._size for step in steps for sign in (1, -1)}
-            self._peers = sorted(ways - {self._rank})
+            peers = ways - {self._rank}
+        self._peers = {peer: transport.world_ranks[peer] for peer in sorted(peers)}
 
     def check(self, name: str, algorithm: str, call: Call | None = None) -> None:
         """Return when all ranks have come to the same; CollectiveMismatch or CollectiveTimeout otherwise."""
         self._number += 1
         if self._number > self.last:
             return
-        caller = callers.here()
-        words = [algorithm, caller.arguments, f"on {caller.group}" if caller.group else ""]
-        what = f"{name} #{self._number} ({', '.join(filter(None, words))}) at {caller.line}"
-        del caller  # its frames, this one among them, would live on in a circle, and with them the arrays they name
-        mine: list[Any] = [signature(name, algorithm, call), what]
+        mine = signature(name, algorithm, call)
+        if self._say is not None:
+            came = self._say(mine)
+            if came.count(mine) < self._size:  # all see it
+                words, peer = self._say(self._told(name, algorithm)), [other == mine for other in came].index(False)
+                raise self._mismatch(words[self._rank], peer, words[peer])
+            return
         subject = f"{self._key}#{self._number}"
-        self._letters.send([self._world[peer] for peer in self._peers], subject, mine)
-        missing = set(self._peers)
+        self._letters.send(self._peers.values(), subject, mine)
         began = time.monotonic()
-        while missing:
+        while True:
             self._letters.collect()
-            came = self._letters.read(subject)
-            for peer in sorted(missing):
-                other = came.get(self._world[peer])
-                if other is None:
-                    continue
-                missing.remove(peer)
-                if other[0] != mine[0]:
-                    raise CollectiveMismatch(
-                        f"the ranks do not do the same: rank {self._rank} came to {mine[1]}, rank {peer} to {other[1]}"
-                    )
-            if missing:
-                self._progress.poll()
-                waited = time.monotonic() - began
-                if waited > self._timeout:
-                    raise self._late(what, sorted(missing), waited)
-                self._letters.post.rest(waited)
+            read = self._letters.read(subject)
+            if any(other != mine for other in tuple(read.values())):
+                raise self._mismatch(*self._explained(self._told(name, algorithm), subject, mine))
+            if len(read) == len(self._peers):
+                break
+            self._progress.poll()
+            waited = time.monotonic() - began
+            if waited > self._timeout:
+                raise self._late(self._told(name, algorithm), subject, waited)
+            self._letters.post.rest(waited)
         self._letters.take(subject)
 
-    def _late(self, what: str, missing: list[int], waited: float) -> CollectiveTimeout:
-        names = ", ".join(f"rank {rank}" for rank in missing)
+    def _told(self, name: str, algorithm: str) -> str:
+        """What this rank has come to, and where."""
+        caller = callers.here()
+        words = [algorithm, caller.arguments, f"on {caller.group}" if caller.group else ""]
+        return f"{name} #{self._number} ({', '.join(filter(None, words))}) at {caller.line}"
+
+    def _mismatch(self, what: str, peer: int, other: str) -> CollectiveMismatch:
+        return CollectiveMismatch(
+            f"the ranks do not do the same: rank {self._rank} came to {what}, rank {peer} to {other}"
+        )
+
+    def _explained(self, what: str, subject: str, mine: str) -> tuple[str, int, str]:
+        """What this rank came to, who to something else, and what: both find it, so both tell the other the line."""
+        came, words = self._letters.read(subject), f"{subject} in words"
+        self._letters.send(self._peers.values(), words, what)
+        peer, world = next((peer, world) for peer, world in self._peers.items() if came.get(world, mine) != mine)
+        began = time.monotonic()
+        while world not in self._letters.read(words) and (waited := time.monotonic() - began) < ANSWER:
+            self._letters.post.rest(waited)
+            self._letters.collect()
+        return what, peer, self._letters.read(words).get(world, came[world])  # who is dead: by his first letter
+
+    def _late(self, what: str, subject: str, waited: float) -> CollectiveTimeout:
+        came = self._letters.read(subject)
+        missing = {peer: world for peer, world in self._peers.items() if world not in came}
+        names = ", ".join(f"rank {peer}" for peer in missing)
         lines = [f"rank {self._rank} of {self._size} waited {waited:.0f} s for {names} in {what}"]
-        return CollectiveTimeout("\n".join([*lines, *self._progress.tell([self._world[rank] for rank in missing])]))
+        return CollectiveTimeout("\n".join([*lines, *self._progress.tell(list(missing.values()))]))
 
 
-def signature(name: str, algorithm: str, call: Call | None) -> list[Any]:
+def signature(name: str, algorithm: str, call: Call | None) -> str:
     """What must be equal on all ranks."""
     if call is None:
-        return [name, algorithm]
+        return f"{name} {algorithm}"
     array = call.target if name in ("broadcast", "scatter") else call.source
-    told: list[Any] = [name, algorithm, call.op, str(array.dtype)]
+    told = f"{name} {algorithm} {call.op} {_dtype(array.dtype)}"
     if name in ("broadcast", "reduce", "gather", "scatter"):
-        told.append(call.root)
+        told += f" {call.root}"
     if name in ("broadcast", "reduce", "all_reduce"):
-        told.append(array.size)
-    elif name != "all_to_all" or call.alike:  # uneven blocks are known to two ranks only
-        told.append(list(call.counts))
+        return f"{told} {array.size}"
+    if name != "all_to_all" or call.alike:  # uneven blocks are known to two ranks only
+        return f"{told} {[*call.counts]}"
     return told
+
+
+_dtype = lru_cache(64)(str)  # NumPy makes the name anew each time

@@ -108,6 +108,7 @@ class Transport(Moves):
 
     name = "mpi"
     shares = True
+    say = None
 
     def __init__(
         self, comm: MPI.Intracomm, nodes: list[int], names: dict[int, str], crowded: bool, world_ranks: list[int]

@@ -154,6 +154,7 @@ class Transport(FromMessages):
     name = "sockets"
     shares = False
     threaded = False
+    say = None
     crowded = False  # its waits hand the core over
 
     def __init__(self, meeting: Meeting, whole: AnyTransport, members: Sequence[int], rank: int, context: int) -> None:

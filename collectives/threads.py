@@ -3,9 +3,10 @@
     def function(comm, x): return comm.all_reduce(x + comm.rank)
     run_threads(4, function, 10.0)        # [46.0, 46.0, 46.0, 46.0]
 
-All collectives rest on one operation, `share`: each rank puts a value on the table, waits, and sees the values of
-all; a second barrier keeps the table until everybody has read it. Invariant: sums run in rank order. A rank that
-fails breaks the barriers, so that nobody waits for it.
+All collectives rest on one operation, `share_values`: each rank puts a value on the table that nobody changes any
+more, waits, and sees the values of all. Two tables take turns: who comes to the next meeting has read the last one's,
+so whoever is late still finds what it came for. Invariant: sums run in rank order. A rank that fails ends the meetings,
+so that nobody waits for it.
 """
 
 import queue
@@ -38,30 +39,46 @@ class _Room:
     def __init__(self, size: int, deadline: float, parent: "_Room | None" = None) -> None:
         self.size = size
         self.deadline = deadline
-        self.barrier = threading.Barrier(size)
-        self.table: list[Any] = [None] * size
-        self.mail: dict[tuple[int, int, int], queue.Queue[Array]] = defaultdict(queue.Queue)
+        self.tables: tuple[list[Any], list[Any]] = ([None] * size, [None] * size)
+        self.mail: dict[tuple[int, int, int], queue.SimpleQueue[Array]] = defaultdict(queue.SimpleQueue)
         self.lock = threading.Lock()
         self.rooms: list[_Room] = []
         self.broken = False
         self.letters: list[queue.SimpleQueue[tuple[int, bytes]]] = [queue.SimpleQueue() for _ in range(size)]
         self.world_ranks = list(range(size))
+        self._come = 0
+        self._doors = [threading.Lock() for _ in range(size)]
+        for door in self._doors:
+            door.acquire()
         if parent is not None:
             parent.rooms.append(self)
 
     def shatter(self) -> None:
         """End every wait in this room and those split from it."""
         self.broken = True
-        self.barrier.abort()
+        for door in self._doors:
+            with suppress(RuntimeError):  # it is open
+                door.release()
         for room in self.rooms:
             room.shatter()
 
-    def meet(self) -> None:
-        """Wait for all ranks of the room."""
-        try:
-            self.barrier.wait(max(0.0, self.deadline - time.monotonic()))
-        except threading.BrokenBarrierError:
-            raise RankLost("another rank failed or did not come in time") from None
+    def meet(self, rank: int) -> None:
+        """Wait for all ranks of the room: the last one opens a door for each of the others.
+
+        In threading.Barrier all queue for one lock when they wake, with one more made for every wait: twice the time.
+        """
+        with self.lock:
+            self._come = (self._come + 1) % self.size
+            last = not self._come
+        if last and not self.broken:
+            with suppress(RuntimeError):  # somebody failed meanwhile, and all doors are open
+                for other, door in enumerate(self._doors):
+                    if other != rank:
+                        door.release()
+        elif not last and not self._doors[rank].acquire(timeout=max(0.0, self.deadline - time.monotonic())):
+            self.shatter()
+        if self.broken:
+            raise RankLost("another rank failed or did not come in time")
 
 
 class _Later:
@@ -114,55 +131,52 @@ class Transport(AtOnce):
 
     def __init__(self, room: _Room, rank: int) -> None:
         self._room = room
+        self._turn = 0  # which table the next meeting has
         self.rank = rank
         self.size = room.size
         self.hosts = [socket.gethostname()] * room.size
         self.nodes = [0] * room.size
         self.world_ranks = room.world_ranks
 
-    def share_values(self, value: Any, use: Callable[[list[Any]], Any]) -> Any:
-        """`use` of the values of all ranks; nobody changes its value before all have used it."""
-        room = self._room
-        room.table[self.rank] = value
-        room.meet()
-        result = use(list(room.table))
-        room.meet()
-        return result
+    def share_values(self, value: Any) -> list[Any]:
+        """The values of all ranks, which nobody may change any more."""
+        table = self._room.tables[self._turn]
+        self._turn = 1 - self._turn
+        table[self.rank] = value
+        self._room.meet(self.rank)
+        return list(table)
+
+    def say(self, words: str) -> list[str]:
+        """What all ranks say: compared without letters (`desync.py`)."""
+        return self.share_values(words)
 
     def barrier(self) -> None:
-        self._room.meet()
+        self._room.meet(self.rank)
 
     def broadcast(self, buffer: Array, root: int) -> None:
-        def use(buffers: list[Array]) -> None:
-            if self.rank != root:
-                np.copyto(buffer, buffers[root])
-
-        self.share_values(buffer, use)
+        told = self.share_values(buffer.copy() if self.rank == root else None)
+        if self.rank != root:
+            np.copyto(buffer, told[root])
 
     def all_gather(self, source: Array, target: Array, counts: Sequence[int]) -> None:
-        self.share_values(source.copy(), lambda sources: np.concatenate(sources, out=target))
+        np.concatenate(self.share_values(source.copy()), out=target)
 
     def all_to_all(
         self, source: Array, target: Array, send_counts: Sequence[int], receive_counts: Sequence[int]
     ) -> None:
         offsets = starts(send_counts)
         blocks = [source[start : start + count].copy() for start, count in zip(offsets, send_counts, strict=True)]
-        self.share_values(blocks, lambda rows: np.concatenate([row[self.rank] for row in rows], out=target))
+        np.concatenate([row[self.rank] for row in self.share_values(blocks)], out=target)
 
     def gather(self, source: Array, target: Array | None, counts: Sequence[int], root: int) -> None:
-        def use(sources: list[Array]) -> None:
-            if target is not None:
-                np.concatenate(sources, out=target)
-
-        self.share_values(source.copy(), use)
+        sources = self.share_values(source.copy())
+        if target is not None:
+            np.concatenate(sources, out=target)
 
     def scatter(self, source: Array | None, target: Array, counts: Sequence[int], root: int) -> None:
         start = starts(counts)[self.rank]
-
-        def use(sources: list[Array]) -> None:
-            np.copyto(target, sources[root][start : start + counts[self.rank]])
-
-        self.share_values(source, use)
+        sources = self.share_values(None if source is None else source.copy())
+        np.copyto(target, sources[root][start : start + counts[self.rank]])
 
     def send(self, source: Array, destination: int, tag: int) -> None:
         self._mailbox(self.rank, destination, tag).put(source.copy())
@@ -174,30 +188,21 @@ class Transport(AtOnce):
         return True
 
     def all_reduce(self, source: Array, target: Array, op: str) -> None:
-        total = np.empty_like(target)  # nobody may write its target while others still read it as their source
-        self.share_values(source, lambda sources: reduce_rows(OPERATIONS[op], sources, total))
-        np.copyto(target, total)
+        reduce_rows(OPERATIONS[op], self.share_values(source.copy()), target)
 
     def reduce_scatter(self, source: Array, target: Array, counts: Sequence[int], op: str) -> None:
         block = slice(starts(counts)[self.rank], starts(counts)[self.rank] + counts[self.rank])
-        total = np.empty_like(target)
-        self.share_values(
-            source, lambda sources: reduce_rows(OPERATIONS[op], [other[block] for other in sources], total)
-        )
-        np.copyto(target, total)
+        reduce_rows(OPERATIONS[op], [other[block] for other in self.share_values(source.copy())], target)
 
     def reduce(self, source: Array, target: Array | None, op: str, root: int) -> None:
-        total = np.empty_like(source)
-        self.share_values(source, lambda sources: reduce_rows(OPERATIONS[op], sources, total))
+        sources = self.share_values(source.copy())
         if target is not None:
-            np.copyto(target, total)
+            reduce_rows(OPERATIONS[op], sources, target)
 
     def scan(self, source: Array, target: Array, op: str, inclusive: bool) -> None:
-        total, before = np.empty_like(target), self.rank + inclusive
-        # Rank 0 of an exclusive one needs nobody's, but comes to the meeting all the same.
-        self.share_values(source, lambda sources: reduce_rows(OPERATIONS[op], sources[: max(1, before)], total))
-        if before:
-            np.copyto(target, total)
+        sources, before = self.share_values(source.copy()), self.rank + inclusive
+        if before:  # rank 0 of an exclusive one needs nobody's
+            reduce_rows(OPERATIONS[op], sources[:before], target)
 
     # Non-blocking: collectives meet at once (a thread always comes), messages are truly late.
 
@@ -209,15 +214,13 @@ class Transport(AtOnce):
         return _Later(self._receiver(target, source, tag))
 
     def split(self, color: int | None, key: int) -> "Transport | None":
-        def members(entries: list[tuple[int | None, int, int]]) -> list[int]:
-            return [rank for other, _, rank in sorted(entries, key=lambda entry: entry[1:]) if other == color]
-
-        group = self.share_values((color, key, self.rank), members)
+        entries = sorted(self.share_values((color, key, self.rank)), key=lambda entry: entry[1:])
+        group = [rank for other, _, rank in entries if other == color]
         leader = color is not None and group[0] == self.rank
         mine = _Room(len(group), self._room.deadline, self._room) if leader else None
         if mine is not None:
             mine.world_ranks = [self.world_ranks[rank] for rank in group]
-        rooms = self.share_values(mine, list)
+        rooms = self.share_values(mine)
         return None if color is None else Transport(rooms[group[0]], group.index(self.rank))
 
     def share(self, nbytes: int) -> NoReturn:
@@ -232,7 +235,7 @@ class Transport(AtOnce):
     def abort(self, code: int) -> NoReturn:
         raise RuntimeError(f"rank {self.rank} aborted with code {code}")
 
-    def _mailbox(self, source: int, destination: int, tag: int) -> "queue.Queue[Array]":
+    def _mailbox(self, source: int, destination: int, tag: int) -> "queue.SimpleQueue[Array]":
         with self._room.lock:
             return self._room.mail[source, destination, tag]
 

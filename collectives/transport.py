@@ -6,7 +6,7 @@ A transport sees only flat, contiguous arrays of the machine's byte order, never
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn, Protocol
 
 from dtrain.collectives.dtypes import Array
@@ -52,6 +52,10 @@ class Transport(Protocol):
     shares: bool  # whether `share` works between ranks of one node
     threaded: bool  # whether several threads of a rank may call it at once
     crowded: bool  # more ranks of the job on this node than cores they may use
+
+    @property
+    def say(self) -> Callable[[str], list[str]] | None:
+        """Collective: what all ranks say. None: they write letters (`post`)."""
 
     def barrier(self) -> None: ...
     def broadcast(self, buffer: Array, root: int) -> None: ...
@@ -108,6 +112,7 @@ class Alone:
     shares = False
     threaded = True
     crowded = False
+    say = None
 
     def __init__(self) -> None:
         self.hosts = [socket.gethostname()]

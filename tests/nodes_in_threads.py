@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from dtrain.collectives import Communicator, threads
 
 
@@ -38,10 +40,10 @@ class Transport(threads.Transport):
 
     def share(self, nbytes: int) -> Any:
         assert len(set(self.nodes)) == 1, "only ranks of one node share memory"
-        return Segment(self.share_values(memoryview(bytearray(nbytes)), list))
+        return Segment(self.share_values(np.zeros(nbytes, np.uint8).data))  # its pages come when they are touched
 
     def split(self, color: int | None, key: int) -> "Transport | None":
-        rows = self.share_values((color, key, self.rank, self.nodes[self.rank]), list)
+        rows = self.share_values((color, key, self.rank, self.nodes[self.rank]))
         part = super().split(color, key)
         members = sorted((row[1:] for row in rows if row[0] == color), key=lambda row: row[:2])
         return None if part is None else Transport(part._room, part.rank, [row[2] for row in members])

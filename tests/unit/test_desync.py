@@ -1,6 +1,6 @@
 """Ranks that do different things are told so, both calls with their lines, before anything blocks; others go on.
 
-Threads share no memory of the node here, so the comparison goes by post, as it does between nodes.
+Threads see at once what all of them say; without that they write letters, as ranks of several nodes do.
 """
 
 import re
@@ -11,11 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dtrain.collectives import Communicator, desync, run_threads
+from dtrain.collectives import Communicator, desync, run_threads, threads
 from dtrain.collectives.waiting import CHECKED, CollectiveMismatch, CollectiveTimeout
 
 X = np.ones(100, np.float32)
 Do = Callable[[Communicator], Any]
+
+
+@pytest.fixture(autouse=True, params=["said", "letters"])
+def letters(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the ranks write letters."""
+    if request.param == "letters":
+        monkeypatch.setattr(threads.Transport, "say", None)
+    return request.param == "letters"
 
 
 def all_reduce(comm: Communicator) -> None:
@@ -114,6 +122,7 @@ def test_many_ranks_write_to_some(monkeypatch: pytest.MonkeyPatch) -> None:
     told(9, all_but(5, all_reduce, lambda comm: comm.barrier()), "all_reduce #1", "barrier #1")
 
 
+@pytest.mark.parametrize("letters", ["letters"], indirect=True)  # else it is run_threads that has a time limit
 def test_one_that_never_comes_is_named() -> None:
     def function(comm: Communicator) -> None:
         part = Communicator(comm.transport, 0.3, comm._progress)
@@ -122,6 +131,23 @@ def test_one_that_never_comes_is_named() -> None:
 
     with pytest.raises(CollectiveTimeout, match=r"rank [02] of 3 waited 0 s for rank 1 in all_reduce #1 .*test_desync"):
         run_threads(3, function)
+
+
+@pytest.mark.parametrize("letters", ["letters"], indirect=True)
+def test_one_that_leaves_without_its_line_is_told_by_its_letter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(desync, "ANSWER", 0.2)
+
+    def function(comm: Communicator) -> None:
+        if comm.rank == 1:
+            assert comm._progress.letters is not None
+            comm._progress.letters.send([0], "world#1", "broadcast native float32 0 100")
+        else:
+            comm.all_reduce(X)
+
+    with pytest.raises(
+        CollectiveMismatch, match=r"rank 0 came to all_reduce #1 .*, rank 1 to broadcast native float32 0 100"
+    ):
+        run_threads(2, function)
 
 
 def test_one_that_is_slow_is_let_be() -> None:
@@ -134,7 +160,7 @@ def test_one_that_is_slow_is_let_be() -> None:
 
 
 @pytest.mark.parametrize("debug", [False, True])
-def test_only_the_first_are_compared_unless_asked(debug: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_first_are_compared_unless_asked(debug: bool, letters: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DTRAIN_DEBUG", "1" if debug else "0")
 
     def function(comm: Communicator) -> int:
@@ -142,12 +168,15 @@ def test_only_the_first_are_compared_unless_asked(debug: bool, monkeypatch: pyte
             comm.barrier()
         sent = 0
 
-        def count(rank: int, text: bytes) -> None:
+        def count(*words: Any) -> None:
             nonlocal sent
             sent += 1
 
-        assert comm._progress.letters is not None
-        comm._progress.letters.post.send = count
+        assert comm._progress.letters is not None and comm._desync is not None
+        if letters:
+            comm._progress.letters.post.send = count
+        else:
+            comm._desync._say = count
         if not debug:
             comm.barrier()
         return sent
