@@ -48,9 +48,10 @@ def reference(sections):
 
 
 def compare(ranks, name, recompute=False, **parallel):
-    """Uneven parts wherever 18 tokens do not divide."""
+    """Uneven parts wherever 18 tokens do not divide, over two microbatches."""
     sections = {"model": MODELS[name], "train": {**TRAIN, "recompute": recompute}}
     expected, validation, values = reference(json.dumps(sections))
+    sections["train"] |= {"micro_batch": 4 // parallel.get("dp", 1)}
     for losses, validated, held in run_threads(ranks, train, {**sections, "parallel": parallel}):
         np.testing.assert_allclose(losses, expected, rtol=1e-11)
         np.testing.assert_allclose(validated, validation, rtol=1e-11)

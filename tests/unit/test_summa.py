@@ -47,9 +47,10 @@ def reference(sections):
 
 
 def compare(ranks, name, changed=None, **parallel):
-    sections = {**MODELS[name], "train": TRAIN}
+    """Over two microbatches or more."""
+    sections = {**MODELS[name], "train": {**TRAIN, "global_batch": 8 * parallel.get("dp", 1)}}
     expected, validation, values = reference(json.dumps(sections))
-    sections |= changed or {}
+    sections |= {key: {**sections.get(key, {}), **values} for key, values in (changed or {}).items()}
     results = run_threads(ranks, train, {**sections, "parallel": {"tensor": "2d", **parallel}})
     seen = {name: np.zeros(value.shape, bool) for name, value in values.items()}
     for losses, validated, held in results:
@@ -159,7 +160,7 @@ def test_models_equal_one_process(name, ranks):
 
 @pytest.mark.parametrize(("dtype", "apart"), [("float32", 1e-6), ("bfloat16", 1e-3)])
 def test_panels_of_half_precision_are_added_up_in_float32(dtype, apart):
-    sections = {"model": {**GPT, "dropout": 0.0}, "train": {**TRAIN, "dtype": dtype}}
+    sections = {"model": {**GPT, "dropout": 0.0}, "train": {**TRAIN, "global_batch": 8, "dtype": dtype}}
     expected, *_ = train(single(), sections)
     for losses, *_ in run_threads(4, train, {**sections, "parallel": {"tp": 4, "tensor": "2d"}}):
         np.testing.assert_allclose(losses[:, 0], expected[:, 0], rtol=apart)
@@ -168,8 +169,8 @@ def test_panels_of_half_precision_are_added_up_in_float32(dtype, apart):
 @pytest.mark.parametrize(
     ("name", "parallel", "changed"),
     [
-        ("gpt", {"tp": 4, "grid": [4, 1]}, {"train": {**TRAIN, "micro_batch": 2}}),  # rows without samples
-        ("gpt", {"tp": 4, "dp": 2, "data_parallel": "zero2"}, {"train": {**TRAIN, "recompute": True}}),
+        ("gpt", {"tp": 4, "grid": [4, 1]}, {"train": {"micro_batch": 2}}),  # rows without samples
+        ("gpt", {"tp": 4, "dp": 2, "data_parallel": "zero2"}, {"train": {"recompute": True}}),
         ("gpt", {"tp": 4, "dp": 2, "data_parallel": "zero3", "replicate": True, "order": "dp-tp-pp-cp-ep"}, {}),
         ("llama", {"tp": 4, "dp": 2, "data_parallel": "zero1"}, {}),
         ("gpt", {"tp": 4, "pp": 2}, {"pipeline": {"schedule": "zb_h1"}}),

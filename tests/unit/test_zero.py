@@ -17,6 +17,7 @@ from tests import training
 
 GPT: dict[str, Any] = {"kind": "gpt", "layers": 3, "dim": 32, "heads": 4, "sequence": 16}
 TRAIN: dict[str, Any] = {"steps": 2, "micro_batch": 2, "global_batch": 24}
+MICRO_BATCH = {1: 12, 2: 6, 3: 4, 4: 2}  # of so many data ranks: two microbatches each, of four ranks three
 STAGES = [(stage, replicate) for stage in (1, 2, 3) for replicate in (False, True)]
 
 
@@ -39,7 +40,11 @@ def reference(sections):
 def compare(ranks, parallel, **sections):
     sections = {"model": GPT, "train": TRAIN, **sections}
     expected, values = reference(json.dumps(sections))
-    results = run_threads(ranks, train, {**sections, "parallel": parallel})
+    layout = {
+        "train": {**sections["train"], "micro_batch": MICRO_BATCH[ranks // parallel.get("cp", 1)]},
+        "parallel": parallel,
+    }
+    results = run_threads(ranks, train, {**sections, **layout})
     seen = {name: np.zeros(value.shape, int) for name, value in values.items()}
     for losses, held in results:
         np.testing.assert_allclose(losses, expected, rtol=1e-11)
@@ -69,7 +74,7 @@ def test_over_the_ranks_of_context_parallelism_too(stage, replicate, axes):
     """Ranks along cp are data ranks for parameters, gradients and state: each keeps 1/(dp cp) of them."""
     ranks = axes["cp"] * axes.get("dp", 1)
     parallel = {"data_parallel": f"zero{stage}", "replicate": replicate, **axes}
-    compare(ranks, parallel, train={**TRAIN, "micro_batch": 6})
+    compare(ranks, parallel)
 
     def sizes(comm):
         trainer = training.trainer(comm, model=GPT, train=TRAIN, parallel=parallel)
@@ -105,7 +110,7 @@ def test_within_a_pipeline(stage, schedule):
     sections = {"model": {**GPT, "layers": 4}, "pipeline": {"schedule": schedule, "microbatches": 4}}
     expected, _ = reference(json.dumps({"model": {**GPT, "layers": 4}, "train": TRAIN}))
     parallel = {"pp": 2, "dp": 2, "data_parallel": f"zero{stage}", "replicate": True}
-    for losses, _ in run_threads(4, train, {"train": TRAIN, **sections, "parallel": parallel}):
+    for losses, _ in run_threads(4, train, {"train": {**TRAIN, "micro_batch": 3}, **sections, "parallel": parallel}):
         np.testing.assert_allclose(losses, expected, rtol=1e-11)
 
 
