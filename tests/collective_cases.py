@@ -55,15 +55,16 @@ def operations(comm: Communicator) -> None:
         ):
             for count in (3, 5000):
                 arrays = inputs(comm.size, count, dtype)
-                close(comm.all_reduce(arrays[comm.rank], op), total(arrays, op))
-                close(comm.all_reduce_async(arrays[comm.rank], op).wait(), total(arrays, op))
-                block = np.array_split(total(arrays, op), comm.size)[comm.rank]
+                expected = total(arrays, op)
+                close(comm.all_reduce(arrays[comm.rank], op), expected)
+                close(comm.all_reduce_async(arrays[comm.rank], op).wait(), expected)
+                block = np.array_split(expected, comm.size)[comm.rank]
                 close(comm.reduce_scatter(arrays[comm.rank], op), block)
                 root = comm.size - 1
                 result = comm.reduce(arrays[comm.rank], op, root=root)
                 if comm.rank == root:
                     assert result is not None
-                    close(result, total(arrays, op))
+                    close(result, expected)
                 else:
                     assert result is None
     # A NaN is never lost, in no order of the ranks.
@@ -131,17 +132,19 @@ def scans(comm: Communicator) -> None:
         for count in lengths(comm.size, dtype):
             arrays = inputs(comm.size, count, dtype)
             mine = arrays[comm.rank]
+            before = total(arrays[: comm.rank]) if comm.rank else np.zeros_like(mine)
+            with_mine = total(arrays[: comm.rank + 1])
             ways = {"native", "staged"}  # these round small floats once, schedules in every step
             if accumulator(dtype) == dtype:
                 ways |= {"auto", "copy", "chain", "doubling"}
             if comm.size > 1 and not comm.transport.reduces("sum", mine):
                 ways -= {"native"}
             for algorithm in sorted(ways & {"chain", *algorithms(comm, SCAN)}):
-                close(comm.scan(mine, algorithm=algorithm), total(arrays[: comm.rank + 1]))
+                close(comm.scan(mine, algorithm=algorithm), with_mine)
             for algorithm in sorted(ways & {"doubling", *algorithms(comm, EXSCAN)}):
                 found = mine.copy()
                 assert comm.exscan(found, out=found, algorithm=algorithm) is found
-                close(found, total(arrays[: comm.rank]) if comm.rank else np.zeros_like(mine))
+                close(found, before)
 
 
 def movement(comm: Communicator) -> None:
@@ -152,25 +155,25 @@ def movement(comm: Communicator) -> None:
                 arrays = [np.full(count, rank + 1).astype("i4").astype(dtype) for rank in range(comm.size)]
             else:
                 arrays = inputs(comm.size, count, dtype)
-            mine = arrays[comm.rank]
+            mine, whole, each = arrays[comm.rank], bits(join(arrays)), [bits(array) for array in arrays]
             for algorithm in ["auto"] if comm.node is None else ["auto", "native", "staged"]:
                 everything = comm.all_gather(mine, algorithm=algorithm)
                 assert everything.dtype == dtype
-                assert bits(everything) == bits(join(arrays))
+                assert bits(everything) == whole
                 for root in {0, comm.size - 1}:
-                    assert bits(comm.broadcast(mine, root, algorithm=algorithm)) == bits(arrays[root])
+                    assert bits(comm.broadcast(mine, root, algorithm=algorithm)) == each[root]
                     gathered = comm.gather(mine, root, algorithm=algorithm)
                     assert (gathered is None) == (comm.rank != root)
                     if gathered is not None:
-                        assert bits(gathered) == bits(join(arrays))
+                        assert bits(gathered) == whole
             blocks = [np.array_split(array, comm.size) for array in arrays]
             received = comm.all_to_all(mine)
             assert bits(received) == bits(join([row[comm.rank] for row in blocks]))
             part = comm.scatter(mine if comm.rank == comm.size - 1 else None, root=comm.size - 1)
             assert part.dtype == dtype.newbyteorder("=") or part.dtype == dtype
             assert bits(part) == bits(blocks[comm.size - 1][comm.rank].astype(part.dtype))
-            assert bits(comm.all_gather_async(mine).wait()) == bits(join(arrays))
-            assert bits(comm.broadcast_async(mine, 0).wait()) == bits(arrays[0])
+            assert bits(comm.all_gather_async(mine).wait()) == whole
+            assert bits(comm.broadcast_async(mine, 0).wait()) == each[0]
 
 
 def uneven(comm: Communicator) -> None:

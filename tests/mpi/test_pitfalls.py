@@ -67,6 +67,7 @@ def test_all_reduce_by_every_way(comm: Communicator, dtype: str) -> None:
     """Right, of equal bits on all ranks, and again the same when other ranks come late; the input is unchanged."""
     for count in counts(comm.size)[: -2 if dtype == "int16" else None]:
         arrays = inputs(comm.size, count, np.dtype(dtype))
+        expected = total(arrays)
         for home, ways in homes(comm, arrays[comm.rank]):
             for way in [*ways, *(["window_staged"] if "window" in ways else [])]:
                 target = home if way == "window" else None  # the window adds up in place
@@ -81,7 +82,7 @@ def test_all_reduce_by_every_way(comm: Communicator, dtype: str) -> None:
                         assert bits(home) == bits(arrays[comm.rank]), (way, "the input was changed")
                 assert results[0] == results[1], (way, count, "another result when others came late")
                 result = np.frombuffer(results[0], dtype)
-                close(result, total(arrays))
+                close(result, expected)
                 same_everywhere(comm, result)
 
 
@@ -89,6 +90,7 @@ def test_movement_by_every_way(comm: Communicator) -> None:
     for count in counts(comm.size):
         arrays = inputs(comm.size, count, np.dtype("float64"))
         whole = np.concatenate(arrays)
+        came = np.concatenate([np.array_split(array, comm.size)[comm.rank] for array in arrays])
         for home, ways in homes(comm, arrays[comm.rank]):
             for way in ways:
                 if way == "exchange":
@@ -99,7 +101,6 @@ def test_movement_by_every_way(comm: Communicator) -> None:
                 gathered = comm.gather(home, root, algorithm=way)
                 assert gathered is None or bits(gathered) == bits(whole)
                 if way != "staged" or count % comm.size == 0:
-                    came = np.concatenate([np.array_split(array, comm.size)[comm.rank] for array in arrays])
                     assert bits(comm.all_to_all(home, algorithm=way)) == bits(came)
                 kept = home if way == "window" else None
                 assert bits(comm.broadcast(home, root, out=kept, algorithm=way)) == bits(arrays[root])

@@ -51,23 +51,21 @@ def calls(comm: Communicator) -> dict[str, Callable[[Any], Any]]:
 
 def expected(comm: Communicator, name: str, arrays: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any] | None:
     rank, size = comm.rank, comm.size
+    if name in ("reduce", "gather") and rank != size - 1:
+        return None
+    if name in ("all_gather", "gather"):
+        return np.concatenate(arrays)
+    if name == "all_to_all":
+        return np.concatenate([np.array_split(each, size)[rank] for each in arrays])
+    if name == "broadcast":
+        return arrays[-1]
     total = arrays[0] if len(arrays) == 1 else np.sum([each.astype(np.complex128) for each in arrays], 0)
     if arrays[0].dtype == bool:
         total = np.any(arrays, axis=0)
     if arrays[0].dtype.kind != "c":
         total = np.real(total)
     total = total.astype(arrays[0].dtype)
-    if name in ("reduce", "gather") and rank != size - 1:
-        return None
-    if name in ("all_reduce", "reduce"):
-        return total
-    if name == "reduce_scatter":
-        return np.array_split(total, size)[rank]
-    if name in ("all_gather", "gather"):
-        return np.concatenate(arrays)
-    if name == "all_to_all":
-        return np.concatenate([np.array_split(each, size)[rank] for each in arrays])
-    return arrays[-1]
+    return np.array_split(total, size)[rank] if name == "reduce_scatter" else total
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
