@@ -26,11 +26,12 @@ def test_ranks_know_their_hosts(hosts: Hosts) -> None:
 
 
 # Sums in rank order, as `window` tests them, are promised within a node; the same bits on all ranks everywhere. Few
-# starts: four interpreters and their links take as long as some of the files.
+# starts: four interpreters and their links take as long as some of the files. Both levels have the three uneven hosts
+# below, and what the link carries of their results.
 @pytest.mark.parametrize(
     "chosen",
     [
-        {"test_collectives.py": "not window", "test_hierarchy.py": ""},
+        {"test_collectives.py": "not window"},
         {"test_ddp.py": "", "test_layouts.py": "gpt2 or llama", "test_resume.py": "adamw"},
     ],
     ids=["collectives", "training"],
@@ -78,12 +79,15 @@ import json, sys, numpy as np
 from pathlib import Path
 from dtrain.collectives import world
 c = world()
-x = c.empty(1 << 20); x[...] = 1  # 4 MiB
+x = c.empty(1 << 20); x[...] = c.rank + 1  # 4 MiB
+parts = np.repeat(np.arange(c.size) + 1, len(x) // c.size)  # a block of each rank
+right = {"all_reduce": 10, "reduce_scatter": 10, "broadcast": 1, "all_to_all": parts}
+right["all_gather"] = np.repeat(parts, c.size)
 sent = lambda: int(Path(sys.argv[1]).read_text())
 told = {}
 for name in sys.argv[2:]:
     run = getattr(c, name)
-    run(x, algorithm="hierarchical")  # connections are made
+    assert np.all(run(x, algorithm="hierarchical") == right[name]), name  # connections are made
     c.barrier()
     before = np.array([sent(), c.levels.sent])
     c.barrier()

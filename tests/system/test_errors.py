@@ -37,13 +37,18 @@ def config(folder: Path, text: Path) -> Path:
     return write_config(folder, text)
 
 
-@pytest.mark.parametrize("ranks", [0, pytest.param(3, marks=needs_mpirun)])
+RATE = ("optimizer.learning_rte=1", ["optimizer.learning_rte", "unknown", "did you mean learning_rate?"])
+BATCH = ("train.global_batch=25", ["train.global_batch: 25", "multiple", "27"])
+
+
 @pytest.mark.parametrize(
-    ("override", "words"),
+    ("ranks", "override", "words"),
     [
-        ("optimizer.learning_rte=1", ["optimizer.learning_rte", "unknown", "did you mean learning_rate?"]),
-        ("train.steps=ten", ["train.steps", "'ten'", "whole number"]),
-        ("train.global_batch=25", ["train.global_batch: 25", "multiple", "27"]),
+        (0, *RATE),
+        (0, *BATCH),
+        (0, "train.steps=ten", ["train.steps", "'ten'", "whole number"]),
+        pytest.param(3, *RATE, marks=needs_mpirun),  # before there are ranks
+        pytest.param(3, *BATCH, marks=needs_mpirun),  # by all of them
     ],
 )
 def test_wrong_keys_and_values(config, ranks, override, words):
@@ -70,6 +75,7 @@ def test_a_mesh_that_does_not_fit(config):
     told(dtrain("run", config, "parallel.dp=3", ranks=2), "parallel.dp: 3", "2", "-1")
 
 
+# What the configuration alone shows, before there are ranks; test_wrong_keys_and_values is on three as well.
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -81,15 +87,24 @@ def test_a_mesh_that_does_not_fit(config):
         ("model.heads=5", ["model.heads: 5", "divide", "4"]),
         ("train.dtype=float23", ["train.dtype", "float23", "did you mean float"]),
         ("optimizer.learning_rate=-1", ["optimizer.learning_rate", "-1", "0 or more"]),
+        ("name=a/b", ["name: a/b"]),
+    ],
+)
+def test_overrides(config, override, words):
+    told(dtrain("run", config, override), *words)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
         ("model.vocabulary=100", ["model.vocabulary: 100", "256", "argparse.py"]),
         ("data.path=nowhere.txt", ["data.path: nowhere.txt", "no "]),
-        ("name=a/b", ["name: a/b"]),
         ("output=/dev/null", ["output", "/dev/null"]),
         ("checkpoint.resume=nowhere", ["nowhere", "checkpoint"]),
         ("data.tokenizer=bpe=", ["data.tokenizer", "bpe"]),
     ],
 )
-def test_overrides(config, override, words):
+def test_overrides_that_do_not_fit_the_machine(config, override, words):
     told(dtrain("run", config, override, ranks=RANKS), *words)
 
 
