@@ -6,7 +6,7 @@ import pytest
 from tests import training
 
 MODEL = {"kind": "moe_gpt", "layers": 2, "dim": 16, "heads": 2, "sequence": 12, "moe": {"experts": 8, "top": 2}}
-TRAIN = {"steps": 2, "micro_batch": 1, "global_batch": 24, "validate": {"every": 2, "batches": 1}}
+TRAIN = {"steps": 2, "micro_batch": 3, "global_batch": 24, "validate": {"every": 2, "batches": 1}}
 
 
 @pytest.mark.parametrize("data_parallel", ["ddp", "zero3"])

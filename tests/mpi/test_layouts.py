@@ -65,9 +65,12 @@ def test_n_ranks_equal_one_process(comm: Communicator, name: str, data_parallel:
         np.testing.assert_allclose(training.parameters(mine)[name], parameter, rtol=1e-8, atol=1e-10, err_msg=name)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-4)])
-def test_fifty_steps_of_all_ranks_agree_with_one(comm: Communicator, dtype: str, tolerance: float) -> None:
-    fits(comm)
+@pytest.mark.parametrize(("dtype", "tolerance", "sizes"), [("float64", 1e-10, (1, 4)), ("float32", 1e-4, (1, 2))])
+def test_fifty_steps_of_all_ranks_agree_with_one(
+    comm: Communicator, dtype: str, tolerance: float, sizes: tuple[int, ...]
+) -> None:
+    if comm.size not in sizes:
+        pytest.skip(f"fifty steps in {dtype} on {sizes[-1]} ranks; five on any number")
     _, losses, _ = train(comm, 50, train={"dtype": dtype})
     expected = alone(comm, 50, train={"dtype": dtype}).losses
     np.testing.assert_allclose(losses[:, 0], expected[:, 0], rtol=tolerance)
