@@ -208,10 +208,14 @@ class Transport(Moves):
         return self.together(requests, source, target)
 
     def start_reduce_scatter(self, source: Array, target: Array, counts: Sequence[int], op: str) -> Request:
-        if source.nbytes > self.limit or np.may_share_memory(source, target):
+        if source.nbytes > self.limit:
             self.reduce_scatter(source, target, counts, op)
             return Finished()
         source, target, operator = _typed(source, target, op)
+        if not target.size:  # MPI forbids that the arrays overlap, even where one of them is empty
+            target = np.empty_like(target)
+        elif np.may_share_memory(source, target):
+            source = source.copy()
         request = self._comm.Ireduce_scatter(source, target, list(counts), operator)
         return self.together([request], source, target)
 

@@ -181,6 +181,17 @@ def test_in_place(comm: Communicator) -> None:
             assert np.array_equal(own, pattern[mine] * (size - 1))
 
 
+def test_in_place_of_an_empty_block(comm: Communicator) -> None:
+    """The library is told of no overlap, and every rank starts the same call."""
+    counts = [2] * (comm.size - 1) + [0]
+    begin = 2 * comm.rank
+    array = np.arange(sum(counts)) + comm.rank
+    own = array[begin : begin + counts[comm.rank]]
+    expected = own * comm.size + sum(range(comm.size)) - comm.rank * comm.size
+    assert comm.reduce_scatter_async(array, out=own, counts=counts, algorithm="native").wait() is own
+    assert np.array_equal(own, expected)
+
+
 @pytest.mark.parametrize("count", [5, 20_000])
 @pytest.mark.parametrize("algorithm", ["auto", "staged", "cma", "native", "exchange", "ring"])
 def test_in_place_again(comm: Communicator, algorithm: str, count: int) -> None:
