@@ -197,11 +197,13 @@ def _tensors(
 def _packs(names: list[tuple[str, list[int]]]) -> Iterator[list[tuple[str, list[int]]]]:
     """The names in portions of about PACK elements: many small tensors travel together."""
     pack: list[tuple[str, list[int]]] = []
+    elements = 0
     for each in names:
         pack.append(each)
-        if sum(math.prod(shape) for _, shape in pack) >= PACK:
+        elements += math.prod(each[1])
+        if elements >= PACK:
             yield pack
-            pack = []
+            pack, elements = [], 0
     if pack:
         yield pack
 

@@ -1,4 +1,4 @@
-"""For all tests: ranks and workers share the cores fairly, and generated examples are the same in every run.
+"""For all tests: ranks and workers share the cores fairly.
 
 What the imports and the collection made lives to the end: the garbage collector need not look at it again and again.
 
@@ -13,7 +13,6 @@ import gc
 import os
 
 import pytest
-from hypothesis import settings
 
 from dtrain.launch.environment import cores, set_blas_threads
 
@@ -26,8 +25,6 @@ import numpy  # noqa: E402, F401  its BLAS looks at the variables once, now
 for _name in set(os.environ) - _before:
     del os.environ[_name]  # they are this process's: the programs that tests start are to find their own share
 os.environ.setdefault("DTRAIN_TUNING", "off")  # what was measured on this machine changes no test
-settings.register_profile("dtrain", derandomize=True, deadline=None, database=None)
-settings.load_profile("dtrain")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

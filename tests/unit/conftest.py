@@ -1,8 +1,12 @@
-"""Fixtures that several files use."""
+"""Fixtures that several files use; and generated examples are the same in every run."""
 
 import os
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("dtrain", derandomize=True, deadline=None, database=None)
+settings.load_profile("dtrain")
 
 
 @pytest.fixture
