@@ -63,7 +63,8 @@ test-mpi: .venv/dev-$(MPI)
 	$(call on_ranks,5,tests/mpi/test_pitfalls.py)
 
 # Jobs of a few ranks, which wait for one another and for processes that start: two at a time, however many cores. The
-# longest first.
+# longest first. A BLAS with a thread for each core would wait for what the other job has: a fifth of the time.
+test-system: export OMP_NUM_THREADS ?= 1
 test-system: .venv/dev-$(MPI)
 	$(call limit,900) python -m pytest tests/hosts tests/examples tests/system -q -n 2 --dist worksteal
 
