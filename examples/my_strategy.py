@@ -69,7 +69,9 @@ def train(comm: Communicator, strategy: Strategy) -> list[float]:
         model=GPTConfig(layers=2, dim=32, heads=4, sequence=16),
         data=TextConfig(path=argparse.__file__),
         optimizer=SGDConfig(learning_rate=0.2, momentum=0.0),
-        train=TrainConfig(steps=24, global_batch=24, micro_batch=2, dtype="float64", validate=ValidateConfig(every=0)),
+        train=TrainConfig(
+            steps=24, global_batch=24, micro_batch=24 // comm.size, dtype="float64", validate=ValidateConfig(every=0)
+        ),
     )
     config = for_ranks(config, comm.size)
     data = open_data(config.data, sequence=16)
