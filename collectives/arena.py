@@ -28,6 +28,7 @@ ALIGNMENT = 4096  # a page: no two ranks share a cache line, and a slice of the 
 # addresses that differ by 1 to 63 bytes modulo a page is the slow case of x86's string copy (256 KiB: 120 us, not 10).
 SKEW = 2048
 KNOWN_PARTS = 4096
+MOST_RANGES = 64  # that `ranges` tells one by one
 
 # (segment number, offset in bytes): where an array begins in the part of its rank.
 Place = tuple[int, int]
@@ -86,6 +87,8 @@ class Arena:
         self._free: list[list[tuple[int, int]]] = []  # per segment: (offset, nbytes), ascending
         self._taken: dict[tuple[int, int], int] = {}  # (segment, offset) -> nbytes, in the order of allocation
         self.dead: set[tuple[int, int]] = set()
+        self.ranges = np.zeros(1 + 2 * MOST_RANGES, np.int64)
+        """For machine code: how many, and where my part of each segment begins and ends."""
         self._views: dict[tuple[int, np.dtype[Any]], list[Array]] = {}
         self._parts: dict[tuple[Place, int, np.dtype[Any]], list[Array]] = {}  # the same buckets come every step
 
@@ -101,6 +104,7 @@ class Arena:
             length = max(SEGMENT_BYTES, size)
             self._segments.append(self._share(length))
             self._free.append([(0, length)])
+            self._tell_range()
             place = self._fit(size)
             assert place is not None
         segment, offset = place
@@ -151,6 +155,15 @@ class Arena:
                 views.append(octets[: len(octets) // dtype.itemsize * dtype.itemsize].view(dtype))
             self._views[segment, dtype] = views
         return views
+
+    def _tell_range(self) -> None:
+        known = len(self._segments)
+        if known <= MOST_RANGES:
+            part = np.frombuffer(self._segments[-1].parts[self._rank], np.uint8)
+            self.ranges[2 * known - 1 : 2 * known + 1] = address(part), address(part) + part.nbytes
+            self.ranges[0] = known
+        else:
+            self.ranges[:3] = 1, 0, np.iinfo(np.int64).max  # anything may lie there
 
     def close(self) -> None:
         """Collective: unmap every segment in which no array is alive on any rank."""

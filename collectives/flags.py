@@ -52,6 +52,11 @@ class Flags:
         assert code is not None
         self._raise, self._await = code.raise_flag, code.await_flags
 
+    @property
+    def all(self) -> int:
+        """The address of what machine code has to know to wait for all peers."""
+        return self._crew
+
     def _prepare(self, segment: Segment) -> None:
         """What machine code has to know of the ranks."""
         self._places = [address(np.frombuffer(part, np.uint8)) for part in segment.parts]

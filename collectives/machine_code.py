@@ -9,6 +9,7 @@
     read    blocks out of the memory of other processes (`cross_memory.py`)
     meet    a whole collective: raise and await with the sums and copies between them (`meeting.py`)
     short   the same with its record, for what is short; called as a function of Python's own (`small.py`)
+    long    as many meetings as it takes, with their records; called likewise (`long.py`)
 
 Written in LLVM's language and translated when the first communicator with shared memory is made, by llvmlite, which
 Numba brings along. Where that is missing, or DTRAIN_MACHINE_CODE=off, NumPy and Python do the same, slower. Sums have
@@ -26,7 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dtrain.collectives import machine_short
+from dtrain.collectives import machine_long, machine_short
 from dtrain.collectives.machine_reading import reading
 from dtrain.collectives.machine_source import loops
 from dtrain.collectives.machine_waiting import waiting
@@ -61,6 +62,8 @@ class MachineCode(NamedTuple):
     short: Callable[[Any], Function] | None
     """(words of a job, an array) -> its function (source, target[, stage]), on arrays; None where there is no futex, or
     the structs of Python and NumPy are not those that `machine_short.py` knows."""
+    long: Callable[[Any], Function] | None
+    """(words of a call, an array) -> its function (source, target), likewise."""
     parts: dict[str, int]
     """Addresses of what a job may do, each with six arguments: the sums by the character of the dtype, "copies",
     "swaps", and "reads" where there is such a system call."""
@@ -84,7 +87,9 @@ def machine_code() -> MachineCode | None:
     target = llvm.Target.from_default_triple()
     features = llvm.get_host_cpu_features().flatten()
     machine = target.create_target_machine(llvm.get_host_cpu_name(), features, opt=2)
-    text = loops() + (waiting(calls[0]) + reading(calls[1]) + machine_short.short() if calls else "")
+    text = loops()
+    if calls:
+        text += waiting(calls[0]) + reading(calls[1]) + machine_short.short() + machine_long.long()
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(text), machine)
     engine.finalize_object()
     _engines.append(engine)
@@ -93,6 +98,7 @@ def machine_code() -> MachineCode | None:
     def function(name: str, arguments: int) -> Any:
         return ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * arguments)(engine.get_function_address(name))
 
+    known = calls is not None and _structs_are_known()
     names = _PARTS | ({"reads": "reads"} if calls else {})
     return MachineCode(
         {"f": function("dtrain_sum_float", 6), "d": function("dtrain_sum_double", 6)},
@@ -101,7 +107,8 @@ def machine_code() -> MachineCode | None:
         function("dtrain_await", 6) if calls else None,
         function("dtrain_meet", 7) if calls else None,
         function("dtrain_do", 2),
-        _functions(engine.get_function_address("dtrain_short")) if calls and _structs_are_known() else None,
+        _functions(engine.get_function_address("dtrain_short")) if known else None,
+        _functions(engine.get_function_address("dtrain_long")) if known else None,
         {part: engine.get_function_address(f"dtrain_{name}") for part, name in names.items()},
     )
 

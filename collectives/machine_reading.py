@@ -1,13 +1,16 @@
-"""The text of the reading of `machine_code.py`, in LLVM's language: blocks out of the memory of other processes."""
+"""The text of the reading of `machine_code.py`, in LLVM's language: blocks out of the memory of other processes and
+into it.
+"""
 
 
 def reading(process_vm_readv: int) -> str:
-    """The function; process_vm_readv: the number of the system call."""
-    return _READS.replace("READ", str(process_vm_readv))
+    """The function; process_vm_readv: the number of the system call. That of process_vm_writev comes after it."""
+    return _READS.replace("READ", str(process_vm_readv)).replace("WRITE", str(process_vm_readv + 1))
 
 
 # Rows of five words: process (0: this one), address of the source (0: my own), where it begins there, where in the
-# target, bytes. Returns the number of the first row that failed, from 1, or 0. A call may move less than it was asked.
+# target, bytes. Where the process is negative, the target is copied over the source, of its opposite. Returns the
+# number of the first row that failed, from 1, or 0. A call may move less than it was asked.
 _READS = """
 define i64 @dtrain_reads(ptr %table, i64 %rows, ptr %target, ptr %own, i64 %past, i64 %nothing) {
 entry:
@@ -43,6 +46,10 @@ near:
   %copied = call i64 @dtrain_copy(ptr %y, ptr %x, i64 %bytes, i64 %past)
   br label %look
 begin:
+  %writes = icmp slt i64 %process, 0
+  %opposite = sub i64 0, %process
+  %other = select i1 %writes, i64 %opposite, i64 %process
+  %call = select i1 %writes, i64 WRITE, i64 READ
   %start = add i64 %there, %from
   %goal = ptrtoint ptr %y to i64
   br label %reading
@@ -58,7 +65,7 @@ ask:
   store i64 %left, ptr %here1
   store i64 %f, ptr %far
   store i64 %left, ptr %far1
-  %moved = call i64 (i64, ...) @syscall(i64 READ, i64 %process, ptr %here, i64 1, ptr %far, i64 1, i64 0)
+  %moved = call i64 (i64, ...) @syscall(i64 %call, i64 %other, ptr %here, i64 1, ptr %far, i64 1, i64 0)
   %good = icmp sgt i64 %moved, 0
   br i1 %good, label %read, label %failed
 read:

@@ -16,6 +16,7 @@ import numpy as np
 
 from dtrain.collectives.dtypes import Array, address
 from dtrain.collectives.machine_code import machine_code
+from dtrain.collectives.machine_long import AIMS
 from dtrain.collectives.node import Node
 from dtrain.collectives.parts import Part
 from dtrain.collectives.records import RECORD_WORDS, RECORDS, RING
@@ -46,25 +47,29 @@ class Job:
         """two: the second synchronisation is needed, for who writes after ARRIVED or reads what may soon change."""
         self._node, self._two, self._find = node, two, find
         self._parts = {BEFORE: before, AMONG: among, AFTER: after}
-        self._words = np.zeros(EXPECTED + 1, np.int64)
+        self._words = np.zeros(AIMS + 2, np.int64)
         self._words[TWO] = two
         self._expected = np.full(node.size - 1, _UNKNOWN, np.int64)
         if find is not None:
             self._words[EXPECTED] = address(self._expected)
-        self._at = address(self._words)
+        self.at = address(self._words)
         self._aims = []  # of the source, of the target
-        self._fused = node.flags.meet is not None
+        self.fused = node.flags.meet is not None
+        """Machine code knows all of it."""
         self._aimed = False  # at the source and target of a call before
         for at, part in self._parts.items():
             if part is None:
                 continue
             if part.action is None:
-                self._fused = False
+                self.fused = False
                 continue
             self._words[at : at + len(part.action)] = part.action
             for table, word, of_target, nbytes in part.aims:
                 goal = (self._words, at + word) if table is None else (table, word)
                 self._aims.append((*goal, of_target, nbytes))
+        rows = [(address(table) + 8 * word, of_target, nbytes) for table, word, of_target, nbytes in self._aims]
+        self._rows = np.array(rows, np.int64)  # the same for machine code
+        self._words[AIMS:] = address(self._rows), len(rows)
 
     def meet(self, number: int, source: Array, target: Array) -> None:
         """Collective `number`, whose record is written; source and target are flat."""
@@ -73,7 +78,7 @@ class Job:
             both = address(source), address(target)
             for table, word, of_target, nbytes in self._aims:
                 table[word] = both[of_target] + nbytes
-        if self._fused and node.alone(number):
+        if self.fused and node.alone(number):
             self._aimed = True
             self._in_one(number, source, target)
         else:
@@ -91,11 +96,16 @@ class Job:
         return done
 
     def _in_one(self, number: int, source: Array, target: Array) -> None:
-        node = self._node
-        meet, stage = node.flags.meet, 0
+        meet = self._node.flags.meet
         assert meet is not None
-        record = 8 * (RECORDS + RECORD_WORDS * (number % RING))
-        while (found := meet(self._at, number, record, stage, 0)) != 0:
+        self.go_on(number, meet(self.at, number, _record(number), 0, 0), source, target)
+
+    def go_on(self, number: int, found: int, source: Array, target: Array) -> None:
+        """Do what is left when machine code, which is aimed at this source and target, came back with `found`."""
+        node = self._node
+        meet = node.flags.meet
+        assert meet is not None
+        while found:
             if found > 0:
                 raise node.reports.mismatch(node.peers[found - 1][0], number)
             if found == _LATE_ARRIVED:
@@ -108,7 +118,7 @@ class Job:
             else:
                 assert self._find is not None
                 self._find(number, self._expected)
-            stage = _GO_ON[found]
+            found = meet(self.at, number, _record(number), _GO_ON[found], 0)
 
     def _step_by_step(self, number: int, source: Array, target: Array) -> None:
         node = self._node
@@ -133,5 +143,10 @@ class Job:
         part, code = self._parts[at], machine_code()
         if part is None:
             return
-        if part.action is None or code is None or code.do(self._at, at):
+        if part.action is None or code is None or code.do(self.at, at):
             part.python(source, target)
+
+
+def _record(number: int) -> int:
+    """The byte where the record of this collective begins."""
+    return 8 * (RECORDS + RECORD_WORDS * (number % RING))

@@ -2,7 +2,7 @@
 
     copies   rows (source, begin there, begin in the target, bytes)
     swaps    rows (array of a peer, begin there, begin in mine, bytes)
-    reads    rows (process, address there, begin there, begin in the target, bytes)
+    reads    rows (process, address there, begin there, begin in the target, bytes), or writes
     sum      inputs in rank order -> outputs, arrays in shared memory or the call's own
 
 Each is there twice, with equal bits: as an action of machine code, which knows float32 and float64 sums and all else,
@@ -67,7 +67,7 @@ def copies(rows: Sequence[tuple[int, int, int, int]], past: bool = False, into: 
 
 def reads(rows: Sequence[tuple[int, int, int, int, int]], past: bool = False) -> Part:
     """Rows (process or 0: this one, address of the source there or 0: the call's own, where it begins there, where in
-    the target, bytes).
+    the target, bytes). A process below zero: the target is copied there, into its opposite.
 
     past: what lies in this process goes past the caches.
     """
@@ -77,7 +77,8 @@ def reads(rows: Sequence[tuple[int, int, int, int, int]], past: bool = False) ->
     def python(source: Array, target: Array) -> None:
         for process, there, begin, to, nbytes in table.tolist():
             if process:
-                cross_memory.read(process, there + begin, address(target) + to, nbytes)
+                move = cross_memory.read if process > 0 else cross_memory.write
+                move(abs(process), there + begin, address(target) + to, nbytes)
             else:
                 ctypes.memmove(address(target) + to, (there or address(source)) + begin, nbytes)
 

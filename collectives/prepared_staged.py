@@ -16,6 +16,7 @@ from dtrain.collectives.caches import last_level_cache
 from dtrain.collectives.call import Call
 from dtrain.collectives.copying import copy
 from dtrain.collectives.dtypes import OPERATIONS, Array, address, starts
+from dtrain.collectives.long import Chunk, Meetings
 from dtrain.collectives.meeting import Job
 from dtrain.collectives.node import Node
 from dtrain.collectives.parts import Own, added, copies
@@ -40,15 +41,8 @@ def _in_chunks(node: Node, record: Record, counts: Sequence[int], most: int, dty
         lengths = tuple(max(0, min(most, count - begin)) for count in counts)
         if lengths not in known:
             known[lengths] = [make(lengths, index) for index in range(LONG.depth)]
-        chunks.append((begin, known[lengths]))
-
-    def run(source: Array, target: Array) -> None:
-        source, target = source.view(dtype), target.view(dtype)
-        for begin, jobs in chunks:
-            number = node.begin_record(record)
-            jobs[node.free_slot(number)].meet(number, source[begin:], target[begin:])
-
-    return run
+        chunks.append(Chunk(begin, known[lengths]))
+    return Meetings(node, record, dtype, chunks)
 
 
 def staged_all_gather(call: Call) -> Run | None:

@@ -7,6 +7,7 @@ A form stands for the built-in choice, which for so few bytes does not depend on
 `dtrain bench tune` is not asked about them (`Tuning.order`). So it does not matter which ranks have a form already.
 
     long, in the window   (name, shape, dtype, op) -> form -> (addresses) -> plan
+    long, elsewhere       (name, shape, dtype, op) -> form -> long.run(array, out)                `long.py`
 
 What has an address in the window lies there at one place for as long as the communicator lives, so the addresses stand
 for all that the key of a plan would be made of again. With more ranks than cores this Python is run with cold caches by
@@ -20,12 +21,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy import ndarray
 
-from dtrain.collectives import small
+from dtrain.collectives import long, small
 from dtrain.collectives.arena import at_home
 from dtrain.collectives.counters import Tally, Volume
 from dtrain.collectives.dtypes import Array, address, cut
 from dtrain.collectives.forms import NOTHING
 from dtrain.collectives.letters import LENGTH, Block
+from dtrain.collectives.long import Long, Meetings
 from dtrain.collectives.node import Node
 from dtrain.collectives.plans import PREPARED_COLLECTIVES, Plans
 from dtrain.collectives.prepared_window import Windowed
@@ -40,6 +42,8 @@ KNOWN_FORMS = 4096
 # Up to here the built-in choice is the staging wherever the arrays lie; where a table of `dtrain bench tune` is in use,
 # it is asked from SMALL_BYTES on. Longer sums take two synchronisations, as plans.
 MOVED_BYTES = 64 * 1024
+KNOWN_DISTANCES = 4  # between the arrays of calls that are otherwise alike
+Key = tuple[Any, ...]
 Form = Callable[[Any, Array | None], Any]
 Again = Callable[[Array, Array], None]
 Result = TypeVar("Result", Array, Array | None)
@@ -53,11 +57,14 @@ class Shortcuts(Plans):
         self._forms: dict[Hashable, Form] = {}
         self._places: dict[Hashable, tuple[Again, Tally, tuple[str, str, int], tuple[int, ...]]] = {}
         """Plans of long calls in the window: by the key of the form and the addresses."""
+        self._longs: dict[Hashable, list[tuple[Long, Tally]]] = {}
+        """Those of arrays from elsewhere, by the key of the form: apart, and at each distance that has come."""
 
     def forget(self) -> None:
         """Drop all forms and plans: what `auto` chooses has changed, on all ranks."""
         self._forms.clear()
         self._places.clear()
+        self._longs.clear()
         self.counters.forget()
         super().forget()
 
@@ -68,6 +75,7 @@ class Shortcuts(Plans):
         """
         self._forms.clear()
         self._places.clear()
+        self._longs.clear()
         super().close()
 
     def all_reduce(self, array: Any, op: str = "sum", out: Array | None = None, algorithm: str = "auto") -> Array:
@@ -79,7 +87,7 @@ class Shortcuts(Plans):
         if form is not None:
             return form(array, out)  # type: ignore[no-any-return]
         result = super().all_reduce(array, op, out)
-        return self._keep(key, array, result, lambda node: small.all_reduce(node, array.shape, array.dtype, op))
+        return self._keep(key, array, out, result, lambda node: small.all_reduce(node, array.shape, array.dtype, op))
 
     def reduce(
         self, array: Any, op: str = "sum", root: int = 0, out: Array | None = None, algorithm: str = "auto"
@@ -92,7 +100,8 @@ class Shortcuts(Plans):
         if form is not None:
             return form(array, out)  # type: ignore[no-any-return]
         result = super().reduce(array, op, root, out)
-        return self._keep(key, array, result, lambda node: small.all_reduce(node, array.shape, array.dtype, op, root))
+        short = lambda node: small.all_reduce(node, array.shape, array.dtype, op, root)  # noqa: E731
+        return self._keep(key, array, out, result, short)
 
     def reduce_scatter(
         self,
@@ -117,7 +126,7 @@ class Shortcuts(Plans):
         def make(node: Node) -> small.Short:
             return small.reduce_scatter(node, array.shape, array.dtype, op, cut(len(array), node.size))
 
-        return self._keep(key, array, result, make)
+        return self._keep(key, array, out, result, make)
 
     def all_gather(
         self, array: Any, out: Array | None = None, counts: Sequence[int] | None = None, algorithm: str = "auto"
@@ -133,7 +142,7 @@ class Shortcuts(Plans):
         if form is not None:
             return form(array, out)  # type: ignore[no-any-return]
         result = super().all_gather(array, out)
-        return self._keep(key, array, result, lambda node: small.all_gather(node, array.shape, array.dtype))
+        return self._keep(key, array, out, result, lambda node: small.all_gather(node, array.shape, array.dtype))
 
     def gather(
         self,
@@ -151,7 +160,8 @@ class Shortcuts(Plans):
         if form is not None:
             return form(array, out)  # type: ignore[no-any-return]
         result = super().gather(array, root, out)
-        return self._keep(key, array, result, lambda node: small.all_gather(node, array.shape, array.dtype, root))
+        short = lambda node: small.all_gather(node, array.shape, array.dtype, root)  # noqa: E731
+        return self._keep(key, array, out, result, short)
 
     def all_to_all(
         self,
@@ -177,7 +187,7 @@ class Shortcuts(Plans):
         def make(node: Node) -> small.Short:
             return small.all_to_all(node, array.shape, array.dtype)
 
-        return self._keep(key, array, result, make)
+        return self._keep(key, array, out, result, make)
 
     def broadcast(self, array: Any, root: int = 0, out: Array | None = None, algorithm: str = "auto") -> Array:
         """The array of rank root on every rank; the others pass one of its shape and dtype to be ignored."""
@@ -190,7 +200,8 @@ class Shortcuts(Plans):
         if form is not None:
             return form(array, out)  # type: ignore[no-any-return]
         result = super().broadcast(array, root, out)
-        return self._keep(key, array, result, lambda node: small.broadcast(node, array.shape, array.dtype, root))
+        short = lambda node: small.broadcast(node, array.shape, array.dtype, root)  # noqa: E731
+        return self._keep(key, array, out, result, short)
 
     def scatter(
         self,
@@ -268,8 +279,12 @@ class Shortcuts(Plans):
         if self.node is not None and form is None and algorithm == "auto" and small.able(self.node):
             self._forms["barrier"] = self._form(small.barrier(self.node), NOTHING.dtype, None)
 
-    def _keep(self, key: tuple[Any, ...], array: Array, result: Result, make: Callable[[Node], small.Short]) -> Result:
-        """The result; the form of a short call through the staging is kept, or the places of one in the window."""
+    def _keep(
+        self, key: Key, array: Array, out: Array | None, result: Result, make: Callable[[Node], small.Short]
+    ) -> Result:
+        """The result; the form of a short call through the staging is kept, or the places of one in the window, or what
+        a long one of arrays from elsewhere does.
+        """
         last = self.counters.last
         if last is not None and last[1] == "window":
             if result is not None and key[0] in PREPARED_COLLECTIVES:
@@ -278,6 +293,8 @@ class Shortcuts(Plans):
         nbytes = array.nbytes * (self.size if key[0] in ("all_gather", "gather") else 1)
         limit = SMALL_BYTES if key[0] in ("all_reduce", "reduce") or self.tuning is not None else MOVED_BYTES
         if self._node is None or last is None or last[:2] != (key[0], "staged") or not 0 < nbytes <= limit:
+            if result is not None and key[0] in PREPARED_COLLECTIVES:
+                self._keep_long(key, array, out, result)
             return result
         if not array.dtype.isnative or len(self._forms) >= KNOWN_FORMS:
             return result
@@ -314,7 +331,24 @@ class Shortcuts(Plans):
 
         return form
 
-    def _keep_place(self, key: tuple[Any, ...], array: Array, out: Array) -> None:
+    def _keep_long(self, key: Key, array: Array, out: Array | None, result: Array) -> None:
+        """Keep the plan of a call for arrays from elsewhere that are like these and lie to each other as these do."""
+        name, _, _, *detail = key
+        node, plan = self._node, self._plans.get(self._plan_key(array, out, name, "auto", *detail))
+        if node is None or plan is None or not isinstance(plan.run, Meetings):
+            return
+        if not small.able(node) or not long.able(plan.run) or not result.flags.carray:
+            return
+        if node.arena.place(array) is not None or node.arena.place(result) is not None:
+            return
+        longs = self._longs.setdefault(key, [])
+        if len(longs) < KNOWN_DISTANCES and len(self._forms) + len(self._longs) < KNOWN_FORMS:
+            tally = self.counters.tally(plan.collective, plan.algorithm, plan.nbytes, plan.volume)
+            longs.append((long.Long(plan.run, array, result), tally))
+            if key not in self._forms:
+                self._forms[key] = self._long_form(key, array.dtype, result.shape)
+
+    def _keep_place(self, key: Key, array: Array, out: Array) -> None:
         """Keep the plan of a call under the addresses of its arrays, if both lie in the window."""
         node = self._node
         if node is None or node.arena.place(out) is None or node.arena.place(array) is None:
@@ -327,27 +361,42 @@ class Shortcuts(Plans):
         at = address(array), address(out)
         self._places[key, *at] = plan.run.again, self.counters.tally(*last, plan.volume), last, out.shape
         if key not in self._forms:
-            self._forms[key] = self._window_form(key, array.dtype)
+            self._forms[key] = self._long_form(key, array.dtype, out.shape)
 
-    def _window_form(self, key: tuple[Any, ...], dtype: np.dtype[Any]) -> Form:
+    def _long_form(self, key: Key, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Form:
+        """What does a long call from now on; shape: of the result."""
+        assert self._node is not None
         places, deferred, settle, note = self._places, self._deferred, self._settle, self.counters.recent.append
+        works, longs = self._node.works, self._longs.setdefault(key, [])
+        pending = works.pending
         name, _, _, *detail = key
         plans = getattr(super(), name)
 
         def form(array: Array, out: Array | None) -> Array:
+            if deferred:
+                settle()
+            elsewhere = longs and not pending and not works.at_work  # in this order: `Node.alone`
+            if elsewhere:
+                into = np.empty(shape, dtype) if out is None else out
+                for known, tally in longs:
+                    found = known.run(array, into)
+                    if not found or known.finish(found, array, into):
+                        tally.calls += 1
+                        note((monotonic(), tally.last))
+                        return into
             if out is not None and type(out) is ndarray and out.dtype is dtype and out.flags.carray:
                 at = address(array)
-                known = places.get((key, at, at if out is array else address(out)))
-                if known is not None and out.shape == known[3] and (out is array or at_home(array)):
-                    run, tally, last, _ = known
-                    if deferred:
-                        settle()
+                place = places.get((key, at, at if out is array else address(out)))
+                if place is not None and out.shape == place[3] and (out is array or at_home(array)):
+                    run, tally, last, _ = place
                     run(array, out)
                     tally.calls += 1
                     note((monotonic(), last))
                     return out
             result: Array = plans(array, *detail, out=out)
             self._keep_place(key, array, result)
+            if elsewhere or not longs:
+                self._keep_long(key, array, out, result)
             return result
 
         return form

@@ -32,7 +32,7 @@ from dtrain.collectives.staging import SHORT, Ring, ring_for
 
 _OCTET = np.dtype(np.uint8)
 _AS_IN_C, _ALIGNED, _WRITABLE = 0x1, 0x100, 0x400  # NumPy's flags of an array
-_READ, _WRITE = _AS_IN_C | _ALIGNED, _AS_IN_C | _ALIGNED | _WRITABLE
+READ, WRITE = _AS_IN_C | _ALIGNED, _AS_IN_C | _ALIGNED | _WRITABLE
 Row = tuple[int, int, int, int]
 """An address or 0: the array of the call; to take, the rank whose slot it is; where it begins there, where in the
 target, bytes."""
@@ -92,8 +92,8 @@ class Short:
         self._set("all", node.flags.crew(node.peers))
         self._set("mine", node.flags.at)
         self._point("turn", node.turn)
-        self._point("source", self._source.words(_READ))
-        self._point("target", self._source.words(_READ) if self._target is None else self._target.words(_WRITE))
+        self._point("source", self._source.words(READ))
+        self._point("target", self._source.words(READ) if self._target is None else self._target.words(WRITE))
         self._set("slot", self._slots[node.rank])
         self._set("depth", ring.depth)
         self._set("stride", ring.nbytes)
