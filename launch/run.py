@@ -16,6 +16,7 @@ from dtrain.config import Config, idle
 from dtrain.launch import assembly, environment, experts, memory, timelines
 from dtrain.launch.progress import Progress
 from dtrain.launch.run_folder import RunFolder
+from dtrain.launch.trace import Trace
 from dtrain.launch.traffic import Traffic, table
 from dtrain.trainer import Trainer
 
@@ -42,7 +43,8 @@ def run(config: Config, source: Path, comm: Communicator | None = None) -> None:
             return
         started, first_step = time.perf_counter(), None
         traffic, first, told = Traffic(trainer.mesh), trainer.step, False
-        for record in trainer.run():
+        trace = Trace(trainer, config.log.trace)
+        for record in trace.watch(trainer.run()):
             first_step = first_step or time.time()
             folder.record(record)
             progress.update(record)
@@ -60,6 +62,8 @@ def run(config: Config, source: Path, comm: Communicator | None = None) -> None:
         if trainer.step > first + 1:
             for line in table(collectives, f"communication per step, mean of {trainer.step - first} steps"):
                 progress.note(line)
+        for line in folder.trace(trace):
+            progress.note(line)
         for line in folder.close(time.perf_counter() - started, first_step, collectives, timeline, speaker):
             progress.note(line)
 

@@ -3,7 +3,7 @@
     runs/<name>/config.yaml       resolved                    metrics.jsonl    a line per logged step
                 checkpoints/      step_00000100, …            summary.json     what came out
                 loss.svg          the loss curve              sample.txt       generated text
-                tokenizer.json    from text to ids and back
+                tokenizer.json    from text to ids and back   trace.json       with log.trace: who did what when
 
 Rank 0 writes; every rank writes its part of a checkpoint. Files are written whole or, line by line, appended to.
 """
@@ -27,6 +27,7 @@ from dtrain.config import GPTConfig
 from dtrain.errors import UserError
 from dtrain.kernels.memory import peak_memory
 from dtrain.launch import configuration, experts, memory, pictures, timelines
+from dtrain.launch.trace import WARM, Trace
 from dtrain.models import Model
 from dtrain.trainer import StepRecord, Trainer
 
@@ -158,6 +159,19 @@ class RunFolder:
         extra = {"model": model, "layout": self.trainer.mesh.sizes}
         with self.comm.counters.purpose("checkpoint"):
             self.trainer.save(self.checkpoints, config.checkpoint.keep, extra)
+
+    def trace(self, trace: Trace) -> list[str]:
+        """Write trace.json, if any step was recorded; returns what to tell. Collective."""
+        if not self.trainer.config.log.trace:
+            return []
+        found = trace.told()
+        if found is None:
+            return [f"log.trace: no trace: the first {WARM} steps of a start are not recorded, and there were no more"]
+        text, self.more["trace"], table = found
+        if self.comm.rank == 0:
+            self._write_text("trace.json", text)
+        recorded = f"trace of steps {trace.recorded[0]} to {trace.recorded[-1]}"
+        return [f"{recorded}: {self.path / 'trace.json'}; open it in https://ui.perfetto.dev", *table]
 
     def speaker(self) -> Model | None:
         """The model that writes the sample at the end, on rank 0; None where there is no text to write. Collective."""

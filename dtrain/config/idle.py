@@ -37,6 +37,7 @@ def idle(config: Config) -> Iterator[str]:
         ("pipeline.vertical_sync", pipeline.vertical_sync, False,
          parallel.pp > 1 and pipeline.schedule == "pipedream",
          no_pipeline if parallel.pp == 1 else f"pipeline.schedule is {pipeline.schedule}"),
+        ("log.trace", config.log.trace, 0, not config.parameter_server.servers, "servers have none"),
     ]  # fmt: skip
     for key, value, default, used, why in rows:
         if value != default and not used:

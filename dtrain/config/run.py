@@ -96,10 +96,13 @@ class LogConfig(Section, frozen=True, kw_only=True):
 
     every: int = 10
     """Steps between two lines of metrics.jsonl."""
+    trace: int = 0
+    """Steps after the second of which trace.json shows what every rank did when."""
 
     def __post_init__(self) -> None:
         """Check the values."""
         at_least(1, "log", every=self.every)
+        at_least(0, "log", trace=self.trace)
 
 
 class SampleConfig(Section, frozen=True, kw_only=True):

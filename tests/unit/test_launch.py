@@ -117,7 +117,7 @@ def test_doctor_finds_its_way():
 def test_doctor_tells_what_must_be_repaired(tmp_path):
     (tmp_path / "file").write_text("")
     env = {**os.environ, "DTRAIN_CACHE": str(tmp_path / "file" / "cache")}
-    run = subprocess.run([sys.executable, "-m", "dtrain.launch", "doctor"], capture_output=True, text=True, env=env)
+    run = subprocess.run([sys.executable, "-m", "dtrain", "doctor"], capture_output=True, text=True, env=env)
     assert run.returncode == 1
     assert re.search(r"FAIL +cache .*set DTRAIN_CACHE", run.stdout), run.stdout
     assert run.stderr == ""
