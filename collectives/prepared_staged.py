@@ -14,7 +14,6 @@ import numpy as np
 from dtrain.collectives import records, small
 from dtrain.collectives.caches import last_level_cache
 from dtrain.collectives.call import Call
-from dtrain.collectives.copying import copy
 from dtrain.collectives.dtypes import OPERATIONS, Array, address, starts
 from dtrain.collectives.long import Chunk, Meetings
 from dtrain.collectives.meeting import Job
@@ -89,24 +88,14 @@ def staged_broadcast(call: Call) -> Run | None:
     if ring_for(length) is SHORT:
         return small.broadcast(node, call.target.shape, dtype, root) if small.able(node) else None
     record = records.record("broadcast", "staged", "", dtype, count, NO_PLACE, root)
-    slots = [node.slots(index, _OCTET)[root] for index in range(LONG.depth)]
-    sources = node.only(root)
 
-    def run(source: Array, target: Array) -> None:
-        octets = target.view(np.uint8)
-        for begin in range(0, length, LONG.nbytes):
-            part = min(LONG.nbytes, length - begin)
-            number = node.begin_record(record)
-            slot = slots[node.free_slot(number)]
-            if node.rank == root:
-                copy(slot[:part], octets[begin : begin + part])
-                node.arrive(number)
-            else:
-                node.arrive(number)
-                node.await_arrived(number, sources)
-                copy(octets[begin : begin + part], slot[:part])
+    def make(lengths: tuple[int, ...], index: int) -> Job:
+        slot, rows = address(node.slots(index, _OCTET)[root]), [(0, 0, 0, lengths[0])]
+        if call.at_root:
+            return Job(node, copies(rows, into=slot), two=False)
+        return Job(node, among=copies([(slot, *rows[0][1:])]), two=False)
 
-    return run
+    return _in_chunks(node, record, [length], LONG.nbytes, _OCTET, make)
 
 
 def staged_reduce_scatter(call: Call) -> Run | None:

@@ -36,12 +36,10 @@ def at_once(comm: Communicator, name: str) -> int:
 
 
 def may_be_at_once(comm: Communicator, name: str, dtype: str) -> bool:
-    """Whether such calls of this rank are: not a broadcast through the staging, and no sum that only NumPy knows."""
+    """Whether such calls of this rank are: no sum that only NumPy knows."""
     code = machine_code()
     if comm.node is None or code is None or code.long is None or long.able.__module__ != long.__name__:
         return False
-    if name == "broadcast":
-        return comm.counters.calls(name, "cma") > 0
     return dtype.startswith("float") or name not in ("all_reduce", "reduce_scatter")
 
 
