@@ -50,7 +50,7 @@ test-unit: .venv/dev-$(MPI)
 MEASURING := bench_collectives bench_overlap tuning
 ALGORITHMS := scheduled pitfalls window_leaks compression $(MEASURING)
 TRAINED := resume battery experts pipedream cut_parameters
-ON_FEW := progress shortcuts window_moves cma machine_code resume hierarchy pipedream cut_parameters
+ON_FEW := progress shortcuts long window_moves cma machine_code resume hierarchy pipedream cut_parameters
 WITHOUT_2 := $(MEASURING) window_leaks
 WITHOUT_4 := pitfalls
 WITHOUT_3 := $(ALGORITHMS) $(TRAINED)

@@ -15,9 +15,11 @@ OPS: dict[str, np.ufunc] = {"sum": np.add, "prod": np.multiply, "max": np.maximu
 
 
 def lengths(size: int, dtype: np.dtype[Any]) -> list[int]:
-    """Lengths around the number of ranks, odd ones, and for some dtypes one chunk of the staging and more."""
+    """Lengths around the number of ranks, odd ones, and for some dtypes one chunk of the staging and more. Many ranks
+    on few cores take turns, so they have fewer."""
     long = [65536, 70001] if dtype in (np.float32, np.float16) else [5001]
-    return sorted({0, 1, max(size - 1, 0), size, size + 1, 1025, *long})
+    short = {1, size} if size < 8 else set()
+    return sorted({0, *short, max(size - 1, 0), size + 1, 1025, *long})
 
 
 NORMALS = 65_537  # a prime: no chunk, block or portion of a longer array is another one's

@@ -207,7 +207,7 @@ def test_splitting_and_closing_leaks_nothing(comm: Communicator) -> None:
         mapped = len(Path("/proc/self/maps").read_text().splitlines())
         return resident, len(os.listdir("/proc/self/fd")), mapped
 
-    rounds = 200 if comm.size <= 2 else 60 if comm.size <= 4 else 25  # a turn of many ranks takes its time
+    rounds = 200 if comm.size <= 2 else 60 if comm.size <= 4 else 15  # a turn of many ranks takes its time
     for _ in range(min(20, rounds // 2)):
         turn()
     before = state()
