@@ -1,10 +1,13 @@
 """README and docs/ name files, configurations and keys that exist, and every page is in the index."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
+
+from dtrain.launch import configuration
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -19,6 +22,17 @@ def test_links_and_names_exist(page):
         r"\b((?:configs|examples|tests|dtrain|strategies|launch|collectives)/[\w/]+\.(?:py|yaml))", text
     ):
         assert (ROOT / name).exists(), name
+
+
+COMMAND = re.compile(r"mpirun -n (\d+) dtrain (?:run|verify) (configs/\S+\.yaml)((?: (?:[\w.]+=[^\s`']+|'[^']+'))*)")
+
+
+@pytest.mark.parametrize("page", [*PAGES, *sorted(ROOT.glob("configs/*.yaml"))], ids=lambda path: path.name)
+def test_commands_fit_their_ranks(page):
+    for ranks, config, overrides in COMMAND.findall(page.read_text()):
+        loaded = configuration.load(ROOT / config, shlex.split(overrides))
+        servers = loaded.parameter_server.servers  # they are no part of the mesh
+        configuration.for_ranks(loaded, int(ranks) - servers)
 
 
 def test_every_page_is_in_the_index():
