@@ -119,6 +119,7 @@ class Trainer:
             if self.tree is not None:
                 squares = reproducible.sum_squares(self.flat)
         self.refuse_divergence(loss)
+        self.refuse_gradients(squares)
 
         used = self.loss_scale
         correction = self.expected_targets / (count * used)
@@ -269,6 +270,26 @@ class Trainer:
                 f"Lower optimizer.learning_rate ({self.config.optimizer.learning_rate:g}), raise "
                 "schedule.warmup_steps, or set optimizer.clip_norm; the last checkpoint is from before."
             )
+
+    def refuse_gradients(self, squares: float) -> None:
+        """UserError for gradients that are no numbers, before they make the parameters so: the loss may be finite, and
+        a checkpoint of this step would be lost. A dynamic loss scale judges them itself. Collective."""
+        if self.scaler.dynamic or math.isfinite(squares):
+            return
+        mine = [
+            block.name
+            for group in self.flat.groups
+            for block in group.blocks(group.owned_grad, group.owned)
+            if not np.isfinite(block.array.astype(np.float64)).all()
+        ]
+        names = list(dict.fromkeys(name for each in self.mesh.comm.all_gather_object(mine) for name in each))
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise UserError(
+            f"the gradients of step {self.step + 1} are inf or nan ({''.join(names[:1])}{more}): training diverged, or "
+            f"train.loss_scale: {self.loss_scale:g} is too large for {self.config.train.dtype}. Lower "
+            f"optimizer.learning_rate ({self.config.optimizer.learning_rate:g}) or train.loss_scale, or raise "
+            "schedule.warmup_steps; the parameters and the last checkpoint are from before."
+        )
 
     # Interruption and continuation
 

@@ -164,3 +164,26 @@ def test_a_checkpoint_has_the_scale(tmp_path):
     again.load(folder)
     assert again.scaler == trainer.scaler
     assert [r.loss for r in again.run()] == [r.loss for r in trainer.run()]
+
+
+@pytest.mark.parametrize("data_parallel", ["ddp", "zero2"])
+def test_gradients_that_overflow_a_static_scale_are_refused_before_the_update(data_parallel):
+    """The loss is finite. All ranks refuse together, with the same words, and no parameter has moved."""
+
+    def train(comm: Any) -> str:
+        sections: dict[str, Any] = {
+            **SECTIONS,
+            "train": {**SECTIONS["train"], "loss_scale": 1e12},
+            "parallel": {"data_parallel": data_parallel},
+        }
+        trainer = training.trainer(comm, **sections)
+        before = training.parameters(trainer)
+        told = r"gradients of step 1 are inf or nan \(\w+.*train.loss_scale: 1e\+12"
+        with np.errstate(over="ignore", invalid="ignore"), pytest.raises(UserError, match=told) as caught:
+            trainer.train_step()
+        for name, parameter in training.parameters(trainer).items():
+            np.testing.assert_array_equal(parameter, before[name], err_msg=name)
+        return str(caught.value)
+
+    first, second = run_threads(2, train)
+    assert first == second  # one mistake of all, told once
