@@ -12,8 +12,9 @@ much); bytes are those of the output, also where NumPy made it a view.
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from dtrain.op import Shape
 from dtrain.tape import GraphError, Node, tracing
 from dtrain.tensor import Tensor
 
-__all__ = ["Graph", "Leaf", "Line", "capture", "nodes", "svg", "table", "to_svg", "tracing"]
+__all__ = ["Graph", "Leaf", "Line", "capture", "dot", "nodes", "svg", "table", "to_json", "to_svg", "tracing"]
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,25 @@ def table(graph: Graph) -> str:
     rows.append(("", "total", "", "", short(graph.flops), short(graph.bytes, 1024), f"{len(graph.lines)} ops"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(["  ".join([cell.ljust(w) for cell, w in zip(row, widths, strict=True)]).rstrip() for row in rows])
+
+
+def to_json(graph: Graph) -> str:
+    """The lines as JSON, for other programs: an input is the number of a line, or a leaf."""
+    return json.dumps([asdict(line) for line in graph.lines], indent=1) + "\n"
+
+
+def dot(graph: Graph) -> str:
+    """The graph in the language of Graphviz; parameters as boxes, constants left out."""
+    rows = ["digraph {", "  node [shape=plain]"]
+    for line in graph.lines:
+        rows.append(f'  {line.number} [label="{line.op} {list(line.shape)}\\n{line.scope}"]')
+        for source in line.inputs:
+            if isinstance(source, int):
+                rows.append(f"  {source} -> {line.number}")
+            elif source.trained:
+                rows.append(f'  "{source.name}" [shape=box, label="{source.name} {list(source.shape)}"]')
+                rows.append(f'  "{source.name}" -> {line.number}')
+    return "\n".join([*rows, "}"]) + "\n"
 
 
 def short(count: int, base: int = 1000) -> str:

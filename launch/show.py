@@ -6,18 +6,19 @@ from pathlib import Path
 
 import numpy as np
 
+from dtrain import graph as graphs
 from dtrain.config import Config, DLRMConfig, MLPConfig
 from dtrain.errors import UserError
 
+WRITERS = {".svg": graphs.svg, ".json": graphs.to_json, ".dot": graphs.dot}
 SAMPLES = 2  # the shapes show which dim is the batch; FLOPs and bytes are those of so many samples
 
 
 def graph(config: Config, output: Path, ranks: int = 1) -> None:
-    """Build the model of `config`, run it on SAMPLES samples of its data, and write the graph to `output` (SVG).
+    """Build the model of `config`, run it on SAMPLES samples of its data, and write the graph to `output`.
 
     ranks: print how it is cut into as many subgraphs, with the messages between them.
     """
-    from dtrain import graph as graphs
     from dtrain import models
     from dtrain.data import open_data
 
@@ -29,10 +30,12 @@ def graph(config: Config, output: Path, ranks: int = 1) -> None:
     with graphs.tracing():  # lines remember their modules, recomputed blocks are seen
         loss = model.loss(batch)
     captured = graphs.capture(loss)
+    if output.suffix not in WRITERS:
+        raise UserError(f"--output: {output}: allowed: names that end in {', '.join(WRITERS)}")
     if ranks > len(captured.lines):
         raise UserError(f"--ranks: {ranks}; the graph has {len(captured.lines)} ops, allowed: as many or fewer")
     try:
-        graphs.to_svg(captured, output)
+        output.write_text(WRITERS[output.suffix](captured), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--output: {output}: cannot be written: {error.strerror}") from None
     print(

@@ -30,11 +30,15 @@ def show_config(config: Path, overrides: tuple[str, ...]) -> None:
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
 @click.option(
-    "--output", type=click.Path(path_type=Path), default=Path("graph.svg"), show_default=True, help="The SVG."
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("graph.svg"),
+    show_default=True,
+    help="A .svg, .json or .dot.",
 )
 @click.option("--ranks", default=1, type=click.IntRange(1), help="Cut into a subgraph per rank, and list the messages.")
 def show_graph(config: Path, overrides: tuple[str, ...], output: Path, ranks: int) -> None:
-    """Write the SVG."""
+    """Write the picture."""
     from dtrain.launch import configuration
 
     loaded = configuration.load(config, overrides)

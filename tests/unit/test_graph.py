@@ -1,5 +1,6 @@
 """The graph as data and as a picture."""
 
+import json
 import re
 import xml.etree.ElementTree as ElementTree
 
@@ -198,3 +199,17 @@ def test_names_are_escaped():
         text = graphs.svg((x * 2).sum())
     ElementTree.fromstring(text)
     assert "&lt;a&amp;b&gt;" in text
+
+
+def test_json_and_dot_have_every_op_and_every_arrow():
+    x, w = Tensor(np.ones((2, 3))), Tensor(np.ones((3, 4)), requires_grad=True)
+    y = F.relu(x @ w)
+    graph = graphs.capture((y + y).sum())  # used twice: two arrows
+    lines = json.loads(graphs.to_json(graph))
+    assert [line["op"] for line in lines] == [line.op for line in graph.lines]
+    assert lines[0]["shape"] == [2, 4] and lines[0]["inputs"][1]["trained"] is True
+    inner = [source for line in lines for source in line["inputs"] if isinstance(source, int)]
+    text = graphs.dot(graph)
+    assert len(re.findall(r"^  \d+ \[label=", text, re.MULTILINE)) == len(lines)
+    assert len(re.findall(r"^  \d+ -> \d+$", text, re.MULTILINE)) == len(inner) == 4
+    assert text.startswith("digraph {") and text.rstrip().endswith("}")
