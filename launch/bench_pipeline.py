@@ -31,7 +31,7 @@ from dtrain.op import Op
 from dtrain.parameter import Constant, Parameter
 from dtrain.strategies.pipeline import PipelineParallel
 from dtrain.strategies.pipeline.schedules import SCHEDULES
-from dtrain.strategies.pipeline.timeline import Span, Timeline
+from dtrain.strategies.pipeline.timeline import Span, Timeline, bubble
 from dtrain.tensor import Tensor, apply
 
 KEPT = 1 << 16  # bytes that a rank's whole part keeps of one microbatch
@@ -147,12 +147,6 @@ def run(schedule: str, ranks: int, microbatches: int, unit: float) -> Result:
         plan.spans,
         spans,
     )
-
-
-def bubble(spans: list[Span], ranks: int) -> float:
-    """The share of the time between the first start and the last stop in which ranks do nothing."""
-    length = max(span.stop for span in spans) - min(span.start for span in spans)
-    return 1 - sum(span.stop - span.start for span in spans) / (length * ranks)
 
 
 def _rank(comm: Communicator, schedule: str, microbatches: int, unit: float) -> tuple[Timeline, list[Span], int]:
