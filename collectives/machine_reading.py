@@ -1,6 +1,14 @@
 """The text of the reading of `machine_code.py`, in LLVM's language: blocks out of the memory of other processes and
 into it.
+
+The kernel copies by x86's string instruction, which is slow where the target lies 1 to 63 bytes after the source modulo
+a page (`copying.py`). Such blocks go in pieces through a buffer that lies as the other process's memory does, and from
+there by vectors: an all_to_all of 1 MiB between 2 ranks takes 77 us instead of 340.
 """
+
+from dtrain.collectives.machine_source import LINE, PAGE
+
+PIECE = 128 * 1024  # bytes of a block that goes through the buffer at once: both stay in the cache
 
 
 def reading(process_vm_readv: int) -> str:
@@ -11,9 +19,11 @@ def reading(process_vm_readv: int) -> str:
 # Rows of five words: process (0: this one), address of the source (0: my own), where it begins there, where in the
 # target, bytes. Where the process is negative, the target is copied over the source, of its opposite. Returns the
 # number of the first row that failed, from 1, or 0. A call may move less than it was asked.
-_READS = """
-define i64 @dtrain_reads(ptr %table, i64 %rows, ptr %target, ptr %own, i64 %past, i64 %nothing) {
+_READS = f"""
+define i64 @dtrain_reads(ptr %table, i64 %rows, ptr %target, ptr %own, i64 %past, i64 %nothing) {{
 entry:
+  %room = alloca [{PIECE + PAGE} x i8], align {PAGE}
+  %room.at = ptrtoint ptr %room to i64
   %here = alloca [2 x i64]
   %far = alloca [2 x i64]
   %here1 = getelementptr i64, ptr %here, i64 1
@@ -52,27 +62,54 @@ begin:
   %call = select i1 %writes, i64 WRITE, i64 READ
   %start = add i64 %there, %from
   %goal = ptrtoint ptr %y to i64
+  %behind = sub i64 %goal, %start
+  %before = sub i64 %start, %goal
+  %gap = select i1 %writes, i64 %before, i64 %behind
+  %gap.page = and i64 %gap, {PAGE - 1}
+  %gap.less = sub i64 %gap.page, 1
+  %slow = icmp ult i64 %gap.less, {LINE - 1}
+  %gives = and i1 %slow, %writes
+  %direct = xor i1 %writes, true
+  %takes = and i1 %slow, %direct
   br label %reading
 reading:
-  %done = phi i64 [ 0, %begin ], [ %done2, %read ]
+  %done = phi i64 [ 0, %begin ], [ %done2, %next ]
   %left = sub i64 %bytes, %done
   %ready = icmp eq i64 %left, 0
   br i1 %ready, label %look, label %ask
 ask:
   %h = add i64 %goal, %done
   %f = add i64 %start, %done
-  store i64 %h, ptr %here
-  store i64 %left, ptr %here1
+  %skew = and i64 %f, {PAGE - 1}
+  %b = add i64 %room.at, %skew
+  %many = icmp ugt i64 %left, {PIECE}
+  %cut = and i1 %slow, %many
+  %part = select i1 %cut, i64 {PIECE}, i64 %left
+  %h.now = select i1 %slow, i64 %b, i64 %h
+  %h.p = inttoptr i64 %h to ptr
+  %b.p = inttoptr i64 %b to ptr
+  store i64 %h.now, ptr %here
+  store i64 %part, ptr %here1
   store i64 %f, ptr %far
-  store i64 %left, ptr %far1
+  store i64 %part, ptr %far1
+  br i1 %gives, label %give, label %move
+give:
+  %given = call i64 @dtrain_copy(ptr %b.p, ptr %h.p, i64 %part, i64 0)
+  br label %move
+move:
   %moved = call i64 (i64, ...) @syscall(i64 %call, i64 %other, ptr %here, i64 1, ptr %far, i64 1, i64 0)
   %good = icmp sgt i64 %moved, 0
   br i1 %good, label %read, label %failed
 read:
   %done2 = add i64 %done, %moved
+  br i1 %takes, label %take, label %next
+take:
+  %taken = call i64 @dtrain_copy(ptr %h.p, ptr %b.p, i64 %moved, i64 0)
+  br label %next
+next:
   br label %reading
 failed:
   ret i64 %k2
 end:
   ret i64 0
-}"""
+}}"""

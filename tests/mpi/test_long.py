@@ -113,6 +113,29 @@ def test_in_place(part: Communicator, count: int) -> None:
         assert calls >= 3 or not may_be_at_once(part, name, "float64"), name
 
 
+@pytest.mark.parametrize("shift", [1, 16, 63, 64, 4095])
+def test_places_that_differ_by_some_bytes(part: Communicator, shift: int) -> None:
+    """The target lies so many bytes after the source modulo a page, or before it: pieces go through a buffer."""
+    size, count = part.size, 100_000
+    rooms = [np.full(size * count + 3 * 4096, 9, np.int8) for _ in range(2)]
+    skews = [-room.ctypes.data % 4096 for room in rooms]
+    source = rooms[0][skews[0] :][: size * count]
+    for begin in (skews[1] + shift, skews[1] + 4096 - shift):
+        target = rooms[1][begin:][: size * count]
+        for turn in range(3):
+            arrays = [data(rank, turn, (size * count,), np.int8) for rank in range(size)]
+            blocks = np.array([array.reshape(size, count) for array in arrays])
+            source[...], target[...] = arrays[part.rank], 7
+            assert part.all_to_all(source, out=target, algorithm="cma" if turn else "auto") is target
+            assert np.array_equal(target.reshape(size, count), blocks[:, part.rank])
+            array = (target if part.rank else source)[: count + turn]
+            array[...] = part.rank + turn
+            part.broadcast(array, out=array)
+            assert np.all(array == turn)
+        assert np.all(rooms[1][:begin] == 9) and np.all(rooms[1][begin + size * count :] == 9), "written beside it"
+        rooms[1][...] = 9
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_other_arrays_of_the_same_shape(part: Communicator, name: str) -> None:
     """In the window, not contiguous, overlapping: they are told from those before, and go their own way."""
