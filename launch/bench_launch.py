@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.config import Config
-from dtrain.launch import configuration
+from dtrain.launch import configuration, environment
 from dtrain.launch.mpirun import Mpirun, stop
 
-_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS", "NUMBA_NUM_THREADS")
+_THREADS = ("OMP_NUM_THREADS", *environment.THREAD_VARIABLES)
 
 PAIRS = 7  # steps of dtrain that are compared with their bare matmuls, one by one
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
+from dtrain.launch.pictures import FONT
+
 WIDTH, LEFT, ROW, GAP, DROPS = 760, 64, 14, 34, 40
 INK, DROPPED = "#1f2937", "#d9662b"
-FONT = "font-family=\"'Helvetica Neue', Helvetica, Arial, 'DejaVu Sans', sans-serif\""
 
 
 def line(details: Mapping[str, Any]) -> str:
@@ -44,7 +46,7 @@ def picture(metrics: Sequence[Mapping[str, Any]], path: Path, title: str) -> Pat
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
         f'{FONT} font-size="11" fill="{INK}">',
         f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
-        f'<text x="{LEFT}" y="24" font-size="15" font-weight="600">{_escaped(title)}</text>',
+        f'<text x="{LEFT}" y="24" font-size="15" font-weight="600">{escape(title)}</text>',
         f'<text x="{LEFT}" y="42">white: no tokens; blue: the even share; darker: twice as many and more</text>',
     ]
     for mixture in range(mixtures):
@@ -80,7 +82,3 @@ def _shade(load: float) -> str:
     ends = ((255, 255, 255), (96, 150, 205)) if load <= 1 else ((96, 150, 205), (16, 42, 90))
     part = load if load <= 1 else min(load, 2.0) - 1
     return "#" + "".join(f"{round(a + (b - a) * part):02x}" for a, b in zip(*ends, strict=True))
-
-
-def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from html import escape
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -88,9 +89,9 @@ def histogram(counts: Mapping[int, int], title: str, label: str, unit: str) -> s
             parts.append(f'<text x="{x + wide / 2:.1f}" y="{bottom + 20}" text-anchor="middle">{value}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<path d="M{LEFT} {bottom}H{WIDTH - RIGHT}" stroke="{INK}"/>')
-    parts.append(f'<text x="{middle:.1f}" y="{HEIGHT - 12}" text-anchor="middle">{_escaped(label)}</text>')
+    parts.append(f'<text x="{middle:.1f}" y="{HEIGHT - 12}" text-anchor="middle">{escape(label)}</text>')
     upright = f'transform="translate(18 {(TOP + bottom) / 2:.1f}) rotate(-90)" text-anchor="middle"'
-    parts.append(f"<text {upright}>{_escaped(unit)}</text>")
+    parts.append(f"<text {upright}>{escape(unit)}</text>")
     return "\n".join([*parts, "</svg>", ""])
 
 
@@ -212,7 +213,7 @@ def _head(title: str) -> list[str]:
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
     ]
     if title:
-        parts.append(f'<text x="{LEFT}" y="26" font-size="15" font-weight="600">{_escaped(title)}</text>')
+        parts.append(f'<text x="{LEFT}" y="26" font-size="15" font-weight="600">{escape(title)}</text>')
     return parts
 
 
@@ -232,7 +233,7 @@ def _legend(entries: list[tuple[str, str, str]]) -> list[str]:
         parts.append(
             f'<path d="M{px} {py}h26" stroke="{colour}" stroke-width="2" stroke-dasharray="{dashes or "none"}"/>'
         )
-        parts.append(f'<text x="{px + 34}" y="{py + 4}">{_escaped(label)}</text>')
+        parts.append(f'<text x="{px + 34}" y="{py + 4}">{escape(label)}</text>')
     return parts
 
 
@@ -241,7 +242,3 @@ def _label(tick: float, all_ticks: list[float]) -> str:
     step = all_ticks[1] - all_ticks[0]
     decimals = next((d for d in range(7) if abs(round(step, d) - step) < 1e-9 * max(1.0, abs(step))), 6)
     return f"{tick:,.{decimals}f}"
-
-
-def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

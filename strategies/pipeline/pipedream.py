@@ -63,7 +63,8 @@ class Stash:
 
     def drop(self, needed: set[int]) -> None:
         """Forget all but these."""
-        self.copies = {number: copy for number, copy in self.copies.items() if number in needed}
+        for number in self.copies.keys() - needed:
+            del self.copies[number], self.marks[number]
 
     @contextmanager
     def use(self, number: int) -> Iterator[None]:
@@ -187,8 +188,8 @@ class PipeDream(PipelineParallel):
         others = [axis for axis in ("dp", "cp", "ep") if mesh.size(axis) > 1]
         if others:
             raise UserError(
-                f"pipeline.schedule: {self.kind}; allowed without parallel.{others[0]}: {mesh.size(others[0])} "
-                "pipelines would drift apart"
+                f"pipeline.schedule: {self.kind}; does not go with parallel.{others[0]}: {mesh.size(others[0])}, since "
+                "the weights of several pipelines would drift apart"
             )
         model = super().apply(model, mesh)
         tied = [p.name for p in model.named_parameters().values() if "pp" in p.gradient_layout.axes(Partial)]
