@@ -220,7 +220,7 @@ class RunFolder:
             "memory": self.memory,
             "pipeline": timeline,
             "collectives": collectives or [],
-            "versions": {"dtrain": __version__, "numpy": np.__version__, "python": platform.python_version()},
+            "versions": self._versions(),
             **self.more,
         }
         if timeline is not None:
@@ -244,6 +244,14 @@ class RunFolder:
             yield (f"validation loss {validation[-1]:.4f}, {verdict} the {measure}, {trainer.data.entropy:.4f}")
         yield from self._sample(speaker)
         yield f"trained {trainer.step} steps in {seconds:.1f} s; everything is in {self.path}/"
+
+    def _versions(self) -> dict[str, str]:
+        found = {"dtrain": __version__, "numpy": np.__version__, "python": platform.python_version()}
+        if self.comm.transport.name == "mpi":
+            from dtrain.collectives import mpi
+
+            found["mpi"] = " ".join(mpi.library().split())
+        return found
 
     def _sample(self, speaker: Model | None) -> Iterator[str]:
         trainer, options = self.trainer, self.trainer.config.sample

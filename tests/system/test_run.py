@@ -76,6 +76,7 @@ def test_summary(job):
     assert summary["seconds"] > 0
     assert summary["layout"]["ranks"] == (2 if run.name == "two" else 1)
     assert summary["versions"]["numpy"] == np.__version__
+    assert run.name != "two" or "thread level" in summary["versions"]["mpi"]
     dim, hidden = 32, 128
     block = 4 * dim + 3 * dim * dim + 3 * dim + dim * dim + dim + 2 * dim * hidden + hidden + dim
     assert summary["parameters"] == 256 * dim + SEQUENCE * dim + block + 2 * dim
