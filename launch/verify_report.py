@@ -44,7 +44,7 @@ def show(report: Report, config: Config, ranks: int, show_all: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=int(os.environ.get("COLUMNS", 110)), highlight=False)
+    console = Console(width=int(os.environ.get("COLUMNS") or 110), highlight=False)
     wrong = [row for row in report.rows if not row.right]
     parallel = config.parallel
     used = [f"{axis}={getattr(parallel, axis)}" for axis in ("pp", "dp", "cp", "ep", "tp")]

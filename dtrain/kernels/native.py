@@ -122,8 +122,13 @@ def _take(lock: Path) -> bool:
         return False
     except OSError as error:
         raise Unavailable(f"the cache folder {lock.parent} cannot be written: {error}") from error
-    os.write(descriptor, f"{os.getpid()} {socket.gethostname()}".encode())
-    os.close(descriptor)
+    try:
+        os.write(descriptor, f"{os.getpid()} {socket.gethostname()}".encode())
+    except OSError as error:  # a full disk
+        lock.unlink(missing_ok=True)
+        raise Unavailable(f"the cache folder {lock.parent} cannot be written: {error}") from error
+    finally:
+        os.close(descriptor)
     return True
 
 

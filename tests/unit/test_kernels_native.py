@@ -205,3 +205,13 @@ kernels.of(np.ones(2)).softmax(np.ones((2, 2)))  # links once more: the pages co
         pytest.skip("no /proc/self/smaps on this system")
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert run.returncode == 0, run.stderr
+
+
+def test_a_lock_that_cannot_be_written_goes_again(tmp_path, monkeypatch):
+    def full(descriptor: int, content: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(native.os, "write", full)
+    with pytest.raises(native.Unavailable, match="No space left"):
+        native._take(tmp_path / "lock")
+    assert not list(tmp_path.iterdir())
