@@ -76,6 +76,24 @@ def dump(config: Config) -> str:
     return yamltree.text(msgspec.to_builtins(config))
 
 
+def brief(config: Config) -> Iterator[str]:
+    """The configuration as YAML, a line per section: those that must be given whole, of the others what is not the
+    default. `load` reads it back to an equal one."""
+    yield from (yamltree.line(key, value) for key, value in _told(config, whole=False).items())
+
+
+def _told(section: msgspec.Struct, whole: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {"kind": _tag(type(section))} if _tag(type(section)) else {}
+    for field in msgspec.structs.fields(section):
+        value = getattr(section, field.name)
+        default = field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
+        if value == default and (value is None or not whole):
+            continue
+        nested = isinstance(value, msgspec.Struct)
+        found[field.encode_name] = _told(value, whole or field.required) if nested else msgspec.to_builtins(value)
+    return found
+
+
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from dtrain import __version__, kernels
 from dtrain.collectives import Communicator, world
 from dtrain.config import Config, idle
-from dtrain.launch import assembly, environment, experts, memory, timelines
+from dtrain.launch import assembly, configuration, environment, experts, memory, timelines
 from dtrain.launch.progress import Progress
 from dtrain.launch.run_folder import RunFolder
 from dtrain.launch.trace import Trace
@@ -87,8 +87,10 @@ def header(trainer: Trainer) -> Iterator[str]:
 
 
 def task(trainer: Trainer) -> Iterator[str]:
-    """What is to be learned, and by what."""
+    """What was asked for: the configuration with the layout it resolved to; what is to be learned, and by what."""
     config = trainer.config
+    yield f"config as resolved; every key: {Path(config.output) / config.name / 'config.yaml'}"
+    yield from (f"       {line}" for line in configuration.brief(config))
     yield f"data   {trainer.data.description}"
     yield f"       unigram entropy {trainer.data.entropy:.4f} nats: a model that learns falls below this loss"
     yield (

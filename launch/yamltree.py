@@ -81,3 +81,11 @@ def text(value: Any) -> str:
     return str(
         yaml.dump(value, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)
     )
+
+
+def line(key: str, value: Any) -> str:
+    """Return a key and its plain value as one line of YAML, however long."""
+    shown = yaml.dump(
+        {key: value}, Dumper=_Dumper, sort_keys=False, default_flow_style=True, width=1 << 30, allow_unicode=True
+    )
+    return str(shown).strip()[1:-1]

@@ -40,6 +40,15 @@ def test_the_resolved_configuration_is_itself(job):
     assert well("show", "config", run / "config.yaml").out.strip() == written.strip()
 
 
+def test_it_is_told_too(job, tmp_path):
+    ended, run = job
+    begin = ended.out.index(f"config as resolved; every key: {run}/config.yaml\n")
+    told = ended.out[begin : ended.out.index("\ndata   text")].splitlines()[1:]
+    assert len(told) <= 12 and f"       parallel: {{dp: {1 + (run.name == 'two')}}}" in told
+    (tmp_path / "told.yaml").write_text("\n".join(line.strip() for line in told))
+    assert well("show", "config", tmp_path / "told.yaml").out == (run / "config.yaml").read_text()
+
+
 def test_metrics(job):
     _, run = job
     rows = metrics(run)

@@ -68,6 +68,17 @@ def test_dump_reads_back_to_the_same(path, tmp_path):
     assert load(tmp_path / "again.yaml") == loaded
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.stem)
+def test_what_a_run_tells_reads_back_to_the_same(path, tmp_path):
+    loaded = load(path)
+    told = list(configuration.brief(loaded))
+    (tmp_path / "again.yaml").write_text("\n".join(told))
+    assert load(tmp_path / "again.yaml") == loaded
+    assert len(told) <= 14 and len("\n".join(told)) < len(configuration.dump(loaded))
+    assert any(line.startswith("train: {steps: ") and "dtype: " in line for line in told)  # whole: it must be given
+    assert not any(line.startswith("seed") for line in told)
+
+
 def test_values_arrive(file):
     loaded = load(file)
     assert loaded.model == schema.GPTConfig(layers=2, dim=32, heads=4, sequence=16)
