@@ -9,6 +9,7 @@
     read    blocks out of the memory of other processes (`cross_memory.py`)
     meet    a whole collective: raise and await with the sums and copies between them (`meeting.py`)
     short   the same with its record, for what is short; called as a function of Python's own (`small.py`)
+    window  the same for what lies in the window; called likewise (`places.py`)
     long    as many meetings as it takes, with their records; called likewise (`long.py`)
 
 Written in LLVM's language and translated when the first communicator with shared memory is made, by llvmlite, which
@@ -27,7 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dtrain.collectives import machine_long, machine_short
+from dtrain.collectives import machine_long, machine_short, machine_window
 from dtrain.collectives.machine_reading import reading
 from dtrain.collectives.machine_source import loops
 from dtrain.collectives.machine_waiting import waiting
@@ -62,6 +63,8 @@ class MachineCode(NamedTuple):
     short: Callable[[Any], Function] | None
     """(words of a job, an array) -> its function (source, target[, stage]), on arrays; None where there is no futex, or
     the structs of Python and NumPy are not those that `machine_short.py` knows."""
+    window: Callable[[Any], Function] | None
+    """(words of a head, an array) -> its function (source, target), likewise."""
     long: Callable[[Any], Function] | None
     """(words of a call, an array) -> its function (source, target), likewise."""
     parts: dict[str, int]
@@ -89,7 +92,8 @@ def machine_code() -> MachineCode | None:
     machine = target.create_target_machine(llvm.get_host_cpu_name(), features, opt=2)
     text = loops()
     if calls:
-        text += waiting(calls[0]) + reading(calls[1]) + machine_short.short() + machine_long.long()
+        text += waiting(calls[0]) + reading(calls[1])
+        text += machine_short.short() + machine_window.window() + machine_long.long()
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(text), machine)
     engine.finalize_object()
     _engines.append(engine)
@@ -108,6 +112,7 @@ def machine_code() -> MachineCode | None:
         function("dtrain_meet", 7) if calls else None,
         function("dtrain_do", 2),
         _functions(engine.get_function_address("dtrain_short")) if known else None,
+        _functions(engine.get_function_address("dtrain_window")) if known else None,
         _functions(engine.get_function_address("dtrain_long")) if known else None,
         {part: engine.get_function_address(f"dtrain_{name}") for part, name in names.items()},
     )
@@ -145,6 +150,7 @@ def _structs_are_known() -> bool:
         and word(machine_short.DATA) == array.ctypes.data
         and word(machine_short.DIMS, ctypes.c_int32) == array.ndim
         and tuple((ctypes.c_int64 * 2).from_address(word(machine_short.SHAPE))) == array.shape
+        and word(machine_window.BASE) == id(array.base)
         and word(machine_short.DTYPE) == id(array.dtype)
         and word(machine_short.FLAGS, ctypes.c_int32) == array.flags.num
     )

@@ -25,7 +25,6 @@ BEFORE, AMONG, AFTER, TWO, EXPECTED = 0, 7, 14, 21, 22  # words of a job: three 
 _LATE_ARRIVED, _OTHER_PLACES, _LATE_REDUCED, _FAILED = -1, -2, -3, -4
 _GO_ON = {_LATE_ARRIVED: 1, _OTHER_PLACES: 1, _LATE_REDUCED: 2}  # stages
 _UNKNOWN = 1 << 62  # no place is packed into this word
-_NOTHING: Array = np.empty(0, np.uint8)
 
 # (number, expected) -> None: where the data of the peers lies depends on what they put aside; it writes the words that
 # it found there into `expected`, one for each peer, and what follows from them into the tables of the parts.
@@ -56,7 +55,6 @@ class Job:
         self._aims = []  # of the source, of the target
         self.fused = node.flags.meet is not None
         """Machine code knows all of it."""
-        self._aimed = False  # at the source and target of a call before
         for at, part in self._parts.items():
             if part is None:
                 continue
@@ -73,32 +71,24 @@ class Job:
 
     def meet(self, number: int, source: Array, target: Array) -> None:
         """Collective `number`, whose record is written; source and target are flat."""
-        node = self._node
+        self.aim(source, target)
+        if self.fused and self._node.alone(number):
+            meet = self._node.flags.meet
+            assert meet is not None
+            self.go_on(number, meet(self.at, number, _record(number), 0, 0), source, target)
+        else:
+            self._step_by_step(number, source, target)
+
+    def aim(self, source: Array, target: Array) -> None:
+        """It is about these arrays from now on."""
         if self._aims:
             both = address(source), address(target)
             for table, word, of_target, nbytes in self._aims:
                 table[word] = both[of_target] + nbytes
-        if self.fused and node.alone(number):
-            self._aimed = True
-            self._in_one(number, source, target)
-        else:
-            self._step_by_step(number, source, target)
 
     def needs_second(self, two: bool) -> None:
         """For `find`: whether this very meeting needs its second synchronisation; the same on all ranks."""
         self._words[TWO] = two
-
-    def again(self, number: int) -> bool:
-        """`meet` with the source and target of the last call, if that can be done without them; whether it is done."""
-        done = self._aimed and self._node.alone(number)
-        if done:
-            self._in_one(number, _NOTHING, _NOTHING)
-        return done
-
-    def _in_one(self, number: int, source: Array, target: Array) -> None:
-        meet = self._node.flags.meet
-        assert meet is not None
-        self.go_on(number, meet(self.at, number, _record(number), 0, 0), source, target)
 
     def go_on(self, number: int, found: int, source: Array, target: Array) -> None:
         """Do what is left when machine code, which is aimed at this source and target, came back with `found`."""

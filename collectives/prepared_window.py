@@ -32,17 +32,13 @@ class Windowed:
     def __init__(
         self, node: Node, record: Record, part: Part, aside: Place = NO_PLACE, find: Find | None = None
     ) -> None:
-        self._job = Job(node, among=part, find=find)
+        self.job = Job(node, among=part, find=find)
+        self.record = *record, records.packed(aside)
+        """All but its number."""
         self._begin = partial(node.begin_record, record, aside)
 
     def __call__(self, source: Array, target: Array) -> None:
-        self._job.meet(self._begin(), source, target)
-
-    def again(self, source: Array, target: Array) -> None:
-        """The same for arrays that lie where those of the last call lay; they need not be flat."""
-        number = self._begin()
-        if not self._job.again(number):
-            self._job.meet(number, source.reshape(-1), target.reshape(-1))
+        self.job.meet(self._begin(), source, target)
 
 
 # Reductions in the window
@@ -94,14 +90,13 @@ def _slices(call: Call) -> int:
     return call.stage.size * (LONG.nbytes // call.source.itemsize // LINE * LINE)
 
 
-def window_all_reduce_shared(node: Node, place: Place, op: str, result: Array) -> Callable[[], None]:
+def window_all_reduce_shared(node: Node, place: Place, op: str, result: Array) -> Windowed:
     """The sum of all ranks' arrays at this place is written once, into `result`, the same memory on all."""
     dtype, count = result.dtype, result.size
     start, stop = owned(count, node.rank, node.size)
     parts = [part[start:stop] for part in node.arena.parts(place, count, dtype)]
     record = records.record("all_reduce_shared", "window", op, dtype, count, place, 0)
-    run = Windowed(node, record, added(OPERATIONS[op], dtype, stop - start, parts, [result[start:stop]]))
-    return lambda: run.again(result, result)
+    return Windowed(node, record, added(OPERATIONS[op], dtype, stop - start, parts, [result[start:stop]]))
 
 
 def window_reduce_scatter(call: Call) -> Run:

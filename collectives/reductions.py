@@ -3,7 +3,7 @@
 The methods `_..._call` bring arguments into the form of a `Call`; the non-blocking twins use the same ones.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,7 @@ from dtrain.collectives.forms import (
     with_block,
 )
 from dtrain.collectives.group import Group
-from dtrain.collectives.prepared_window import window_all_reduce_shared
+from dtrain.collectives.prepared_window import Windowed, window_all_reduce_shared
 from dtrain.collectives.progress import Progress
 from dtrain.collectives.transport import Transport
 from dtrain.collectives.volumes import window_shared
@@ -36,7 +36,7 @@ from dtrain.collectives.volumes import window_shared
 _KNOWN_FORMS = 1024
 
 # What adds up arrays at one place, the one home of their sum, and what moves.
-SharedSum = tuple[Callable[[], None], Array, Volume]
+SharedSum = tuple[Windowed, Array, Volume]
 
 
 class Reductions(Group):
@@ -88,7 +88,7 @@ class Reductions(Group):
             result.flags.writeable = False
             return result
         run, shared, volume = known
-        run()
+        run(shared, shared)
         self.counters.add("all_reduce_shared", "window", array.nbytes, volume)
         view = shared.reshape(array.shape)
         view.flags.writeable = False

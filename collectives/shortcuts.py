@@ -5,78 +5,36 @@
 
 A form stands for the built-in choice, which for so few bytes does not depend on where the arrays lie; a table of
 `dtrain bench tune` is not asked about them (`Tuning.order`). So it does not matter which ranks have a form already.
-
-    long, in the window   (name, shape, dtype, op) -> form -> (addresses) -> plan
-    long, elsewhere       (name, shape, dtype, op) -> form -> long.run(array, out)                `long.py`
-
-What has an address in the window lies there at one place for as long as the communicator lives, so the addresses stand
-for all that the key of a plan would be made of again. With more ranks than cores this Python is run with cold caches by
-one rank after another: it was a third of an all_gather of 256 KiB between 8.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy import ndarray
 
-from dtrain.collectives import long, small
-from dtrain.collectives.arena import at_home
-from dtrain.collectives.counters import Tally, Volume
-from dtrain.collectives.dtypes import Array, address, cut
+from dtrain.collectives import small
+from dtrain.collectives.counters import Volume
+from dtrain.collectives.dtypes import Array, cut
 from dtrain.collectives.forms import NOTHING
 from dtrain.collectives.letters import LENGTH, Block
-from dtrain.collectives.long import Long, Meetings
+from dtrain.collectives.long_calls import KNOWN_FORMS, Form, Key, LongCalls
 from dtrain.collectives.node import Node
-from dtrain.collectives.plans import PREPARED_COLLECTIVES, Plans
-from dtrain.collectives.prepared_window import Windowed
-from dtrain.collectives.progress import Progress
+from dtrain.collectives.plans import PREPARED_COLLECTIVES
 from dtrain.collectives.staged import SMALL_BYTES
-from dtrain.collectives.transport import Transport
 
 if TYPE_CHECKING:
     from dtrain.collectives.choices import Own
 
-KNOWN_FORMS = 4096
 # Up to here the built-in choice is the staging wherever the arrays lie; where a table of `dtrain bench tune` is in use,
 # it is asked from SMALL_BYTES on. Longer sums take two synchronisations, as plans.
 MOVED_BYTES = 64 * 1024
-KNOWN_DISTANCES = 4  # between the arrays of calls that are otherwise alike
-Key = tuple[Any, ...]
-Form = Callable[[Any, Array | None], Any]
-Again = Callable[[Array, Array], None]
 Result = TypeVar("Result", Array, Array | None)
 
 
-class Shortcuts(Plans):
+class Shortcuts(LongCalls):
     """Plans, and prepared forms of what is short."""
-
-    def __init__(self, transport: Transport, timeout: float | None = None, progress: Progress | None = None) -> None:
-        super().__init__(transport, timeout, progress)
-        self._forms: dict[Hashable, Form] = {}
-        self._places: dict[Hashable, tuple[Again, Tally, tuple[str, str, int], tuple[int, ...]]] = {}
-        """Plans of long calls in the window: by the key of the form and the addresses."""
-        self._longs: dict[Hashable, list[tuple[Long, Tally]]] = {}
-        """Those of arrays from elsewhere, by the key of the form: apart, and at each distance that has come."""
-
-    def forget(self) -> None:
-        """Drop all forms and plans: what `auto` chooses has changed, on all ranks."""
-        self._forms.clear()
-        self._places.clear()
-        self._longs.clear()
-        self.counters.forget()
-        super().forget()
-
-    def close(self) -> None:
-        """Give all memory and handles back; the communicator is not used afterwards.
-
-        Drop the arrays of `empty` before: their memory goes only when no rank has any of them any more.
-        """
-        self._forms.clear()
-        self._places.clear()
-        self._longs.clear()
-        super().close()
 
     def all_reduce(self, array: Any, op: str = "sum", out: Array | None = None, algorithm: str = "auto") -> Array:
         """The sum over ranks of array (any shape), of the same shape and dtype, on every rank."""
@@ -282,14 +240,8 @@ class Shortcuts(Plans):
     def _keep(
         self, key: Key, array: Array, out: Array | None, result: Result, make: Callable[[Node], small.Short]
     ) -> Result:
-        """The result; the form of a short call through the staging is kept, or the places of one in the window, or what
-        a long one of arrays from elsewhere does.
-        """
+        """The result; the form of a short call through the staging is kept, or that of a long one."""
         last = self.counters.last
-        if last is not None and last[1] == "window":
-            if result is not None and key[0] in PREPARED_COLLECTIVES:
-                self._keep_place(key, array, result)
-            return result
         nbytes = array.nbytes * (self.size if key[0] in ("all_gather", "gather") else 1)
         limit = SMALL_BYTES if key[0] in ("all_reduce", "reduce") or self.tuning is not None else MOVED_BYTES
         if self._node is None or last is None or last[:2] != (key[0], "staged") or not 0 < nbytes <= limit:
@@ -328,75 +280,5 @@ class Shortcuts(Plans):
             tally.calls += 1
             note((monotonic(), last))
             return None if shape is None else out
-
-        return form
-
-    def _keep_long(self, key: Key, array: Array, out: Array | None, result: Array) -> None:
-        """Keep the plan of a call for arrays from elsewhere that are like these and lie to each other as these do."""
-        name, _, _, *detail = key
-        node, plan = self._node, self._plans.get(self._plan_key(array, out, name, "auto", *detail))
-        if node is None or plan is None or not isinstance(plan.run, Meetings):
-            return
-        if not small.able(node) or not long.able(plan.run) or not result.flags.carray:
-            return
-        if node.arena.place(array) is not None or node.arena.place(result) is not None:
-            return
-        longs = self._longs.setdefault(key, [])
-        if len(longs) < KNOWN_DISTANCES and len(self._forms) + len(self._longs) < KNOWN_FORMS:
-            tally = self.counters.tally(plan.collective, plan.algorithm, plan.nbytes, plan.volume)
-            longs.append((long.Long(plan.run, array, result), tally))
-            if key not in self._forms:
-                self._forms[key] = self._long_form(key, array.dtype, result.shape)
-
-    def _keep_place(self, key: Key, array: Array, out: Array) -> None:
-        """Keep the plan of a call under the addresses of its arrays, if both lie in the window."""
-        node = self._node
-        if node is None or node.arena.place(out) is None or node.arena.place(array) is None:
-            return
-        name, _, _, *detail = key
-        plan = self._plans.get(self._plan_key(array, out, name, "auto", *detail))
-        if plan is None or not isinstance(plan.run, Windowed) or len(self._forms) + len(self._places) >= KNOWN_FORMS:
-            return
-        last = plan.collective, plan.algorithm, plan.nbytes
-        at = address(array), address(out)
-        self._places[key, *at] = plan.run.again, self.counters.tally(*last, plan.volume), last, out.shape
-        if key not in self._forms:
-            self._forms[key] = self._long_form(key, array.dtype, out.shape)
-
-    def _long_form(self, key: Key, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Form:
-        """What does a long call from now on; shape: of the result."""
-        assert self._node is not None
-        places, deferred, settle, note = self._places, self._deferred, self._settle, self.counters.recent.append
-        works, longs = self._node.works, self._longs.setdefault(key, [])
-        pending = works.pending
-        name, _, _, *detail = key
-        plans = getattr(super(), name)
-
-        def form(array: Array, out: Array | None) -> Array:
-            if deferred:
-                settle()
-            elsewhere = longs and not pending and not works.at_work  # in this order: `Node.alone`
-            if elsewhere:
-                into = np.empty(shape, dtype) if out is None else out
-                for known, tally in longs:
-                    found = known.run(array, into)
-                    if not found or known.finish(found, array, into):
-                        tally.calls += 1
-                        note((monotonic(), tally.last))
-                        return into
-            if out is not None and type(out) is ndarray and out.dtype is dtype and out.flags.carray:
-                at = address(array)
-                place = places.get((key, at, at if out is array else address(out)))
-                if place is not None and out.shape == place[3] and (out is array or at_home(array)):
-                    run, tally, last, _ = place
-                    run(array, out)
-                    tally.calls += 1
-                    note((monotonic(), last))
-                    return out
-            result: Array = plans(array, *detail, out=out)
-            self._keep_place(key, array, result)
-            if elsewhere or not longs:
-                self._keep_long(key, array, out, result)
-            return result
 
         return form

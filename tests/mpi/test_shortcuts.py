@@ -10,6 +10,7 @@ import pytest
 
 from dtrain.collectives import Communicator, flags, node, small
 from dtrain.collectives.counters import Volume
+from dtrain.collectives.machine_code import machine_code
 from dtrain.collectives.staging import LONG, SHORT
 from dtrain.collectives.waiting import CollectiveMismatch
 
@@ -305,7 +306,7 @@ def test_addresses_in_the_window_are_not_enough(part: Communicator) -> None:
     gathered(own, turned)
     gathered(own, whole)
     if part.node is not None and size > 1:
-        assert len(part._places) == 1
+        assert len(part._places) == (machine_code() is not None)
         assert part.counters.calls("all_gather", "window") >= 6
 
 
