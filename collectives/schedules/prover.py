@@ -199,6 +199,10 @@ class Prover:
 
     def fold(self, folds: Folds) -> None:
         """Local folds."""
+        named = np.concatenate([folds.into[:, None], folds.chunks], axis=1)
+        if np.count_nonzero(strange := (named < 0) | (named >= self.places)):
+            e, column = np.argwhere(strange)[0]
+            raise self.strange(int(folds.rank[e]), int(named[e, column]), "folds")
         into = folds.rank * self.places + folds.into
         total: Values = ()
         for number, column in enumerate(folds.chunks.T):
@@ -241,8 +245,11 @@ class Prover:
     def refuse_chunks(self, messages: Messages, verb: str) -> None:
         """Chunks that do not exist."""
         e = int(((messages.chunks < 0) | (messages.chunks >= self.places)).argmax())
-        text = f"{verb} it, but there are only chunks 0 to {self.places - 1}"
-        raise self.error(int(messages.each(messages.rank)[e]), int(messages.chunks[e]), text)
+        raise self.strange(int(messages.each(messages.rank)[e]), int(messages.chunks[e]), verb)
+
+    def strange(self, rank: int, chunk: int, verb: str) -> ScheduleError:
+        """A chunk that does not exist."""
+        return self.error(rank, chunk, f"{verb} it, but there are only chunks 0 to {self.places - 1}")
 
     def refuse_sum(self, landing: Array, origin: Array, wrong: Array, why: str) -> None:
         """Something is added to the first of these cells, and must not be."""

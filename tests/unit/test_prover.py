@@ -314,6 +314,20 @@ def test_wrong_folds():
     assert spot == (0, 0, 0) and "rank 0 is added a second time" in text
 
 
+def test_folds_of_places_that_do_not_exist():
+    """Not even to look into the memory of the neighbour, where all that is missing lies."""
+
+    def peek(rank, size):
+        into_next = [Fold(rank, [rank, rank + size])] if rank == 0 else [Fold(rank, [rank, rank - size])]
+        yield Step(folds=into_next)
+
+    spot, text = refused(peek, size=2, collective="reduce_scatter", parts=1)
+    assert spot == (0, 0, 2) and "only chunks 0 to 1" in text
+    for fold in (Fold(2, [0]), Fold(-2, [0]), Fold(0, [-2])):
+        _, text = refused(lambda rank, size, fold=fold: [Step(folds=[fold])], size=2)
+        assert "only chunks 0 to 1" in text
+
+
 def test_added_to_nothing():
     def early(rank, size):
         if rank == 0:
