@@ -76,7 +76,7 @@ class Channel:
 
     def schedule(self, call: Call, choice: Choice) -> Schedule:
         """The schedule with its parameters; ValueError where it is not possible between these ranks."""
-        if not choice.parameters and (found := self._schedules.get((id(choice.row), call.root))) is not None:
+        if not choice.parameters and (found := self._schedules.get(_brief(call, choice))) is not None:
             return found
         defaults = choice.row.parameters if isinstance(choice.row, Algorithm) else {}
         parameters = dict(choice.parameters)
@@ -94,7 +94,7 @@ class Channel:
                 prove(found)
             self._schedules[key] = found
             if not defaults:
-                self._schedules[id(choice.row), call.root] = found
+                self._schedules[_brief(call, choice)] = found
         return found
 
     def start(self, call: Call, choice: Choice) -> "_Started":
@@ -232,6 +232,11 @@ def forwards(schedule: Schedule) -> bool:
         for chunks in (*(send.chunks for send in step.sends), *(receive.chunks for receive in step.receives))
         for chunk in chunks
     )
+
+
+def _brief(call: Call, choice: Choice) -> tuple[str, int, int]:
+    """Which schedule it is where the row has no parameters. One function may serve several collectives."""
+    return choice.collective, id(choice.row), call.root
 
 
 def _length(call: Call) -> int:

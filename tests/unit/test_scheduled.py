@@ -85,6 +85,25 @@ def test_barrier_waits_for_all():
         run_threads(size, run)
 
 
+def test_one_function_for_two_collectives():
+    """It is bound, and proven, for each: what is right as the one may be wrong as the other."""
+
+    def everyone(rank, size, root=0):
+        """Every vector to everybody: an all_gather, and a gather where only the root looks at it."""
+        peers = [peer for peer in range(size) if peer != rank]
+        yield Step([Send(peer, [rank]) for peer in peers], [Receive(peer, [peer]) for peer in peers])
+
+    def run(comm):
+        mine, all_of_them = np.full(2, comm.rank), np.repeat(np.arange(comm.size), 2)
+        assert comm.all_gather(mine, algorithm=everyone).tolist() == all_of_them.tolist()
+        whole = comm.gather(mine, 0, algorithm=everyone)
+        assert whole.tolist() == all_of_them.tolist() if comm.rank == 0 else whole is None
+        with pytest.raises(ScheduleError, match="broadcast everyone"):
+            comm.broadcast(np.ones(6), 0, algorithm=everyone)
+
+    run_threads(3, run)
+
+
 def test_what_cannot_be_is_refused_with_what_can():
     def refuse(comm):
         x = np.ones(4)
