@@ -197,7 +197,7 @@ def _check_keys(place: str, row: Mapping[str, Any], allowed: set[str], needed: s
 def _number(place: str, value: Any, whole: bool) -> float:
     try:
         number = int(value) if whole else float(value)  # YAML reads 1e-6 as text
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = -1
     if isinstance(value, bool) or not 0 <= number < float("inf") or (whole and number != value):
         raise ValueError(f"{place}={value}: must be a {'whole ' if whole else ''}number from 0")

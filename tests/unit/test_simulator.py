@@ -149,6 +149,7 @@ def test_cluster_from_yaml():
         ({"levels": [{"name": "a", "alpha": -1, "beta": 1}]}, r"levels\[0\].alpha=-1: must be a number from 0"),
         ({"levels": [{"name": "a", "alpha": 1, "beta": 1, "ranks": 1.5}]}, r"ranks=1.5: must be a whole number"),
         ({"levels": [{"name": "a", "alpha": 1, "beta": 1, "links": True}]}, "links=True: must be a whole number"),
+        ({"levels": [{"name": "a", "alpha": 1, "beta": 1, "links": float("inf")}]}, "links=inf: must be"),
         ({"levels": [{"name": "a", "alpha": 1, "beta": 1}] * 2}, r"levels\[0\].ranks=0: only the last level"),
         (
             {"levels": [{"name": "a", "alpha": 1, "beta": 1, "ranks": r} for r in (4, 6)]},
