@@ -13,9 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from dtrain import __version__
 from dtrain.cache import write_atomic
 from dtrain.collectives import Communicator
 from dtrain.errors import UserError
@@ -25,19 +22,15 @@ from dtrain.launch.bench_contest import BLOCKS
 from dtrain.launch.bench_peer import Peer
 from dtrain.launch.bench_reference import Reference
 from dtrain.launch.bench_table import Row
+from dtrain.launch.versions import versions
 
 _CAP_SYS_PTRACE = 19
 
 
 def header(comm: Communicator) -> dict[str, Any]:
     """Where and with what is measured."""
-    versions = {"dtrain": __version__, "numpy": np.__version__, "mpi": comm.transport.name}
-    if comm.transport.name == "mpi":
-        from dtrain.collectives import mpi
-
-        versions["mpi"] = " ".join(mpi.library().split())
     return {
-        **bench_step.machine(versions),
+        **bench_step.machine({"mpi": comm.transport.name, **versions(comm)}),
         "ranks": comm.size,
         "nodes": len(set(comm.transport.nodes)),
         "crowded": comm.transport.crowded,

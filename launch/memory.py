@@ -43,6 +43,15 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"       {found['formula']} = {found['by_formula']:,}, Ψ = {found['elements']:,} elements of its part, padded"
 
 
+def peak_line(peaks: list[int]) -> str:
+    """For the log: the most memory that a rank had, and which."""
+    most, least = max(peaks), min(peaks)
+    told = f"peak memory of a process: {most / 2**20:,.0f} MiB"
+    if len(peaks) > 1:
+        told += f" on rank {peaks.index(most)}, {least / 2**20:,.0f} MiB on rank {peaks.index(least)}"
+    return told
+
+
 def _mine(trainer: Trainer) -> dict[str, Any]:
     groups, dtype = trainer.flat.groups, trainer.config.train.dtype
     held = [group.bytes_held() for group in groups]

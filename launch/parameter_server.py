@@ -90,6 +90,7 @@ def serve(comm: Communicator, trainer: Trainer, source: Path) -> bool:
             server.serve()
             if not folder.finished:
                 folder.speaker()
+                folder.measure()
             return bool(server.lost)
         started, first_step = time.perf_counter(), 0.0
 
@@ -107,6 +108,7 @@ def serve(comm: Communicator, trainer: Trainer, source: Path) -> bool:
         if not folder.finished:
             folder.more = {"parameter_server": lead.summary()}
             speaker = folder.speaker()
+            folder.measure()
             for line in folder.close(time.perf_counter() - started, first_step, None, None, speaker):
                 progress.note(line)
         return bool(lead.lost)
@@ -145,6 +147,12 @@ class ServedFolder(RunFolder):
     def _largest(self, number: int) -> int:
         told = [] if self.lead is None else [worker.memory for worker in self.lead.ledger.workers]
         return max(number, *told)
+
+    def measure(self) -> None:
+        """As of any run; workers come before servers and told theirs with their gradients."""
+        super().measure()
+        if self.lead is not None:
+            self.peaks = [worker.memory for worker in self.lead.ledger.workers] + self.peaks
 
     def close(self, *arguments: Any) -> Iterator[str]:
         """As of any run, with what was measured about staleness."""

@@ -137,7 +137,7 @@ class Progress:
 
     def tells(self, step: int) -> bool:
         """Whether this step has a line of its own; the same on all ranks."""
-        return step % self.every == 0 or step in (self.start_step + 1, self.total_steps)
+        return logs(step, self.every, self.start_step, self.total_steps)
 
     def note(self, text: str) -> None:
         """Print a line, above the bar if there is one."""
@@ -178,6 +178,11 @@ class Progress:
         )
         self._bar.update(self._task, completed=record.step, told=told)
         self._bar.refresh()
+
+
+def logs(step: int, every: int, start_step: int, total_steps: int) -> bool:
+    """Whether a step is told of, on the terminal and in metrics.jsonl: the first and last of a start, every `every`."""
+    return step % every == 0 or step in (start_step + 1, total_steps)
 
 
 def step_line(record: Record, total_steps: int, speed: float, remaining: float, unit: str = "tokens") -> str:

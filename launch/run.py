@@ -59,6 +59,7 @@ def run(config: Config, source: Path, comm: Communicator | None = None) -> None:
                 folder.save()
         collectives = traffic.rows(trainer.step - first)
         timeline, speaker = timelines.measured(trainer), folder.speaker()
+        folder.measure()
         if trainer.step > first + 1:
             for line in table(collectives, f"communication per step, mean of {trainer.step - first} steps"):
                 progress.note(line)

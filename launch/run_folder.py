@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import platform
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,12 +21,14 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from dtrain import __version__, cache, checkpoint
+from dtrain import cache, checkpoint
 from dtrain.config import GPTConfig
 from dtrain.errors import UserError
 from dtrain.kernels.memory import peak_memory
 from dtrain.launch import configuration, experts, memory, pictures, timelines
+from dtrain.launch.progress import logs
 from dtrain.launch.trace import WARM, Trace
+from dtrain.launch.versions import versions
 from dtrain.models import Model
 from dtrain.trainer import StepRecord, Trainer
 
@@ -40,6 +41,8 @@ class RunFolder:
         self.comm = trainer.mesh.comm
         self.checkpoints = path / "checkpoints"
         self.metrics: list[dict[str, Any]] = []
+        self.peaks: list[int] = []
+        self.start_step = 0
         self.finished = False
         """Trained to the last step and told about by an earlier start: nothing is left to do."""
         self._since: list[StepRecord] = []
@@ -56,6 +59,7 @@ class RunFolder:
             trainer.load(start)
             told.append(f"resumed from {start}: step {trainer.step} of {trainer.total_steps}")
             told += self._changes(checkpoint.Reader(start).state)
+            self.start_step = trainer.step
             self.finished = self.comm.broadcast_object(self._told_steps()) >= trainer.step >= trainer.total_steps
         if self.finished:
             told[0] = (
@@ -119,10 +123,12 @@ class RunFolder:
         self._write_text("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.metrics))
 
     def record(self, record: StepRecord) -> None:
-        """Take note of a step; every `log.every` steps a line of metrics.jsonl is written. Collective."""
+        """Take note of a step; those that `logs` names and those with a validation are written to metrics.jsonl.
+        Collective."""
         self._since.append(record)
-        last = record.step == self.trainer.total_steps
-        if record.step % self.trainer.config.log.every and record.validation_loss is None and not last:
+        trainer = self.trainer
+        named = logs(record.step, trainer.config.log.every, self.start_step, trainer.total_steps)
+        if not named and record.validation_loss is None:
             return
         seconds = sum(each.step_seconds for each in self._since)
         row: dict[str, Any] = {
@@ -151,6 +157,11 @@ class RunFolder:
     def _largest(self, number: int) -> int:
         with self.comm.counters.purpose("log"):
             return int(self.comm.all_reduce(np.array([number]), "max")[0])
+
+    def measure(self) -> None:
+        """Ask every rank for the most memory it ever had, for summary.json. Collective."""
+        with self.comm.counters.purpose("log"):
+            self.peaks = [int(peak) for peak in self.comm.all_gather(np.array([peak_memory()]))]
 
     def save(self) -> None:
         """Write a checkpoint. Collective."""
@@ -215,12 +226,12 @@ class RunFolder:
             "seconds": seconds,
             "first_step_at": first_step,
             "parameters": trainer.num_parameters,
-            "peak_memory_bytes_per_rank": last.get("memory_bytes"),
+            "peak_memory_bytes_per_rank": self.peaks,
             "layout": {"ranks": self.comm.size, **trainer.mesh.sizes, "data_parallel": config.parallel.data_parallel},
             "memory": self.memory,
             "pipeline": timeline,
             "collectives": collectives or [],
-            "versions": self._versions(),
+            "versions": versions(self.comm),
             **self.more,
         }
         if timeline is not None:
@@ -243,15 +254,8 @@ class RunFolder:
             )
             yield (f"validation loss {validation[-1]:.4f}, {verdict} the {measure}, {trainer.data.entropy:.4f}")
         yield from self._sample(speaker)
+        yield memory.peak_line(self.peaks)
         yield f"trained {trainer.step} steps in {seconds:.1f} s; everything is in {self.path}/"
-
-    def _versions(self) -> dict[str, str]:
-        found = {"dtrain": __version__, "numpy": np.__version__, "python": platform.python_version()}
-        if self.comm.transport.name == "mpi":
-            from dtrain.collectives import mpi
-
-            found["mpi"] = " ".join(mpi.library().split())
-        return found
 
     def _sample(self, speaker: Model | None) -> Iterator[str]:
         trainer, options = self.trainer, self.trainer.config.sample

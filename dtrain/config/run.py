@@ -95,7 +95,7 @@ class LogConfig(Section, frozen=True, kw_only=True):
     """What is told on the way."""
 
     every: int = 10
-    """Steps between two lines of metrics.jsonl."""
+    """Steps between two lines of metrics.jsonl; the first and last of a start have one too."""
     trace: int = 0
     """Steps after the second of which trace.json shows what every rank did when."""
 

@@ -61,7 +61,7 @@ def test_dtrain_run(hosts: Hosts, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stdout + done.stderr
     assert "on 2 hosts" in done.stdout
     rows = [json.loads(line) for line in (tmp_path / "gpt-ddp" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [2, 4, 6] and rows[-1]["loss"] < rows[0]["loss"]
+    assert [row["step"] for row in rows] == [1, 2, 4, 6] and rows[-1]["loss"] < rows[0]["loss"]
 
 
 def test_uneven_hosts_and_ranks_in_turns(three_hosts: Hosts) -> None:

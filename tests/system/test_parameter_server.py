@@ -26,6 +26,8 @@ def test_a_run_leaves_its_folder_and_goes_on_with_other_servers(tmp_path, text):
     assert sum(found["gradients_by_worker"]) == sum(found["staleness"].values()) == found["updates"] == 8
     assert (run / "staleness.svg").read_text().startswith("<svg") and (run / "sample.txt").exists()
     assert [row["step"] for row in program.metrics(run)] == [1, 2, 3, 4]
+    peaks = json.loads((run / "summary.json").read_text())["peak_memory_bytes_per_rank"]
+    assert len(peaks) == 4 and min(peaks) > 2e7  # two workers, two servers
     ended = well("run", config, "train.steps=6", "parameter_server={servers: 1}", ranks=2)
     assert "step 4 of 6" in ended.out
     assert [row["step"] for row in program.metrics(run)] == [1, 2, 3, 4, 5, 6]

@@ -83,6 +83,8 @@ def test_summary(job):
     assert summary["final_validation_loss"] == rows[-1]["validation_loss"]
     assert summary["tokens"] == STEPS * BATCH * SEQUENCE
     assert summary["seconds"] > 0
+    peaks = summary["peak_memory_bytes_per_rank"]
+    assert len(peaks) == summary["layout"]["ranks"] and max(peaks) >= rows[-1]["memory_bytes"] and min(peaks) > 2e7
     assert summary["layout"]["ranks"] == (2 if run.name == "two" else 1)
     assert summary["versions"]["numpy"] == np.__version__
     assert run.name != "two" or "thread level" in summary["versions"]["mpi"]
