@@ -47,6 +47,17 @@ class Reader:
         self._mapped: dict[str, Mapped] = {}
         self._verified: set[tuple[str, str]] = set()
 
+    def number(self, *keys: str) -> int:
+        """A whole number of the state, by the way to it; UserError where a checkpoint from elsewhere has none."""
+        value: Any = self.state
+        for key in keys:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if type(value) is not int or value < 0:
+            raise UserError(
+                f"{self.folder}: state.{'.'.join(keys)}: {value!r}; to go on, a whole number is needed there"
+            )
+        return value
+
     def names(self, kind: str | None = None) -> list[str]:
         """The names of all tensors, or of those of a kind: "parameter", "optimizer" or "strategy"."""
         return [name for name, entry in self.manifest.tensors.items() if kind in (None, entry.kind)]

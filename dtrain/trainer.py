@@ -325,8 +325,8 @@ class Trainer:
             reader.read(block.name, block.start, block.array.shape, out=block.array)
         for strategy in self.strategies:
             strategy.after_update(self.model)
-        self.step, self.consumed = int(reader.state["step"]), int(reader.state["consumed"])
-        self.optimizer.steps = int(reader.state["optimizer"]["steps"])
+        self.step, self.consumed = reader.number("step"), reader.number("consumed")
+        self.optimizer.steps = reader.number("optimizer", "steps")
         self.scaler.load_state(reader.state.get("loss_scale", {}))
         self.model.load_state(reader)
         for strategy in self.strategies:

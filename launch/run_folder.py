@@ -97,10 +97,10 @@ class RunFolder:
 
     def _changes(self, state: dict[str, Any]) -> Iterator[str]:
         """What makes the steps to come others than those of the run that wrote the checkpoint."""
-        seed = self.trainer.config.seed
-        if state["seed"] != seed:
-            yield f"note: seed is {seed} now, was {state['seed']}: the steps to come see the data in another order"
-        if state["data"] != self.trainer.data.fingerprint:
+        seed, before = self.trainer.config.seed, state.get("seed", "not told")
+        if before != seed:
+            yield f"note: seed is {seed} now, was {before}: the steps to come see the data in another order"
+        if state.get("data") != self.trainer.data.fingerprint:
             yield "note: the data is not what the checkpoint was trained on"
 
     def _told_steps(self) -> int:

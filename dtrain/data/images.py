@@ -22,6 +22,7 @@ from dtrain.data.rows import read_npz, row_data, write_rows
 from dtrain.errors import UserError
 
 NPZ_NAMES = [("x", "y"), ("images", "labels"), ("x_train", "y_train")]  # the last: Keras' mnist.npz
+MOST = 1 << 20  # classes: a larger label means that the file is something else
 
 
 def open_images(config: ImagesConfig, sequence: int, seed: int, vocabulary: int | None, mask: bool) -> Data:
@@ -76,6 +77,8 @@ def _make(folder: Path, path: str, files: list[str]) -> None:
         raise UserError(f"data.path: {path}: there are no images in it")
     if y.dtype.kind not in "iuf" or y.min() < 0 or not np.array_equal(y, np.floor(y)):
         raise UserError(f"data.path: {path}: labels must be whole numbers from 0 on, not {y.dtype} from {y.min()}")
+    if y.max() >= MOST:
+        raise UserError(f"data.path: {path}: the label {y.max()}; labels are numbers of classes, allowed: below {MOST}")
     classes = [str(i) for i in range(int(y.max()) + 1)]
     write_rows(folder, x, y, classes, _divisor(x, path))
 

@@ -167,7 +167,7 @@ def open_tokens(config: TokensConfig, sequence: int, seed: int, vocabulary: int 
     if len(tokens) == 0:
         raise UserError(f"data.path: {config.path}: {name} is empty; tokens are needed")
     entry = sources.name_of_entry(files, "tokens", tokens.dtype.name)
-    header = read_header(store.cached("tokens", entry, lambda folder: _measure(folder, tokens)))
+    header = read_header(store.cached("tokens", entry, lambda folder: _measure(folder, name, tokens)))
     limit = min(config.vocabulary or MOST, MOST)
     if header["maximum"] >= limit:
         raise UserError(
@@ -184,11 +184,11 @@ def _pieces(tokens: Array) -> Iterator[Array]:
         yield tokens[start : start + CHUNK]
 
 
-def _measure(folder: Path, tokens: Array) -> None:
+def _measure(folder: Path, name: str, tokens: Array) -> None:
     measure = Measure()
     for piece in _pieces(tokens):
         if piece.dtype.kind == "i" and piece.min() < 0:
-            raise UserError(f"data.path: a token is {piece.min()}; tokens must be 0 or more")
+            raise UserError(f"data.path: {name}: a token is {piece.min()}; tokens must be 0 or more")
         measure.add(piece)
     write_header(folder, measure.header())
 

@@ -39,18 +39,22 @@ def to_csv(programs: list[Program]) -> str:
 
 
 def _from_csv(path: Path) -> list[Program]:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.reader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ScheduleError(f"{path}: cannot be read as a CSV file in UTF-8: {error}") from None
     programs: list[Program] = []
-    with path.open(newline="", encoding="utf-8") as file:
-        for line, row in enumerate(csv.reader(file), 1):
-            program = []
-            for column, cell in enumerate(map(str.strip, row), 1):
-                match = _CELL.fullmatch(cell)
-                if match:
-                    program.append(Action(int(match[1]), match[2], int(match[3])))
-                elif cell:
-                    raise ScheduleError(f"{path}, line {line}, cell {column}: {cell!r}; must be such as 0F1, 2B0")
-            if program:
-                programs.append(program)
+    for line, row in enumerate(rows, 1):
+        program = []
+        for column, cell in enumerate(map(str.strip, row), 1):
+            match = _CELL.fullmatch(cell)
+            if match:
+                program.append(Action(int(match[1]), match[2], int(match[3])))
+            elif cell:
+                raise ScheduleError(f"{path}, line {line}, cell {column}: {cell!r}; must be such as 0F1, 2B0")
+        if program:
+            programs.append(program)
     return programs
 
 

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 from dtrain.checkpoint import Reader, latest, scan
+from dtrain.collectives import single
 from dtrain.errors import UserError
+from dtrain.launch.run_folder import RunFolder
 from dtrain.safetensors_file import FormatError, Mapped
 from tests.checkpoints import SHARD, save_one
+from tests.training import trainer
 
 pytestmark = pytest.mark.usefixtures("fast_disk")
 
@@ -246,3 +249,29 @@ def test_headers_that_lie_are_refused(tmp_path, content):
     (tmp_path / "x.safetensors").write_bytes(content)
     with pytest.raises(FormatError, match=r"x\.safetensors"):
         Mapped(tmp_path / "x.safetensors")
+
+
+def test_a_run_goes_on_only_from_what_tells_its_step(tmp_path):
+    """A checkpoint made elsewhere has the tensors, and whatever state its maker knew."""
+    ours = trainer(single(), train={"steps": 1, "global_batch": 2, "micro_batch": 2})
+    folder = ours.save(tmp_path)
+    whole = json.loads((folder / "manifest.json").read_text())
+    for key, change, problem in (
+        ("step", {}, r"state.step: None; .* a whole number"),
+        ("consumed", {"consumed": "many"}, r"state.consumed: 'many'"),
+        ("optimizer", {"optimizer": 3}, r"state.optimizer.steps: None"),
+    ):
+        state = {name: value for name, value in whole["state"].items() if name != key} | change
+        (folder / "manifest.json").write_text(json.dumps({**whole, "state": state}))
+        with pytest.raises(UserError, match=problem):
+            ours.load(folder)
+
+
+def test_a_run_tells_where_the_checkpoint_does_not_know_its_data(tmp_path):
+    run = RunFolder(tmp_path / "test", trainer(single(), train={"steps": 1, "global_batch": 2, "micro_batch": 2}))
+    folder = run.trainer.save(run.checkpoints)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["state"]["seed"], manifest["state"]["data"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    told = run.open(tmp_path / "test.yaml")
+    assert "note: seed is 3 now, was not told" in told[1] and "the data is not what" in told[2]

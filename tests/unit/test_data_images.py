@@ -167,6 +167,7 @@ def test_damaged_idx_files(folder, images, labels, problem):
         ({"x": np.full((20, 3), np.nan), "y": LABELS}, "sample 0 .* not finite"),
         ({"x": PIXELS, "y": LABELS.astype(int) - 1}, "labels must be whole numbers from 0 on"),
         ({"x": PIXELS, "y": LABELS + 0.5}, "labels must be whole"),
+        ({"x": PIXELS, "y": LABELS.astype(int) + (1 << 20)}, "the label 10485.*allowed: below 1048576"),
         ({"x": PIXELS[:0], "y": LABELS[:0]}, "no images"),
     ],
 )

@@ -104,6 +104,7 @@ def test_bad_files(folder):
     (folder / "cut.npy").write_bytes((folder / "cut.npy").read_bytes()[:500])
     np.savez(folder / "z", a=np.arange(9))
     (folder / "z.npz").rename(folder / "z.npy")
+    np.save(folder / "below.npy", np.arange(-3, 100))
     cases = {
         "text.npy": "cannot be read",
         "empty.bin": "is empty",
@@ -112,6 +113,7 @@ def test_bad_files(folder):
         "broken.bin": "cannot read",
         "cut.npy": "cannot be read",
         "z.npy": "must be one array",
+        "below.npy": "below.npy: a token is -3",
         "none.bin": "there is no",
         "*.npy": "must be one file",
     }

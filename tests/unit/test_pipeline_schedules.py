@@ -156,6 +156,9 @@ def test_schedules_of_the_user(tmp_path):
     file.write_text("0F0,,0B0\n1F0,oops,1B0\n")
     with pytest.raises(ScheduleError, match=r"mine.csv, line 2, cell 2: 'oops'"):
         programs(str(file), 2, 1)
+    file.write_bytes("0F0,0B0 ä".encode("latin-1"))
+    with pytest.raises(ScheduleError, match=r"mine.csv: cannot be read as a CSV file in UTF-8"):
+        programs(str(file), 2, 1)
     code = tmp_path / "mine.py"
     code.write_text(
         "def order(rank, ranks, microbatches, chunks):\n"
