@@ -90,10 +90,7 @@ def sample(config: Config, sizes: Sizes, length: int, number: int = 1) -> dict[s
 def _arrays(saved: Any) -> Iterator[tuple[int, float]]:
     """(address of the memory, bytes of it) of the arrays in what an op saved."""
     if isinstance(saved, np.ndarray):
-        base = saved
-        while isinstance(base.base, np.ndarray):
-            base = base.base
-        yield _home(saved), float(base.nbytes)
+        yield _home(saved), float(_owner(saved).nbytes)
     elif isinstance(saved, tuple | list):
         for each in saved:
             yield from _arrays(each)
@@ -101,11 +98,15 @@ def _arrays(saved: Any) -> Iterator[tuple[int, float]]:
         yield from _arrays(list(saved.values()))
 
 
+def _owner(array: Array) -> Array:
+    """The array whose memory this one is a view of, or itself."""
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
+
+
 def _home(array: Array) -> int:
-    base = array
-    while isinstance(base.base, np.ndarray):
-        base = base.base
-    return int(base.__array_interface__["data"][0])
+    return int(_owner(array).__array_interface__["data"][0])
 
 
 def add(amount: Amount, kind: str, number: float) -> None:
