@@ -8,8 +8,8 @@ import msgspec
 
 from dtrain import models
 from dtrain.collectives import Communicator
-from dtrain.config import Config, DLRMConfig, MLPConfig
-from dtrain.data import Data, open_data
+from dtrain.config import Config
+from dtrain.data import Data, data_of
 from dtrain.errors import UserError
 from dtrain.launch.configuration import for_ranks
 from dtrain.mesh import Mesh
@@ -51,16 +51,7 @@ def planned(config: Config, comm: Communicator) -> tuple[Config, list[str]]:
 
 def parts(config: Config, comm: Communicator) -> tuple[Data, models.Model]:
     """Data and outline of the model; UserError where ranks read different data. Collective."""
-    if isinstance(config.model, MLPConfig | DLRMConfig):
-        data = open_data(config.data, seed=config.seed)
-    else:
-        data = open_data(
-            config.data,
-            sequence=config.model.sequence,
-            seed=config.seed,
-            vocabulary=config.model.vocabulary,
-            mask=config.model.kind == "bert",
-        )
+    data = data_of(config)
     _refuse_different_data(data, comm)
     model = models.outline(config.model, data, dtype=config.train.dtype)
     model.recompute = config.train.recompute

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from dtrain import graph as graphs
-from dtrain.config import Config, DLRMConfig, MLPConfig
+from dtrain.config import Config
 from dtrain.errors import UserError
 
 WRITERS = {".svg": graphs.svg, ".json": graphs.to_json, ".dot": graphs.dot}
@@ -20,11 +20,9 @@ def graph(config: Config, output: Path, ranks: int = 1) -> None:
     ranks: print how it is cut into as many subgraphs, with the messages between them.
     """
     from dtrain import models
-    from dtrain.data import open_data
+    from dtrain.data import data_of
 
-    sequence = 0 if isinstance(config.model, MLPConfig | DLRMConfig) else config.model.sequence
-    vocabulary = None if isinstance(config.model, MLPConfig | DLRMConfig) else config.model.vocabulary
-    data = open_data(config.data, sequence, config.seed, vocabulary, config.model.kind == "bert")
+    data = data_of(config)
     model = models.build(config.model, data, dtype=config.train.dtype, seed=config.seed)
     batch = data.train.batch(np.arange(min(SAMPLES, len(data.train))))
     with graphs.tracing():  # lines remember their modules, recomputed blocks are seen

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dtrain.config import Config, DLRMConfig, MLPConfig
+from dtrain.config import Config
 from dtrain.errors import UserError
 from dtrain.launch.configuration import for_ranks
 
@@ -69,7 +69,7 @@ def of_config(
 ) -> None:
     """The same of the pipeline that `config` has on `ranks` ranks, and the blocks of each stage."""
     from dtrain import models
-    from dtrain.data import open_data
+    from dtrain.data import data_of
     from dtrain.strategies import AXES
     from dtrain.strategies.pipeline import PipelineParallel, placed
     from dtrain.strategies.pipeline.stages import blocks_of_stages, costs
@@ -79,13 +79,7 @@ def of_config(
         raise UserError("parallel.pp: 1; there is no pipeline to show. Allowed: 2 or more, such as parallel.pp=4")
     strategy = AXES["pp"](config)
     assert isinstance(strategy, PipelineParallel)
-    sequence, vocabulary = (
-        (0, None)
-        if isinstance(config.model, MLPConfig | DLRMConfig)
-        else (config.model.sequence, config.model.vocabulary)
-    )
-    data = open_data(config.data, sequence, config.seed, vocabulary, config.model.kind == "bert")
-    model = models.outline(config.model, data, dtype=config.train.dtype)
+    model = models.outline(config.model, data_of(config), dtype=config.train.dtype)
     timeline = show_pipeline(
         strategy.schedule,
         config.parallel.pp,

@@ -6,7 +6,7 @@ config.data ──open_data──► Data(train, validation, …) ──batch(sa
 from collections.abc import Callable
 from typing import Any
 
-from dtrain.config import DataConfig
+from dtrain.config import Config, DataConfig, DLRMConfig, MLPConfig
 from dtrain.data.dataset import Data, Dataset, unigram_entropy
 from dtrain.data.images import open_images
 from dtrain.data.masking import masked
@@ -36,12 +36,21 @@ def open_data(
     return DATASETS[config.kind](config, sequence, seed, vocabulary, mask)
 
 
+def data_of(config: Config) -> Data:
+    """The data of a run, as its model asks for it."""
+    model = config.model
+    if isinstance(model, MLPConfig | DLRMConfig):
+        return open_data(config.data, seed=config.seed)
+    return open_data(config.data, model.sequence, config.seed, model.vocabulary, mask=model.kind == "bert")
+
+
 __all__ = [
     "DATASETS",
     "Data",
     "Dataset",
     "Sampler",
     "Tokenizer",
+    "data_of",
     "load_tokenizer",
     "masked",
     "open_data",

@@ -14,7 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dtrain.arrays import named_dtype
-from dtrain.config import BERTConfig, Config, GPTConfig, MLPConfig
+from dtrain.config import Config
 from dtrain.errors import UserError
 from dtrain.launch import environment
 from dtrain.launch.plan import report
@@ -85,7 +85,7 @@ def chosen(config: Config, ranks: int, per_node: int) -> tuple[Config, list[str]
 
 def make_job(config: Config, ranks: int, where: Machine) -> Job:
     """What is to be planned."""
-    from dtrain.data import open_data
+    from dtrain.data import data_of
 
     if config.model.kind not in MODELS:
         raise UserError(
@@ -93,13 +93,7 @@ def make_job(config: Config, ranks: int, where: Machine) -> Job:
             "data-parallel (parallel.dp), its tables cut by parallel.embedding: `dtrain plan --layers` shows what its "
             "ops ask for"
         )
-    if isinstance(config.model, MLPConfig):
-        data = open_data(config.data, seed=config.seed)
-    else:
-        assert isinstance(config.model, GPTConfig | BERTConfig)
-        is_bert = config.model.kind == "bert"
-        data = open_data(config.data, config.model.sequence, config.seed, config.model.vocabulary, is_bert)
-    return Job(profile(config, data), where, ranks, config.train.global_batch, config.optimizer.kind)
+    return Job(profile(config, data_of(config)), where, ranks, config.train.global_batch, config.optimizer.kind)
 
 
 def machine(

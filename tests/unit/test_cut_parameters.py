@@ -10,7 +10,7 @@ import pytest
 import dtrain.functional as F
 from dtrain import conjugate, models
 from dtrain.collectives import run_threads, single
-from dtrain.data import open_data
+from dtrain.data import data_of
 from dtrain.flat import FlatBuffers, reduce_partial
 from dtrain.layout import Layout, Only, Partial, Shard
 from dtrain.mesh import Mesh
@@ -74,7 +74,7 @@ class MLPParallel(Strategy):
 def make(comm, sections, data_parallel=DistributedDataParallel, **mesh):
     config = training.config(**sections)
     mesh = Mesh(comm, **mesh)
-    data = open_data(config.data, sequence=config.model.sequence, seed=config.seed, vocabulary=config.model.vocabulary)
+    data = data_of(config)
     strategies = [MLPParallel()] if mesh.size("tp") > 1 else []
     strategies += [data_parallel()] if mesh.size("dp") > 1 else []
     return Trainer(config, mesh, data, models.outline(config.model, data, "float64"), strategies)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 
 from dtrain.config import Config
-from dtrain.data import open_data
+from dtrain.data import data_of
 from dtrain.errors import UserError
 from dtrain.graph import Graph
 from dtrain.launch.plan.layers import report
@@ -41,9 +41,7 @@ def plan_layers(config: Config, ranks: int, machine: Machine, explain: bool) -> 
             "has is known in the run only. `dtrain plan` without --layers plans mixtures, experts over parallel.ep"
         )
     batch, kv_heads, optimizer = config.train.global_batch, heads(config), config.optimizer.kind
-    vocabulary, sequence = (getattr(config.model, name, None) for name in ("vocabulary", "sequence"))
-    data = open_data(config.data, sequence or 0, config.seed, vocabulary, config.model.kind == "bert")
-    graph = recorded(config, data, batch)
+    graph = recorded(config, data_of(config), batch)
     print(f"{config.name}: {len(graph.lines)} ops, {graph.num_parameters:,} parameters, a batch of {batch} samples, "
           f"{ranks} ranks\n{assumed(machine)}\n")  # fmt: skip
     start, choices, best = time.perf_counter(), 0, None
