@@ -96,12 +96,6 @@ class Flags:
             self.fence()
         self.mine[index] = number
 
-    def putter(self, index: int) -> Callable[[int], object]:
-        """`put` for one flag, prepared."""
-        if self._raise is None:
-            return partial(self.put, index)
-        return partial(self._raise, self._crew, self.at + 8 * index, 8 * index)
-
     def wait(
         self, index: int, number: int, check: Callable[[], Callable[[], None] | None], late: Late, slot: int = 0
     ) -> int | None:
