@@ -68,6 +68,12 @@ class Caller:
         return "" if name == "world" or not hasattr(owner, "split") else str(name)
 
     @property
+    def ranks(self) -> list[int]:
+        """Of the world: the ranks of the communicator, where that can be told."""
+        owner = None if self.frame is None else self.frame.f_locals.get("self")
+        return list(getattr(getattr(owner, "transport", None), "world_ranks", ()))
+
+    @property
     def call(self) -> str:
         """The collective with its arguments, and on which communicator."""
         name = "?" if self.frame is None else self.frame.f_code.co_name

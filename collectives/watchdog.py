@@ -1,11 +1,14 @@
-"""What blocks for too long, inside the MPI library too, ends with a report; and all ranks say where they are.
+"""What blocks for long is told of, and for too long, inside the MPI library too, ends with a report of where all are.
 
-    every second     is a thread of this rank in the same call of the MPI library as a second ago?
-                     has another rank asked where I am?  ->  write my file, answer
-    after the limit  ask all ranks  ->  write my file  ->  the report  ->  the job ends with exit code 1
+    every second     is a thread of this rank in the same call as a second ago? has another rank asked where I am?
+    after 15 s       ask all ranks  ->  a warning of one of those who wait; again after twice as long
+    after the limit  ask all ranks  ->  all write their files  ->  the report  ->  the job ends with exit code 1
+
+The lowest rank that waits warns: the others have a little more patience, and who was asked has heard of it. A wait that
+was warned of and came to an end was none to be warned of: from then on patience is twice as long.
 
 The thread only reads: the stacks of the others say in which collective they are, with which arguments, since when, and
-which line of the user's program called it. So a call pays nothing. Waits in shared memory and between nodes end by
+which line of the user's program called it. So a call pays nothing. Waits in shared memory and between nodes have
 their own limits (`waiting.py`, `conveyor.py`), which know better who is late; they ask here what the others do.
 Answers come while a rank computes or hangs; one that is dead or stopped does not answer, and that is said.
 Where the files are: `hang_rank_NNNN.json` in the folder of the run, or in the working directory.
@@ -21,7 +24,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dtrain.collectives import callers
@@ -34,9 +37,38 @@ if TYPE_CHECKING:
 
 EVERY = 1.0  # seconds
 ANSWER = 3 * EVERY  # how long to wait for the others' answers
+PATIENCE = 15.0  # before the first warning; half the limit, where that is less
+STAGGER = (2 * EVERY, 30.0)  # more for each rank above 0, but no more
+TOLD = 5  # ranks in a warning
 _HERE = os.path.dirname(__file__) + os.sep
 _OWN = ("waiting.py", "conveyor.py", "desync.py", "watchdog.py")  # whose waits end by limits of their own
 _LIBRARY = ("native.py", "mpi.py", "progress.py")
+
+
+class Warnings:
+    """When a rank is to tell that it waits."""
+
+    def __init__(self, patience: float, stagger: float) -> None:
+        self._patience, self._stagger = patience, stagger
+        self._next = patience + stagger
+        self._waited = 0.0
+        self._warned = False
+
+    def due(self, waited: float) -> bool:
+        """Whether to warn now. To be asked every second, with the seconds of the wait under way; 0.0: there is none."""
+        if waited < self._waited:  # the wait before is over
+            self._patience = max(self._patience, 2 * self._waited * self._warned)
+            self._next, self._warned = self._patience + self._stagger, False
+        self._waited = waited
+        if waited < self._next:
+            return False
+        self._next, self._warned = 2 * waited, True
+        return True
+
+    def heard(self, waited: float) -> None:
+        """Another rank has warned, and this one waits too."""
+        self._next = max(self._next, 2 * waited + self._patience + self._stagger)
+        self._warned = True
 
 
 class Watchdog:
@@ -51,6 +83,7 @@ class Watchdog:
         self._groups = groups
         self._main = threading.get_ident()
         self._seen: dict[int, tuple[Hashable, float]] = {}  # thread -> which call it is in, since when
+        self._warnings = Warnings(min(PATIENCE, timeout / 2), min(STAGGER[0] * transport.rank, STAGGER[1]))
         self._asked = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="dtrain watchdog", daemon=True)
@@ -72,6 +105,9 @@ class Watchdog:
             late = self.look(time.monotonic())
             if late is not None:
                 self._end(*late)
+            waited = self.waited(time.monotonic())
+            if self._warnings.due(waited):
+                self._warn(waited)
 
     def look(self, now: float) -> tuple[int, float] | None:
         """The thread that is in one call of the MPI library for longer than the limit, and for how long.
@@ -83,7 +119,7 @@ class Watchdog:
         seen: dict[int, tuple[Hashable, float]] = {}
         for thread, frame in sys._current_frames().items():
             file = frame.f_code.co_filename
-            if thread == self._thread.ident or not file.startswith(_HERE) or os.path.basename(file) in _OWN:
+            if thread == self._thread.ident or not file.startswith(_HERE):
                 continue
             before = self._seen.get(thread)
             seen[thread] = before if before is not None and before[0] == finished else (finished, now)
@@ -92,6 +128,11 @@ class Watchdog:
             if now - since > self._timeout and self._is_in_library(thread):
                 return thread, now - since
         return None
+
+    def waited(self, now: float) -> float:
+        """Seconds that the main thread is in the same call, as far as `look` has seen; 0.0: in none."""
+        seen = self._seen.get(self._main)
+        return 0.0 if seen is None else now - seen[1]
 
     def _is_in_library(self, thread: int) -> bool:
         files = {os.path.basename(each.f_code.co_filename) for each in callers.of(thread).inner}
@@ -111,30 +152,53 @@ class Watchdog:
         sys.stderr.flush()
         self._transport.abort(1)
 
+    def _warn(self, waited: float) -> None:
+        """Say who is waited for, in what. Ranks of the communicator that are in another call come first."""
+        caller = callers.of(self._main)
+        answers = self.ask(files=False)
+        if caller.frame is None or callers.of(self._main).frame is not caller.frame:
+            return  # it went on while the others were asked
+        rank, size = self._transport.rank, self._transport.size
+        members = [other for other in caller.ranks or range(size) if other != rank]
+        with_me = [other for other in members if answers.get(other, "").partition("; ")[0] == str(caller)]
+        late = [other for other in members if other not in with_me]
+        late += [other for other in range(size) if other not in (*members, *answers, rank)]
+        late.sort(key=lambda other: other in answers)
+        lines = [
+            f"rank {rank} of {size} has waited {waited:.0f} s {caller}" + f"; {len(with_me)} others too" * bool(with_me)
+        ]
+        lines += self._places(late[:TOLD], answers)
+        lines += [f"and {len(late) - TOLD} more ranks"] if len(late) > TOLD else []
+        sys.stderr.write("".join(f"dtrain: waiting: {line}\n" for line in [*lines, LIMIT]))
+        sys.stderr.flush()
+
     # Where everybody is
 
     def tell(self, ranks: Iterable[int]) -> list[str]:
         """Lines about these ranks of the world, and where the files of all are; makes all ranks write theirs."""
-        answers = self.ask()
-        lines = [
+        lines = self._places(ranks, self.ask())
+        where = os.path.join(self.folder, "hang_rank_*.json")
+        return [*lines, f"what the ranks did last: {where}", LIMIT]
+
+    def _places(self, ranks: Iterable[int], answers: Mapping[int, str]) -> list[str]:
+        return [
             f"rank {rank} now: {answers[rank]}"
             if rank in answers
             else f"rank {rank} does not answer: it has ended, was stopped, or its machine is gone"
             for rank in ranks
             if self._letters.post.heard
         ]
-        where = os.path.join(self.folder, "hang_rank_*.json")
-        return [*lines, f"what the ranks did last: {where}", LIMIT]
 
-    def ask(self, seconds: float = ANSWER) -> dict[int, str]:
-        """What the other ranks are doing, as they say within `seconds`."""
-        self.dump()
+    def ask(self, seconds: float = ANSWER, files: bool = True) -> dict[int, str]:
+        """What the other ranks are doing, as they say within `seconds`; files: and all write theirs."""
+        if files:
+            self.dump()
         if not self._letters.post.heard:
             return {}
         self._asked += 1
         subject = f"answer {self._asked} to {self._transport.rank}"
         others = [rank for rank in range(self._transport.size) if rank != self._transport.rank]
-        self._letters.send(others, "question", [subject, self.folder])
+        self._letters.send(others, "question", [subject, self.folder if files else ""])
         end = time.monotonic() + seconds
         while len(self._letters.read(subject)) < len(others) and time.monotonic() < end:
             self._letters.collect()
@@ -148,8 +212,10 @@ class Watchdog:
             return
         self._letters.collect()
         for rank, (subject, folder) in self._letters.take("question").items():
-            self.folder = folder if os.path.isdir(folder) else self.folder
-            self.dump()
+            self._warnings.heard(self.waited(time.monotonic()))
+            if folder:
+                self.folder = folder if os.path.isdir(folder) else self.folder
+                self.dump()
             self._letters.send([rank], subject, self.state())
 
     def state(self) -> str:

@@ -101,7 +101,14 @@ def test_in_the_wait_for_a_message(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_was_stopped_does_not_answer(tmp_path: Path) -> None:
-    told(end("stopped", tmp_path), "for rank 1 in all_reduce #2", "rank 1 does not answer")
+    ended = end("stopped", tmp_path, DTRAIN_TIMEOUT="14")  # and long before, one of those who wait says so
+    words = told(
+        ended,
+        "for rank 1 in all_reduce #2",
+        r"dtrain: waiting: rank \d of 3 has waited \d+ s in all_reduce\(float32 \(1000,\), op=sum\) at job\.py:\d+.*\n"
+        r"dtrain: waiting: rank 1 does not answer",
+    )
+    assert words.count("has waited") == 1
 
 
 def test_one_that_is_slow_is_let_be(tmp_path: Path) -> None:
@@ -112,7 +119,7 @@ def test_one_that_is_slow_is_let_be(tmp_path: Path) -> None:
 @pytest.mark.parametrize("thread", ["thread", "none"])
 @pytest.mark.parametrize("case", ["open, left", "open, closed"])
 def test_open_works_do_not_keep_a_program_from_ending(case: str, thread: str, tmp_path: Path) -> None:
-    ended = end(case, tmp_path, DTRAIN_PROGRESS=thread)
+    ended = end(case, tmp_path, DTRAIN_PROGRESS=thread, DTRAIN_TIMEOUT="30")
     assert (ended.code, ended.words) == (0, ""), ended.words
 
 
