@@ -7,9 +7,10 @@ The first in `fake_cuda.py`, the second in `fake_nccl.py`; here they become modu
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -55,3 +56,16 @@ def installed() -> Iterator[ModuleType]:
         yield sys.modules["cupy"]
         sys.modules.pop(ours, None)
         vars(dtrain.collectives).pop("nccl", None)
+
+
+def on_gpus(size: int, function: Callable[..., Any], *args: Any, layout: str = "nccl") -> list[Any]:
+    """`function(comm, *args)` on ranks that have a GPU each, or one for all ("staged")."""
+    from dtrain.collectives import Communicator, run_threads
+
+    def run(comm: Communicator) -> Any:
+        fake_cuda.use(comm.rank if layout == "nccl" else 0)
+        result = function(comm, *args)
+        comm.close()
+        return result
+
+    return run_threads(size, run)

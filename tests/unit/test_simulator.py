@@ -57,6 +57,9 @@ def test_links_are_shared():
     for links, times in ((0, 1), (8, 1), (4, 2), (1, 8)):
         found = simulate(plan, uniform(ALPHA, BETA, links=links), [9e6])[0]
         assert found == pytest.approx(ALPHA + times * 1e6 * BETA)
+        for collective in ("scatter", "gather"):  # the root's alone are many, out of it or into it
+            found = simulate(schedule(collective, "direct", 9), uniform(ALPHA, BETA, links=links), [9e6])[0]
+            assert found == pytest.approx(ALPHA + times * 1e6 * BETA)
 
 
 def test_double_tree_reaches_the_bandwidth_of_one_link():
