@@ -6,6 +6,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -31,6 +32,16 @@ def pytest_configure(config: pytest.Config) -> None:
 def comm() -> Communicator:
     """All ranks of this mpirun."""
     return world()
+
+
+@pytest.fixture
+def folder(comm: Communicator) -> Iterator[Path]:
+    """One new folder for all ranks."""
+    path = Path(comm.broadcast_object(tempfile.mkdtemp() if comm.rank == 0 else None))
+    yield path
+    comm.barrier()
+    if comm.rank == 0:
+        shutil.rmtree(path)
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,5 @@
 """Compressed training on real ranks, each taken for a node: it learns, it resumes, and lossless is the plain layout."""
 
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +17,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "top_k": {"kind": "top_k", "fraction": 0.05},
     "power_sgd": {"kind": "power_sgd", "rank": 2},
 }
-
-
-@pytest.fixture
-def folder(comm: Communicator) -> Iterator[Path]:
-    """One folder for all ranks."""
-    path = Path(comm.broadcast_object(tempfile.mkdtemp() if comm.rank == 0 else None))
-    yield path
-    comm.barrier()
-    if comm.rank == 0:
-        shutil.rmtree(path)
 
 
 def options(comm: Communicator, compression: dict[str, Any], steps: int = 8) -> dict[str, Any]:

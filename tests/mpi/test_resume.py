@@ -1,8 +1,5 @@
 """An interrupted run goes on as if nothing had happened: the same bits in the same layout, to rounding in another."""
 
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +16,6 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "lamb": {"kind": "lamb", "learning_rate": 3e-3},
     "adafactor": {"kind": "adafactor", "learning_rate": 3e-3},
 }
-
-
-@pytest.fixture
-def folder(comm: Communicator) -> Iterator[Path]:
-    """One folder for all ranks."""
-    path = tempfile.mkdtemp() if comm.rank == 0 else None
-    path = Path(comm.broadcast_object(path))
-    yield path
-    comm.barrier()
-    if comm.rank == 0:
-        shutil.rmtree(path)
 
 
 def options(comm: Communicator, dtype: str, optimizer: str) -> dict[str, Any]:

@@ -30,3 +30,10 @@ def cupy() -> Iterator[Any]:
 def layout(request: pytest.FixtureRequest) -> str:
     """Whether every rank has a GPU of its own, or all have one."""
     return str(request.param)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder of the test's own; what is made of data in it stays there."""
+    monkeypatch.setenv("DTRAIN_CACHE", str(tmp_path / "cache"))
+    return tmp_path

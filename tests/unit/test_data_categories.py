@@ -11,12 +11,6 @@ from dtrain.errors import UserError
 TEXT = "genre,year,country,seen\ncomedy,1990,fr,yes\ndrama|comedy,2001,,no\naction,1977,de,yes\n"
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("DTRAIN_CACHE", str(tmp_path / "cache"))
-    return tmp_path
-
-
 def opened(folder, text=TEXT, **options):
     (folder / "a.csv").write_text(text)
     options = {"categories": ("genre", "country"), "validation": 0.0, **options}

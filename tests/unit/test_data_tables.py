@@ -17,12 +17,6 @@ X = np.array([[5.1, 1.4], [7.0, 4.7], [6.3, 6.0], [4.9, 1.5], [6.4, 4.5], [5.8, 
 Y = [0, 1, 2, 0, 1, 2]
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("DTRAIN_CACHE", str(tmp_path / "cache"))
-    return tmp_path
-
-
 def write(folder, text):
     (folder / "a.csv").write_bytes(text.encode() if isinstance(text, str) else text)
     return str(folder / "a.csv")

@@ -7,12 +7,6 @@ from dtrain.data import open_data
 from dtrain.errors import UserError
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("DTRAIN_CACHE", str(tmp_path / "cache"))
-    return tmp_path
-
-
 @pytest.mark.parametrize(
     "name, dtype", [("a.bin", "uint16"), ("a.bin", "uint32"), ("a.npy", "uint16"), ("a.npy", "int64")]
 )
