@@ -149,9 +149,9 @@ ALL_TO_ALL: dict[str, Algorithm] = {
     "hierarchical": _hierarchical(
         ways.hierarchical_all_to_all, hierarchy_volumes.all_to_all, rules.never, rules.even_over_nodes
     ),
-    "window": _window(ways.window_all_to_all, volumes.window_all_to_all, preferred=rules.long_all_to_all),
+    "window": _window(_here(ways.start_all_to_all_at_home), volumes.window_all_to_all, preferred=rules.long_all_to_all),
     "staged": Algorithm(ways.staged_all_to_all, rules.even_on_node, rules.short_all_to_all, volumes.staged_all_to_all),
-    "cma": Algorithm(ways.cma_all_to_all, rules.readable, rules.always, volumes.moved_all_to_all),
+    "cma": Algorithm(ways.cma_all_to_all, rules.readable, rules.always, volumes.window_all_to_all),
     "native": Algorithm(ways.native_all_to_all, rules.several, rules.always, volumes.all_to_all, ways.start_all_to_all),
 }
 

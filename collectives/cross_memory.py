@@ -27,6 +27,7 @@ from dtrain.collectives.dtypes import Array, address
 
 PRIVATE = 0x7FFF  # the number of no segment; what lies at its byte n lies at address n of the process
 WORDS = 3  # of an identity
+PIECE = 128 * 1024  # bytes that wait aside while others take their place: they stay in the cache
 
 _number = np.array([secrets.randbits(63)], np.int64)
 
@@ -67,6 +68,16 @@ def read(pid: int, there: int, here: int, nbytes: int) -> None:
 def write(pid: int, there: int, here: int, nbytes: int) -> None:
     """Copy bytes at the address `here` of this process to the address `there` of another; OSError where that fails."""
     _move("process_vm_writev", pid, there, here, nbytes)
+
+
+def swap(pid: int, there: int, here: int, nbytes: int) -> None:
+    """Bytes at the address `there` of a process and `here` of this one change places, piece by piece."""
+    room = np.empty(min(nbytes, PIECE), np.uint8)
+    for begin in range(0, nbytes, PIECE):
+        part = min(PIECE, nbytes - begin)
+        read(pid, there + begin, address(room), part)
+        write(pid, there + begin, here + begin, part)
+        ctypes.memmove(here + begin, address(room), part)
 
 
 def _move(name: str, pid: int, there: int, here: int, nbytes: int) -> None:

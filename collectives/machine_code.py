@@ -69,7 +69,7 @@ class MachineCode(NamedTuple):
     """(words of a call, an array) -> its function (source, target), likewise."""
     parts: dict[str, int]
     """Addresses of what a job may do, each with six arguments: the sums by the character of the dtype, "copies",
-    "swaps", and "reads" where there is such a system call."""
+    "swaps", and "reads" and "trades" where there are such system calls."""
 
 
 @cache
@@ -103,7 +103,7 @@ def machine_code() -> MachineCode | None:
         return ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * arguments)(engine.get_function_address(name))
 
     known = calls is not None and _structs_are_known()
-    names = _PARTS | ({"reads": "reads"} if calls else {})
+    names = _PARTS | ({"reads": "reads", "trades": "trades"} if calls else {})
     return MachineCode(
         {"f": function("dtrain_sum_float", 6), "d": function("dtrain_sum_double", 6)},
         function("dtrain_copy", 4),

@@ -3,6 +3,7 @@
     copies   rows (source, begin there, begin in the target, bytes)
     swaps    rows (array of a peer, begin there, begin in mine, bytes)
     reads    rows (process, address there, begin there, begin in the target, bytes), or writes
+    trades   rows (process, address there, begin there, begin in the target, bytes, done): swaps with other processes
     sum      inputs in rank order -> outputs, arrays in shared memory or the call's own
 
 Each is there twice, with equal bits: as an action of machine code, which knows float32 and float64 sums and all else,
@@ -11,6 +12,7 @@ and in Python. What is new in every call are two addresses, those of its source 
 
 import ctypes
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +21,7 @@ from dtrain.collectives import cross_memory
 from dtrain.collectives.copying import swap
 from dtrain.collectives.dtypes import Array, address
 from dtrain.collectives.machine_code import Action, machine_code
+from dtrain.collectives.machine_reading import DONE
 from dtrain.collectives.sums import past_caches, reduce_in_place, reduce_into
 
 
@@ -98,6 +101,27 @@ def swaps(rows: Sequence[tuple[int, int, int, int]]) -> Part:
             swap(there + begin, address(target) + to, nbytes)
 
     action = None if code is None else (code.parts["swaps"], address(table), len(table), 0, 0, 0, 0)
+    return Part(python, action, [Aim(None, 3, True, 0)], [table])
+
+
+def trades(rows: Sequence[tuple[int, int, int, int, int]]) -> Part:
+    """Rows (process or 0: this one, address there, where it begins there, where in the target, bytes): both change
+    places there.
+    """
+    table = np.array([(*row, 0) for row in rows], np.int64).reshape(-1, DONE + 1)
+    code = machine_code()
+
+    def python(source: Array, target: Array) -> None:
+        try:
+            for process, there, begin, to, nbytes, done in table.tolist():  # machine code may have begun
+                exchange = partial(cross_memory.swap, process) if process else swap
+                exchange(there + begin + done, address(target) + to + done, nbytes - done)
+        finally:
+            table[:, DONE] = 0
+
+    action = None
+    if code is not None and "trades" in code.parts:
+        action = code.parts["trades"], address(table), len(table), 0, 0, 0, 0
     return Part(python, action, [Aim(None, 3, True, 0)], [table])
 
 

@@ -13,8 +13,8 @@ from dtrain.collectives.long import Chunk, Meetings
 from dtrain.collectives.machine_source import PAGE
 from dtrain.collectives.meeting import Job
 from dtrain.collectives.node import Node
-from dtrain.collectives.parts import reads
-from dtrain.collectives.prepared_window import Rows, Run, all_gather_rows, all_to_all_rows, broadcast_rows
+from dtrain.collectives.parts import Part, reads, trades
+from dtrain.collectives.prepared_window import Rows, Run, all_gather_rows, all_to_all_rows, broadcast_rows, swapped_rows
 from dtrain.collectives.records import Record
 
 _OCTET = np.dtype(np.uint8)
@@ -26,11 +26,11 @@ def cma_all_gather(call: Call) -> Run:
 
 
 def cma_all_to_all(call: Call) -> Run | None:
-    """Target = the blocks for this rank of all sources, in place out of a copy. Uneven blocks have no plan."""
-    if not call.alike:
-        return None
-    run = _read(call.stage, *all_to_all_rows(call, "cma"))
-    return (lambda source, target: run(source.copy(), target)) if call.in_place else run
+    """Target = the blocks for this rank of all sources, or they change places. Uneven blocks have no plan."""
+    if call.in_place:
+        record, rows = swapped_rows(call, "cma")
+        return _met(call.stage, record, rows, trades([(0, 0, *row[1:]) for row in rows]))
+    return _read(call.stage, *all_to_all_rows(call, "cma")) if call.alike else None
 
 
 def cma_broadcast(call: Call) -> Run:
@@ -45,7 +45,11 @@ def cma_broadcast(call: Call) -> Run:
 
 def _read(node: Node, record: Record, rows: Rows, past: bool, writes: bool = False) -> Run:
     """Every rank reads its blocks out of what the others have put aside, or writes its own into it."""
-    part = reads([(0, 0, *row[1:]) for row in rows], past)
+    return _met(node, record, rows, reads([(0, 0, *row[1:]) for row in rows], past), -1 if writes else 1)
+
+
+def _met(node: Node, record: Record, rows: Rows, part: Part, sign: int = 1) -> Run:
+    """The part, whose rows get the process, with this sign, and the address of what the others have put aside."""
     table = part.tables[0]
 
     def find(number: int, expected: Array) -> None:
@@ -53,6 +57,6 @@ def _read(node: Node, record: Record, rows: Rows, past: bool, writes: bool = Fal
         for k, (rank, _, _, _) in enumerate(rows):
             if rank != node.rank:
                 process, there = node.at_home(rank, int(expected[rank - (rank > node.rank)]))
-                table[k, :2] = -process if writes else process, there
+                table[k, :2] = sign * process, there
 
     return Meetings(node, record, _OCTET, [Chunk(0, [Job(node, among=part, find=find)])], home=True)

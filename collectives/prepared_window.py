@@ -157,6 +157,13 @@ def all_to_all_rows(call: Call, how: str) -> tuple[Record, Rows, bool]:
     return records.record("all_to_all", how, "", None, 0, NO_PLACE, hash((item, *call.counts))), rows, past
 
 
+def swapped_rows(call: Call, how: str) -> tuple[Record, Rows]:
+    """All_to_all in place: the record and the rows that change places, all equally long but for their halves."""
+    node, item = call.stage, call.source.itemsize
+    record = records.record("all_to_all", IN_PLACE[how], "", None, 0, NO_PLACE, hash((item, *call.counts)))
+    return record, halves(node, item * call.counts[node.rank])
+
+
 def window_all_gather(call: Call) -> Run:
     """Target = the sources of all ranks, one after another."""
     node, place = call.window
@@ -168,9 +175,7 @@ def window_all_to_all(call: Call) -> Run | None:
     """Target = the blocks for this rank of all sources, or they change places. Uneven blocks have no plan."""
     node, place = call.window
     if call.in_place:
-        item = call.source.itemsize
-        record = records.record("all_to_all", IN_PLACE, "", None, 0, NO_PLACE, hash((item, *call.counts)))
-        return _moved(node, record, halves(node, item * call.counts[node.rank]), place, swaps)
+        return _moved(node, *swapped_rows(call, "window"), place, swaps)
     if not call.alike:
         return None
     record, rows, past = all_to_all_rows(call, "window")

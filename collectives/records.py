@@ -25,7 +25,7 @@ TEXTS = 8 * (RECORDS + RING * RECORD_WORDS)  # the byte where that of the texts 
 END = TEXTS + RING * TEXT_BYTES
 OPS = ("", "sum", "prod", "max", "min")
 NO_PLACE: Place = (-1, 0)
-IN_PLACE = "window, in place"  # how: where the others must know it
+IN_PLACE = {"window": "window, in place", "cma": "cma, in place"}  # how: where the others must know it
 SIGNATURE, ASIDE = 1, 7
 _BITS = (1 << 24) - 1
 
@@ -101,7 +101,7 @@ def _word(number: int) -> str:
 
         for tables in (TABLES, ALGORITHMS):
             for name, rows in tables.items():
-                for word in (name, *rows, "barrier", "none", "all_reduce_shared", IN_PLACE):
+                for word in (name, *rows, "barrier", "none", "all_reduce_shared", *IN_PLACE.values()):
                     _sum(word)
     return _spelling.get(number, "of another name")
 

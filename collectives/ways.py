@@ -4,8 +4,6 @@ A function that returns a request has started the collective; the others have do
 """
 # ruff: noqa: D103 (names and types say all there is to say about these functions)
 
-from dataclasses import replace
-
 from dtrain.collectives import (
     exchange,
     hierarchy,
@@ -50,13 +48,6 @@ def window_reduce(call: Call) -> WindowWork:
     return window.start_reduce(node, call.source, place, target, at, call.op, call.root)
 
 
-def window_all_to_all(call: Call) -> Request:
-    if call.in_place:
-        node, place = call.window
-        return window_moves.start_swaps(node, call.target, place, call.counts)
-    return start_all_to_all_at_home(call, "window")
-
-
 def window_broadcast(call: Call) -> Request:
     node, place = call.window
     return window_moves.start_broadcast(node, call.target, place, call.root)
@@ -71,8 +62,6 @@ def start_all_gather_at_home(call: Call, how: str) -> Request:
 
 
 def cma_all_to_all(call: Call) -> None:
-    if call.in_place:
-        call = replace(call, source=call.source.copy(), place=None)
     if call.alike:
         start_all_to_all_at_home(call, "cma").wait()
     else:
@@ -85,6 +74,8 @@ def cma_broadcast(call: Call) -> None:
 
 def start_all_to_all_at_home(call: Call, how: str) -> Request:
     node, place = call.home
+    if call.in_place:
+        return window_moves.start_swaps(node, call.target, place, call.counts, how)
     return window_moves.start_all_to_all(
         node, call.source, place, call.target, call.counts, call.out_counts, call.alike, how
     )

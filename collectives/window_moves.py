@@ -18,10 +18,11 @@ reads; the communicator sees to that; in place, each byte is moved by one rank a
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
-from dtrain.collectives import cross_memory
+from dtrain.collectives import cross_memory, records
 from dtrain.collectives.arena import Place
 from dtrain.collectives.copying import swap
 from dtrain.collectives.cross_memory import PRIVATE
@@ -103,14 +104,18 @@ def start_all_to_all(
     return WindowWork(node, number, compute)
 
 
-def start_swaps(node: Node, array: Array, place: Place, counts: Sequence[int]) -> WindowWork:
+def start_swaps(node: Node, array: Array, place: Place, counts: Sequence[int], how: str) -> WindowWork:
     """All_to_all in place: block i of rank j and block j of rank i change places; all blocks are equally long."""
     item = array.itemsize
-    number = node.begin("all_to_all", IN_PLACE, extra=hash((item, *counts)), aside=place)
+    number = node.begin("all_to_all", IN_PLACE[how], extra=hash((item, *counts)), aside=place)
 
     def compute() -> None:
         for rank, there, here, nbytes in halves(node, counts[0] * item):
-            swap(address(_read(node, rank, number, there, there + nbytes)), address(array) + here, nbytes)
+            other = node.aside(rank, number)
+            assert other is not None
+            process, begin = node.at_home(rank, records.packed(other))
+            exchange = partial(cross_memory.swap, process) if process else swap
+            exchange(begin + there, address(array) + here, nbytes)
 
     return WindowWork(node, number, compute)
 

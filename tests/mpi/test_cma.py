@@ -166,6 +166,19 @@ def test_a_read_that_fails_within_a_collective(comm: Communicator, settled: bool
     comm.barrier()
 
 
+def test_blocks_that_change_places_on_some_ranks_only(comm: Communicator) -> None:
+    """Nobody may read where another has overwritten it."""
+    part = comm.split(0)
+    assert part is not None
+    array = np.ones(1000 * part.size)
+    for _ in range(CHECKED):  # then no way that is begun step by step is left behind
+        part.all_to_all(array, out=array, algorithm="cma")
+        part.all_to_all(array, algorithm="cma")
+    with pytest.raises(CollectiveMismatch, match=r"all_to_all .*algorithm cma.*all_to_all .*algorithm cma"):
+        part.all_to_all(array, out=array if part.rank else None, algorithm="cma")
+    comm.barrier()
+
+
 def test_forbidden(comm: Communicator, monkeypatch: pytest.MonkeyPatch) -> None:
     """On one rank suffices: then nobody does it, and what is asked for says so."""
     monkeypatch.setenv("DTRAIN_CMA", "off" if comm.rank == 0 else "on")
