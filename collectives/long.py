@@ -18,7 +18,7 @@ from dtrain.collectives.machine_code import machine_code
 from dtrain.collectives.machine_long import NOT_FREE, UNLIKE, WORD, WORDS
 from dtrain.collectives.meeting import Job
 from dtrain.collectives.node import Node
-from dtrain.collectives.records import NO_PLACE, Record
+from dtrain.collectives.records import NO_PLACE, WHERE, Record
 from dtrain.collectives.small import READ, WRITE, Like
 
 
@@ -37,6 +37,11 @@ class Meetings:
     ) -> None:
         """Dtype: in which the chunks are counted. home: the place of the source is put aside for the peers."""
         self.node, self.record, self.dtype, self.chunks, self.home = node, record, dtype, chunks, home
+
+    @property
+    def placed(self) -> bool:
+        """Whether all ranks' sources lie at one place in the window, which stands in the record."""
+        return self.record[WHERE] >= 0
 
     def __call__(self, source: Array, target: Array) -> None:
         self.go_on(0, source.view(self.dtype), target.view(self.dtype))
@@ -62,8 +67,8 @@ class Meetings:
 
 
 class Long:
-    """These meetings for arrays that are like two given ones, and lie to each other as they do: not in the window, and
-    apart, or with one distance between their beginnings.
+    """These meetings for arrays that are like two given ones, and lie to each other as they do: apart, or with one
+    distance between their beginnings. Neither lies in the window; or the first does there where the record says.
     """
 
     def __init__(self, meetings: Meetings, source: Array, target: Array) -> None:
@@ -80,6 +85,7 @@ class Long:
             "source": self._like(source, READ),
             "target": self._like(target, WRITE),
             "arena": address(node.arena.ranges),
+            "place": begin if meetings.placed else 0,
             "apart": goal >= begin + source.nbytes or begin >= goal + target.nbytes,
             "shift": goal - begin,
             "x.bytes": source.nbytes,

@@ -31,7 +31,7 @@ from dtrain.collectives.small import Like
 from dtrain.collectives.transport import Transport
 
 KNOWN_FORMS = 4096
-KNOWN_DISTANCES = 4  # between the arrays of calls that are otherwise alike
+KNOWN_DISTANCES = 8  # between the arrays of calls that are otherwise alike, or places of the first
 Key = tuple[Any, ...]
 Form = Callable[[Any, Array | None], Any]
 
@@ -136,7 +136,7 @@ class LongCalls(Plans):
         home, goal = node.arena.place(array), node.arena.place(result)
         if isinstance(plan.run, Windowed) and home is not None and goal is not None:
             self._keep_place(key, plan, plan.run, array, result)
-        elif isinstance(plan.run, Meetings) and home is None and goal is None:
+        elif isinstance(plan.run, Meetings) and (plan.run.placed or (home is None and goal is None)):
             self._keep_distance(key, plan, plan.run, array, result)
 
     def _keep_place(self, key: Key, plan: Plan, run: Windowed, array: Array, result: Array) -> None:

@@ -25,6 +25,7 @@ CALL = {
     "source": "ptr",  # what the first array must be like: see dtrain_like
     "target": "ptr",  # what the second array must be like
     "arena": "ptr",  # how many ranges of addresses, and begin and end of each: neither array lies there
+    "place": "i64",  # 0; or where the first array lies, which is in such a range
     "apart": "i64",  # 1: the arrays share no byte; 0: the second begins `shift` bytes after the first
     "shift": "i64",
     "x.bytes": "i64",  # of the first
@@ -75,7 +76,13 @@ begin:
   %shifted = icmp eq i64 %difference, %shift
   %is.apart = icmp ne i64 %apart, 0
   %lie.well = select i1 %is.apart, i1 %disjoint, i1 %shifted
-  br i1 %lie.well, label %ranges, label %end
+  br i1 %lie.well, label %where, label %end
+where:
+  %placed = icmp ne i64 %place, 0
+  br i1 %placed, label %known, label %ranges
+known:
+  %x.there = icmp eq i64 %x.data, %place
+  br i1 %x.there, label %private, label %end
 ranges:
   %all = load i64, ptr %arena
   br label %look
@@ -178,7 +185,7 @@ done:
   br label %end
 end:
   %code = phi i64 [ {UNLIKE}, %entry ], [ {UNLIKE}, %other ], [ {UNLIKE}, %begin ], [ {UNLIKE}, %range ],
-    [ %result, %done ]
+    [ {UNLIKE}, %known ], [ %result, %done ]
   %object = call ptr @PyLong_FromLong(i64 %code)
   ret ptr %object
 }}

@@ -13,6 +13,7 @@ from dtrain.collectives.arena import Place
 from dtrain.collectives.caches import last_level_cache
 from dtrain.collectives.call import Call
 from dtrain.collectives.dtypes import OPERATIONS, Array, address, starts
+from dtrain.collectives.long import Chunk, Meetings
 from dtrain.collectives.meeting import Find, Job
 from dtrain.collectives.node import Node
 from dtrain.collectives.parts import Own, Part, added, copies, swaps
@@ -75,14 +76,8 @@ def window_staged_all_reduce(call: Call) -> Run:
         ]
         return Job(node, among=add, after=copies(fetch, past))
 
-    chunks = [[make(begin, index) for index in range(LONG.depth)] for begin in range(0, count, most)]
-
-    def run(source: Array, target: Array) -> None:
-        for jobs in chunks:
-            number = node.begin_record(record)
-            jobs[node.free_slot(number)].meet(number, source, target)
-
-    return run
+    chunks = [Chunk(0, [make(begin, index) for index in range(LONG.depth)]) for begin in range(0, count, most)]
+    return Meetings(node, record, dtype, chunks)
 
 
 def _slices(call: Call) -> int:

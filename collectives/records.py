@@ -35,6 +35,7 @@ _dtype_codes: dict[np.dtype[Any], int] = {}
 
 # signature, code, dtype, count, place, extra
 Record = tuple[int, int, int, int, int, int]
+WHERE = 4  # the place, packed
 pack = struct.Struct("=8q").pack_into
 
 

@@ -165,6 +165,31 @@ def test_other_arrays_of_the_same_shape(part: Communicator, name: str) -> None:
         call(np.empty(shape, np.float32), out=np.empty((goal[0], 1), np.float32))
 
 
+@pytest.mark.parametrize("count", [60_000, LONG.nbytes])
+def test_sums_out_of_the_window(part: Communicator, count: int) -> None:
+    """From one place there, of which others are told, to elsewhere: one chunk, or several."""
+    rooms = [part.empty((count,), np.float32) for _ in range(3)]
+    private, goal = np.empty(count, np.float32), np.empty(count, np.float32)
+
+    def check(turn: int, array: Array, out: Array | None) -> None:
+        arrays = [data(rank, turn, (count,), np.float32) for rank in range(part.size)]
+        array[...] = arrays[part.rank]
+        result = part.all_reduce(array, out=out)
+        assert out is None or result is out
+        assert np.array_equal(result, sum(arrays)), turn
+        assert result is array or np.array_equal(array, arrays[part.rank]), "changed"
+
+    for turn in range(5):
+        check(turn, rooms[0], goal if turn % 2 else None)
+        check(10 + turn, private, goal)
+        assert part.node is None or (part.last is not None and part.last.algorithm == "staged")
+        check(20 + turn, rooms[1], None)
+        assert part.node is None or (part.last is not None and part.last.algorithm == "window_staged")
+        check(30 + turn, rooms[1], rooms[2])
+        check(40 + turn, rooms[1], rooms[1])
+    assert at_once(part, "all_reduce") >= 12 or not may_be_at_once(part, "all_reduce", "float32")
+
+
 def test_beside_started_works(part: Communicator) -> None:
     """What was started before and is not done: the next one does not speak for it."""
     if part.node is None:
