@@ -34,6 +34,7 @@ class Mode(threading.local):
     captured: dict[int, Tensor] | None = None  # under no_grad: collects the tensors that would have needed a gradient
     collecting: bool = False  # this walk returns gradients and leaves every `.grad` alone
     deferred: list[Callable[[], None]] | None = None  # this walk leaves the gradients of weights for later
+    watch: Callable[[Op, Sequence[Array], Array, dict[str, Any]], None] | None = None  # sees every op
     scopes: list[str] | None = None  # while tracing: the names of the modules being called
 
 

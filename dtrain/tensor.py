@@ -350,6 +350,8 @@ def apply(op: Op, *inputs: Tensor, **attributes: Any) -> Tensor:
         data, saved = op.forward(*arrays, **attributes)
     except (ValueError, IndexError, TypeError, ZeroDivisionError) as error:
         raise OpError(f"{_call(op, arrays, attributes)}: {error}") from error
+    if mode.watch is not None:
+        mode.watch(op, arrays, data, attributes)
     output = Tensor(data)
     if mode.grad:
         for t in inputs:

@@ -36,6 +36,7 @@ from dtrain.mesh import BATCH_AXES, Mesh
 from dtrain.models import Model
 from dtrain.models.base import IGNORED
 from dtrain.modules import Context
+from dtrain.origin import watching
 from dtrain.strategy import Microbatch, Strategy
 from dtrain.tape import no_grad
 
@@ -118,7 +119,7 @@ class Trainer:
             loss, count, squares = self.total(loss, count, optimizers.sum_squares(self.flat))
             if self.tree is not None:
                 squares = reproducible.sum_squares(self.flat)
-        self.refuse_divergence(loss)
+        self.refuse_divergence(loss, microbatches)
         self.refuse_gradients(squares)
 
         used = self.loss_scale
@@ -262,14 +263,24 @@ class Trainer:
     def _mask_fraction(self) -> float:
         return float(getattr(self.config.model, "mask_fraction", 0.15))
 
-    def refuse_divergence(self, loss: float) -> None:
-        """UserError for a loss of the step under way that is no number."""
+    def refuse_divergence(self, loss: float, microbatches: Sequence[Microbatch] = ()) -> None:
+        """UserError for a loss of the step under way that is no number; with its microbatches, collective: they are
+        computed once more to tell where it began."""
         if not math.isfinite(loss):
             raise UserError(
-                f"the loss of step {self.step + 1} is {loss}: training diverged. "
+                f"the loss of step {self.step + 1} is {loss}: training diverged{self._origin(microbatches)}. "
                 f"Lower optimizer.learning_rate ({self.config.optimizer.learning_rate:g}), raise "
                 "schedule.warmup_steps, or set optimizer.clip_norm; the last checkpoint is from before."
             )
+
+    def _origin(self, microbatches: Sequence[Microbatch]) -> str:
+        if not microbatches:
+            return ""
+        with no_grad(), watching() as found:
+            self._executor("evaluate", self.evaluate)(microbatches)
+        told = self.mesh.comm.all_gather_object([(each.brought, not each.clean, str(each)) for each in found])
+        firsts = [(brought, unclean, rank, text) for rank, each in enumerate(told) for brought, unclean, text in each]
+        return "; it began on rank {2}: {3}".format(*min(firsts)) if firsts else ""
 
     def refuse_gradients(self, squares: float) -> None:
         """UserError for gradients that are no numbers, before they make the parameters so: the loss may be finite, and
