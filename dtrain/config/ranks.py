@@ -55,8 +55,9 @@ def _served(config: Config, num_ranks: int) -> Config:
     workers = num_ranks - servers
     if workers < 1:
         raise ValueError(
-            f"parameter_server.servers: {servers}; leaves no worker of {num_ranks} ranks: must be {num_ranks - 1} or "
-            f"less, or start {servers + 1} ranks or more"
+            f"parameter_server.servers: {servers}; leaves no worker of {num_ranks} rank{'s' * (num_ranks > 1)}: "
+            + (f"must be {num_ranks - 1} or less, or " if num_ranks > 1 else "")
+            + f"start {servers + 1} ranks or more"
         )
     for axis in ("tp", "pp", "cp", "ep"):
         if getattr(parallel, axis) != 1:

@@ -365,3 +365,8 @@ def test_other_modes_go_on_from_their_checkpoints(mode, tmp_path):
 def test_what_does_not_fit_is_refused(options, message):
     with pytest.raises((ValueError, UserError), match=message):
         run_threads(4, lambda comm: served.serve(comm, **BASE, parameter_server=options))
+
+
+def test_one_rank_cannot_serve_and_compute():
+    with pytest.raises(UserError, match="leaves no worker of 1 rank: start 2 ranks or more"):
+        run_threads(1, lambda comm: served.serve(comm, **BASE, parameter_server={"servers": 1}))
