@@ -34,6 +34,27 @@ def test_the_work_of_the_dead_is_done_by_others():
         ledger.lose(1, "gone too")
 
 
+def test_nobody_is_further_ahead_of_the_slowest_than_is_allowed():
+    ledger = book("ssp", steps=9, fence=9, staleness=1)
+    assert ledger.assign(1) is not None
+    for version in range(2):  # the second while one ahead
+        assert ledger.assign(0) is not None
+        ledger.pushed(0, version)
+    assert ledger.assign(0) is None  # it would be two ahead
+    ledger.pushed(1, 0)
+    assert ledger.assign(0) is not None
+
+
+def test_nobody_waits_for_the_dead():
+    ledger = book("ssp", workers=3, steps=9, fence=9, staleness=1)
+    for version in range(2):
+        ledger.assign(0), ledger.assign(1)
+        ledger.pushed(0, version), ledger.pushed(1, version)
+    assert ledger.assign(0) is None
+    ledger.lose(2, "gone")
+    assert ledger.assign(0) is not None
+
+
 def test_parts_of_a_validation_are_not_lost_with_a_worker():
     ledger = book("sync", quorum=0.5)
     ledger.validate()

@@ -37,9 +37,10 @@ def test_the_rule():
     assert all(scale.judge(1.0) for _ in range(1999))
     assert scale.value == 2**21
     assert scale.judge(1.0) and scale.value == 2**22
+    assert all(scale.judge(1.0) for _ in range(2000)) and scale.value == 2**23  # and again
     assert all(scale.judge(0.0) for _ in range(1999))
     assert not scale.judge(math.inf)  # 1999 good ones are not 2000
-    assert all(scale.judge(0.0) for _ in range(1999)) and scale.value == 2**21
+    assert all(scale.judge(0.0) for _ in range(1999)) and scale.value == 2**22
     with pytest.raises(UserError, match=r"train.loss_scale: dynamic: the gradients are inf or nan even at"):
         for _ in range(40):
             scale.judge(math.nan)

@@ -84,6 +84,20 @@ def test_in_flight(ranks, microbatches):
     assert max(timeline("zb_v", p, m).in_flight()) <= 2 * p  # stages of half the size: the memory of 1F1B
 
 
+def actions(text):
+    return [Action(int(word[0]), word[1], int(word[2])) for word in text.split()]
+
+
+def test_activations_are_held_until_the_gradient_of_the_weights():
+    assert Timeline([actions("0F0 0I0 0F1 0W0 0I1 0W1")]).in_flight() == [2]
+    assert Timeline([actions("0F0 0I0 0W0 0F1 0I1 0W1")]).in_flight() == [1]
+
+
+def test_what_stays_on_a_rank_is_not_transferred():
+    assert Timeline([actions("0F0 1F0 1B0 0B0")], transfer=10.0).length == 1 + 1 + 2 + 2
+    assert Timeline([actions("0F0 0B0"), actions("1F0 1B0")], transfer=10.0).length == 1 + 10 + 1 + 2 + 10 + 2
+
+
 def test_warm_up_and_order_of_backwards():
     for p, m in itertools.product(SIZES, COUNTS):
         for rank, program in enumerate(programs("1f1b", p, m)):
@@ -134,8 +148,8 @@ def test_wrong_schedules_are_refused_by_name_place_and_action():
     refused(
         lambda p: p[1].__setitem__(slice(None), [Action(2, *action[1:]) for action in p[1]]), r"stage 1 of 3 is on no"
     )
-    orders = [["0F0", "0B0", "0F1", "0B1"], ["1F0", "1F1", "1B0", "1B1"]]  # each waits for the other's next
-    circle = [[Action(int(text[0]), text[1], int(text[2])) for text in order] for order in orders]
+    orders = ["0F0 0B0 0F1 0B1", "1F0 1F1 1B0 1B1"]  # each waits for the other's next
+    circle = [actions(order) for order in orders]
     with pytest.raises(ScheduleError, match=r"rank 0 at 0B0 \(action 1\) waits for 1B0 of rank 1; rank 1 at 1F1"):
         Timeline(circle)
     for name, message in (("1f2b", "allowed: naive, gpipe"), ("nowhere.csv", "no file nowhere.csv")):
