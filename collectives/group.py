@@ -63,7 +63,7 @@ class Group:
         self._levels: Levels | None = None
         self._progress = progress or Progress()
         self._progress.crowded |= transport.crowded
-        self._progress.groups.add(self)
+        self._progress.join(self)
         self._path = "world"  # the same on all ranks of this communicator, and of no other
         self._splits = 0
         self._desync: Desync | None = None

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
-from weakref import WeakSet
+from weakref import ref
 
 from dtrain.collectives.waiting import LIMIT, YIELD_SECONDS, hand_over, nap
 
@@ -45,13 +45,21 @@ class Progress:
     def __init__(self) -> None:
         self.queues: list[Queue] = []
         self.background: Background | None = None
-        self.groups: WeakSet[Group] = WeakSet()
         self.letters: Letters | None = None
         self.watchdog: Watchdog | None = None
         self.failure: BaseException | None = None  # of the thread, raised where this rank waits
         self.crowded = False  # more ranks than cores
         self._requests: list[Request] = []
+        self._groups: list[ref[Group]] = []  # never changed, but replaced: another thread may be reading it
         self._lock = threading.Lock()
+
+    def join(self, group: Group) -> None:
+        """One more communicator."""
+        self._groups = [*(each for each in self._groups if each() is not None), ref(group)]
+
+    def groups(self) -> list[Group]:
+        """All communicators that somebody still has."""
+        return [group for each in self._groups if (group := each()) is not None]
 
     def watch(self, request: Request) -> None:
         """Ask after this request in every wait, until it has finished."""

@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dtrain.collectives import callers
@@ -74,8 +74,10 @@ class Warnings:
 class Watchdog:
     """The thread of one rank, for all communicators of its world."""
 
-    def __init__(self, transport: Transport, letters: Letters, timeout: float, groups: Iterable[Group]) -> None:
-        """`groups`: the communicators, for their recent calls."""
+    def __init__(
+        self, transport: Transport, letters: Letters, timeout: float, groups: Callable[[], list[Group]]
+    ) -> None:
+        """`groups()`: the communicators, for their recent calls."""
         self.folder = os.getcwd()
         self._transport = transport
         self._letters = letters
@@ -115,7 +117,7 @@ class Watchdog:
         Only the innermost frame is looked at, and whether a collective was finished meanwhile: the frames around it may
         vanish while they are read, unless the thread really stands still. They are read when it has for long enough.
         """
-        finished = max((group.counters.finished for group in self._groups), default=0.0)
+        finished = max((group.counters.finished for group in self._groups()), default=0.0)
         seen: dict[int, tuple[Hashable, float]] = {}
         for thread, frame in sys._current_frames().items():
             file = frame.f_code.co_filename
@@ -231,7 +233,7 @@ class Watchdog:
     def recent(self) -> list[dict[str, Any]]:
         """The recent calls on all communicators, the oldest first."""
         now = time.monotonic()
-        rows = [(then, group.name, what) for group in list(self._groups) for then, what in list(group.counters.recent)]
+        rows = [(then, group.name, what) for group in self._groups() for then, what in list(group.counters.recent)]
         words = ("communicator", "collective", "algorithm", "bytes")
         return [
             {"seconds_ago": now - then, **dict(zip(words, (name, *what), strict=True))}

@@ -200,6 +200,19 @@ def test_every_algorithm_of_the_catalogue(size: int, cupy: Any) -> None:
     on_gpus(size, run)
 
 
+def test_truth_values(cupy: Any) -> None:
+    """NCCL knows bytes: a sum and a maximum are "or", a product and a minimum "and"."""
+    ufuncs = {"sum": np.logical_or, "max": np.logical_or, "prod": np.logical_and, "min": np.logical_and}
+    truths = np.array([[False, True, False, True], [False, False, True, True], [False, True, True, True]])
+
+    def run(comm: Communicator) -> None:
+        mine = cupy.asarray(truths[comm.rank])
+        for op, ufunc in ufuncs.items():
+            assert np.array_equal(cupy.asnumpy(comm.all_reduce(mine, op, algorithm="nccl")), ufunc.reduce(truths)), op
+
+    on_gpus(3, run)
+
+
 def test_which_way_is_taken(cupy: Any) -> None:
     """NCCL's own where it has type and operation; a schedule for the rest; never one when the other was asked for."""
 

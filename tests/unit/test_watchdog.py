@@ -69,3 +69,18 @@ def test_it_is_told_who_is_waited_for(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "in all_reduce(float32 (100,), op=sum) on dp at tests/unit/test_watchdog.py:" in lines[0]
     assert lines[1].startswith("rank 1 now: in no collective, at ")
     assert "DTRAIN_TIMEOUT" in lines[2]
+
+
+def test_communicators_come_and_go_while_they_are_looked_through() -> None:
+    """The thread looks through them while the rank splits; those that are gone are left out."""
+
+    def rank(comm: Communicator) -> None:
+        progress = comm._progress
+        before = len(progress.groups())
+        for _ in progress.groups():
+            part = comm.split(0)
+        assert part is not None and part in progress.groups()
+        assert len(progress.groups()) == before + 1, "those whose name was taken by the next are gone"
+        part.close()
+
+    run_threads(2, rank)
