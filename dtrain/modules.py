@@ -61,9 +61,10 @@ class Module:
     name = ""  # dotted path, given by the root module; "" is the root
 
     def __call__(self, *inputs: Any, **options: Any) -> Tensor:
-        if mode.scopes is None or not self.name:
+        inside = "" if mode.scopes is None else self.name.removeprefix(".".join(mode.scopes)).removeprefix(".")
+        if not inside:
             return self.forward(*inputs, **options)
-        with scope(self.name.removeprefix(".".join(mode.scopes)).removeprefix(".")):  # drawing a graph
+        with scope(inside):  # drawing a graph
             return self.forward(*inputs, **options)
 
     def parts(self) -> Iterator[tuple[str, Module | Parameter]]:

@@ -48,7 +48,7 @@ def watching() -> Iterator[list[First]]:
         largest = max((float(np.abs(each[np.isfinite(each)]).max(initial=0.0)) for each in numbers), default=0.0)
         clean = not any(map(_is_wrong, inputs))
         brought = clean and not op.flops(tuple(each.shape for each in inputs), output.shape, attributes)
-        found.append(First(op.name, ".".join(filter(None, mode.scopes or [])), clean, brought, largest))
+        found.append(First(op.name, ".".join(mode.scopes or []), clean, brought, largest))
 
     with tracing(), np.errstate(all="ignore"):
         before, mode.watch = mode.watch, look

@@ -5,6 +5,9 @@ import pytest
 
 from dtrain.collectives import Communicator, run_threads, single
 from dtrain.errors import UserError
+from dtrain.modules import Module
+from dtrain.tape import tracing
+from dtrain.tensor import Tensor
 from tests import training
 
 
@@ -38,3 +41,19 @@ def test_the_rank_is_named(parallel: dict[str, object]) -> None:
     said = run_threads(2, fails, 1, name, np.nan, parallel)
     assert said[0] == said[1]
     assert "; it began on rank 1: " in said[0] and " in blocks.1.attention" in said[0]
+
+
+def test_modules_that_share_a_name() -> None:
+    """A block that is gathered when it is needed is a module in a module of its name; it is named once."""
+
+    class Around(Module):
+        def __init__(self, name: str, inside: Module | None) -> None:
+            self.name, self.inside = name, inside
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2 if self.inside is None else self.inside(x)
+
+    block = Around("blocks.0", Around("blocks.0", Around("blocks.0.mlp", Around("blocks.0.mlp.up", None))))
+    with tracing():
+        made = block(Tensor(np.ones(3), requires_grad=True)).node
+    assert made is not None and made.scope == "blocks.0.mlp.up"
