@@ -98,8 +98,8 @@ class LongCalls(Plans):
                 self._forms[key] = self._form_of_shared(
                     known, lambda array: self._keep_shared(key, array, call(array, op))
                 )
-        tally = partial(self.counters.tally, "all_reduce_shared", "window", array.nbytes, volume)
-        if known is not None and known.add(array, array, plan, tally, result):
+        what = "all_reduce_shared", "window", array.nbytes, volume
+        if known is not None and known.add(array, array, plan, what, self.counters, result):
             node.arena.at_death(array, partial(known.drop, address(array)))
         return result
 
@@ -148,7 +148,7 @@ class LongCalls(Plans):
             self._places[key] = known
         what = plan.collective, plan.algorithm, plan.nbytes, plan.volume
         if known is not None:
-            known.add(array, result, run, partial(self.counters.tally, *what))
+            known.add(array, result, run, what, self.counters)
 
     def _keep_distance(self, key: Key, plan: Plan, run: Meetings, array: Array, result: Array) -> None:
         longs = self._longs.setdefault(key, [])

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dtrain.collectives.arena import Block
-from dtrain.collectives.counters import Tally
+from dtrain.collectives.counters import Counters, Tally, Volume
 from dtrain.collectives.dtypes import Array, address
 from dtrain.collectives.machine_code import Function, machine_code
 from dtrain.collectives.machine_short import UNLIKE
@@ -22,7 +22,11 @@ from dtrain.collectives.node import Node
 from dtrain.collectives.prepared_window import Windowed
 from dtrain.collectives.small import READ, WRITE, Like
 
-MANY = 256  # of one shape: they are looked through one after another
+FEW = 16  # places for which there is room at first; they are looked through one after another
+
+
+What = tuple[str, str, int, Volume]
+"""As which a call is counted: collective, algorithm, bytes, and what it moves."""
 
 
 class Kept(NamedTuple):
@@ -45,7 +49,7 @@ class Places:
         self._plans: list[Windowed] = []
         self.kept: list[Kept] = []
         """By the index of a plan."""
-        self._rows = np.zeros((MANY, ROW), np.int64)
+        self._tallies: dict[What, Tally] = {}
         self._likes = [
             np.array(source.words(READ)),
             np.array(source.words(READ) if target is None else target.words(WRITE)),
@@ -59,33 +63,45 @@ class Places:
             "target": address(self._likes[1]),
             "array": id(np.ndarray),
             "block": id(Block),
-            "rows": address(self._rows),
         }
         for name, word in words.items():
             self._head[WORD[name]] = word
+        self._make_room(np.zeros((FEW, ROW), np.int64))
         self.run: Callable[[Array, Array | None], int] = function(self._head)
 
     def __len__(self) -> int:
         return len(self._plans)
 
     def add(
-        self, array: Array, out: Array, plan: Windowed, tally: Callable[[], Tally], result: Array | None = None
+        self, array: Array, out: Array, plan: Windowed, what: What, counters: Counters, result: Array | None = None
     ) -> bool:
-        """From now on `run` knows this plan, for arrays that lie where these do; False: it cannot, or did already."""
-        at = address(array), address(out)
-        if (self._rows[: len(self._plans), :2] == at).all(axis=1).any() or not plan.job.fused:
+        """From now on `run` knows this plan, for arrays that lie where these do; False: it cannot, or did already.
+
+        The plans must be few: nobody is dropped for a new one. Calls are counted as `what`.
+        """
+        at, known = (address(array), address(out)), len(self._plans)
+        if (self._rows[:known, :2] == at).all(axis=1).any() or not plan.job.fused:
             return False
         plan.job.aim(array, out)
-        if len(self._plans) == MANY:
-            self._clear()
-        self._rows[len(self._plans)] = *at, plan.job.at, *plan.record
-        self._plans.append(plan)
-        self.kept.append(Kept(tally(), result))
-        self._head[WORD["places"]] = len(self._plans)
+        if what not in self._tallies:
+            self._tallies[what] = counters.tally(*what)
+        kept = Kept(self._tallies[what], result)
+        free = np.flatnonzero(self._rows[:known, 0] == 0)
+        if free.size:
+            index = int(free[0])
+            self._plans[index], self.kept[index] = plan, kept
+        else:
+            index = known
+            self._plans.append(plan)
+            self.kept.append(kept)
+            if index == len(self._rows):
+                self._make_room(np.concatenate([self._rows, np.zeros_like(self._rows)]))
+            self._head[WORD["places"]] = known + 1
+        self._rows[index] = *at, plan.job.at, *plan.record
         return True
 
     def drop(self, at: int) -> None:
-        """Forget the plans for the array at this address."""
+        """Forget the plans for the array at this address, which dies: its row may be taken by another."""
         for index in np.flatnonzero(self._rows[:, 0] == at):
             self._rows[index, :2] = 0
             self.kept[index] = self.kept[index]._replace(result=None)
@@ -97,10 +113,9 @@ class Places:
         self._plans[index].job.go_on(self._node.number, code - UNDONE, array.reshape(-1), out.reshape(-1))
         return index
 
-    def _clear(self) -> None:
-        self._head[WORD["places"]] = 0
-        self._plans.clear()
-        self.kept.clear()
+    def _make_room(self, rows: Array) -> None:
+        self._rows = rows
+        self._head[WORD["rows"]] = address(rows)
 
 
 def places(node: Node, source: Like, target: Like | None) -> Places | None:
