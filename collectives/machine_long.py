@@ -9,7 +9,8 @@ goes on from there.
 
 from dtrain.collectives import cross_memory
 from dtrain.collectives.machine_short import DATA
-from dtrain.collectives.records import ASIDE, RECORD_WORDS, RECORDS, RING
+from dtrain.collectives.machine_source import loaded
+from dtrain.collectives.records import ASIDE, RECORD_WORDS
 
 # What a call returns: 0, or of a meeting what `dtrain_meet` does, or
 UNLIKE, NOT_FREE = -5, -6  # nothing was done; the slot of this chunk is not free
@@ -43,9 +44,7 @@ WORDS = len(CALL) - 1 + RECORD_WORDS - 1
 
 def long() -> str:
     """The function."""
-    loads = [f"  %{name}.at = getelementptr i64, ptr %call, i64 {word}" for name, word in WORD.items()]
-    loads += [f"  %{name} = load {kind}, ptr %{name}.at" for name, kind in CALL.items()]
-    return _LONG.replace("LOADS", "\n".join(loads))
+    return _LONG.replace("LOADS", loaded(CALL, "call"))
 
 
 _LONG = f"""
@@ -54,19 +53,11 @@ entry:
   %call.at = getelementptr i8, ptr %self, i64 {DATA}
   %call = load ptr, ptr %call.at
 LOADS
-  %x = load ptr, ptr %arguments
-  %y.at = getelementptr ptr, ptr %arguments, i64 1
-  %y = load ptr, ptr %y.at
-  %x.like = call i1 @dtrain_like(ptr %x, ptr %source)
-  br i1 %x.like, label %other, label %end
-other:
-  %y.like = call i1 @dtrain_like(ptr %y, ptr %target)
-  br i1 %y.like, label %begin, label %end
+  %like = call i1 @dtrain_both(ptr %arguments, ptr %source, ptr %target)
+  br i1 %like, label %begin, label %end
 begin:
-  %x.data.at = getelementptr i8, ptr %x, i64 {DATA}
-  %x.data = load i64, ptr %x.data.at
-  %y.data.at = getelementptr i8, ptr %y, i64 {DATA}
-  %y.data = load i64, ptr %y.data.at
+  %x.data = call i64 @dtrain_data(ptr %arguments, i64 0)
+  %y.data = call i64 @dtrain_data(ptr %arguments, i64 1)
   %x.end = add i64 %x.data, %x.bytes
   %y.end = add i64 %y.data, %y.bytes
   %after = icmp uge i64 %y.data, %x.end
@@ -125,18 +116,14 @@ slot:
   br i1 %left, label %free, label %done
 free:
   store i64 %number, ptr %turn
-  %ring = urem i64 %number, {RING}
-  %ring.bytes = mul i64 %ring, {8 * RECORD_WORDS}
-  %record.byte = add i64 %ring.bytes, {8 * RECORDS}
-  %r0 = getelementptr i8, ptr %mine, i64 %record.byte
-  store i64 %number, ptr %r0
-  %r1 = getelementptr i64, ptr %r0, i64 1
-  call void @llvm.memcpy.p0.p0.i64(ptr %r1, ptr %record.at, i64 {8 * (RECORD_WORDS - 1)}, i1 false)
+  %record.byte = call i64 @dtrain_record_at(i64 %number)
+  call void @dtrain_record(ptr %mine, i64 %record.byte, i64 %number, ptr %record.at)
   %at.home = icmp ne i64 %home, 0
   br i1 %at.home, label %aside, label %index
 aside:
   %here = or i64 %x.data, {cross_memory.PRIVATE << 48}
-  %aside.at = getelementptr i64, ptr %r0, i64 {ASIDE}
+  %aside.byte = add i64 %record.byte, {8 * ASIDE}
+  %aside.at = getelementptr i8, ptr %mine, i64 %aside.byte
   store i64 %here, ptr %aside.at
   br label %index
 index:
@@ -184,7 +171,7 @@ done:
   call void @PyEval_RestoreThread(ptr %thread)
   br label %end
 end:
-  %code = phi i64 [ {UNLIKE}, %entry ], [ {UNLIKE}, %other ], [ {UNLIKE}, %begin ], [ {UNLIKE}, %range ],
+  %code = phi i64 [ {UNLIKE}, %entry ], [ {UNLIKE}, %begin ], [ {UNLIKE}, %range ],
     [ {UNLIKE}, %known ], [ %result, %done ]
   %object = call ptr @PyLong_FromLong(i64 %code)
   ret ptr %object

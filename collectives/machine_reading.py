@@ -7,7 +7,7 @@ there by vectors: an all_to_all of 1 MiB between 2 ranks takes 77 us instead of 
 """
 
 from dtrain.collectives.cross_memory import PIECE
-from dtrain.collectives.machine_source import LINE, PAGE
+from dtrain.collectives.machine_source import LINE, PAGE, loaded
 
 DONE = 5  # the word of a row of `dtrain_trades` that says how many bytes of it are done, as long as not all rows are
 
@@ -18,18 +18,22 @@ def reading(process_vm_readv: int) -> str:
     return text.replace("READ", str(process_vm_readv)).replace("WRITE", str(process_vm_readv + 1))
 
 
+_ROW = loaded(dict.fromkeys(("process", "there", "from", "to", "bytes"), "i64"), "r")
+# A buffer, and of each process one block: address and bytes, as the system calls want them.
+_ROOM = f"""  %room = alloca [{PIECE + PAGE} x i8], align {PAGE}
+  %room.at = ptrtoint ptr %room to i64
+  %here = alloca [2 x i64]
+  %far = alloca [2 x i64]
+  %here1 = getelementptr i64, ptr %here, i64 1
+  %far1 = getelementptr i64, ptr %far, i64 1"""
+
 # Rows of five words: process (0: this one), address of the source (0: my own), where it begins there, where in the
 # target, bytes. Where the process is negative, the target is copied over the source, of its opposite. Returns the
 # number of the first row that failed, from 1, or 0. A call may move less than it was asked.
 _READS = f"""
 define i64 @dtrain_reads(ptr %table, i64 %rows, ptr %target, ptr %own, i64 %past, i64 %nothing) {{
 entry:
-  %room = alloca [{PIECE + PAGE} x i8], align {PAGE}
-  %room.at = ptrtoint ptr %room to i64
-  %here = alloca [2 x i64]
-  %far = alloca [2 x i64]
-  %here1 = getelementptr i64, ptr %here, i64 1
-  %far1 = getelementptr i64, ptr %far, i64 1
+{_ROOM}
   br label %look
 look:
   %k = phi i64 [ 0, %entry ], [ %k2, %near ], [ %k2, %reading ]
@@ -38,15 +42,7 @@ look:
 row:
   %k2 = add i64 %k, 1
   %r = getelementptr [5 x i64], ptr %table, i64 %k
-  %process = load i64, ptr %r
-  %ap = getelementptr i64, ptr %r, i64 1
-  %there = load i64, ptr %ap
-  %fp = getelementptr i64, ptr %r, i64 2
-  %from = load i64, ptr %fp
-  %tp = getelementptr i64, ptr %r, i64 3
-  %to = load i64, ptr %tp
-  %bp = getelementptr i64, ptr %r, i64 4
-  %bytes = load i64, ptr %bp
+{_ROW}
   %y = getelementptr i8, ptr %target, i64 %to
   %this = icmp eq i64 %process, 0
   br i1 %this, label %near, label %begin
@@ -123,12 +119,7 @@ end:
 _TRADES = f"""
 define i64 @dtrain_trades(ptr %table, i64 %rows, ptr %target, i64 %p, i64 %q, i64 %s) {{
 entry:
-  %room = alloca [{PIECE + PAGE} x i8], align {PAGE}
-  %room.at = ptrtoint ptr %room to i64
-  %here = alloca [2 x i64]
-  %far = alloca [2 x i64]
-  %here1 = getelementptr i64, ptr %here, i64 1
-  %far1 = getelementptr i64, ptr %far, i64 1
+{_ROOM}
   %swap = alloca [4 x i64]
   %swap1 = getelementptr i64, ptr %swap, i64 1
   %swap2 = getelementptr i64, ptr %swap, i64 2
@@ -142,15 +133,7 @@ look:
 row:
   %k2 = add i64 %k, 1
   %r = getelementptr [6 x i64], ptr %table, i64 %k
-  %process = load i64, ptr %r
-  %ap = getelementptr i64, ptr %r, i64 1
-  %there = load i64, ptr %ap
-  %fp = getelementptr i64, ptr %r, i64 2
-  %from = load i64, ptr %fp
-  %tp = getelementptr i64, ptr %r, i64 3
-  %to = load i64, ptr %tp
-  %bp = getelementptr i64, ptr %r, i64 4
-  %bytes = load i64, ptr %bp
+{_ROW}
   %dp = getelementptr i64, ptr %r, i64 {DONE}
   %start = add i64 %there, %from
   br label %piece
@@ -163,7 +146,7 @@ where:
   %this = icmp eq i64 %process, 0
   br i1 %this, label %near, label %read
 near:
-  %swapped = call i64 @dtrain_swaps(ptr %ap, i64 1, ptr %target, i64 0, i64 0, i64 0)
+  %swapped = call i64 @dtrain_swaps(ptr %there.at, i64 1, ptr %target, i64 0, i64 0, i64 0)
   store i64 %bytes, ptr %dp
   br label %look
 read:

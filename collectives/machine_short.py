@@ -9,6 +9,7 @@ takes. So it gets Python objects, NumPy arrays, and reads their structs (`PyArra
 It never waits for ever: it returns what hinders it, and goes on from there when it is called with a third argument.
 """
 
+from dtrain.collectives.machine_source import loaded
 from dtrain.collectives.records import RECORD_WORDS, RECORDS, RING, SIGNATURE
 
 HEAD = object.__basicsize__  # bytes of a Python object before what is its own
@@ -50,12 +51,10 @@ WORDS = len(JOB) - 1 + RECORD_WORDS - 1
 
 def short() -> str:
     """All functions."""
-    loads = [f"  %{name}.at = getelementptr i64, ptr %job, i64 {word}" for name, word in WORD.items()]
-    loads += [f"  %{name} = load {kind}, ptr %{name}.at" for name, kind in JOB.items()]
-    return _LIKE + _SHORT.replace("LOADS", "\n".join(loads))
+    return _ARRAYS + _RECORD + _SHORT.replace("LOADS", loaded(JOB, "job"))
 
 
-_LIKE = f"""
+_ARRAYS = f"""
 ; An array is as it must be: {{type, dtype, flags that must be set, dims, length, length, ...}}.
 define i1 @dtrain_like(ptr %array, ptr %form) {{
 entry:
@@ -108,6 +107,49 @@ yes:
 no:
   ret i1 false
 }}
+
+; The first two arguments are arrays as they must be.
+define i1 @dtrain_both(ptr %arguments, ptr %source, ptr %target) {{
+entry:
+  %x = load ptr, ptr %arguments
+  %y.at = getelementptr ptr, ptr %arguments, i64 1
+  %y = load ptr, ptr %y.at
+  %x.like = call i1 @dtrain_like(ptr %x, ptr %source)
+  %y.like = call i1 @dtrain_like(ptr %y, ptr %target)
+  %like = and i1 %x.like, %y.like
+  ret i1 %like
+}}
+
+; Where the data of argument k, an array, lie.
+define i64 @dtrain_data(ptr %arguments, i64 %k) {{
+entry:
+  %at = getelementptr ptr, ptr %arguments, i64 %k
+  %array = load ptr, ptr %at
+  %data.at = getelementptr i8, ptr %array, i64 {DATA}
+  %data = load i64, ptr %data.at
+  ret i64 %data
+}}
+"""
+
+_RECORD = f"""
+; The byte among my words where the record of a number stands.
+define i64 @dtrain_record_at(i64 %number) {{
+entry:
+  %ring = urem i64 %number, {RING}
+  %bytes = mul i64 %ring, {8 * RECORD_WORDS}
+  %byte = add i64 %bytes, {8 * RECORDS}
+  ret i64 %byte
+}}
+
+; Write the record of a number, all but which lies at %record.
+define void @dtrain_record(ptr %mine, i64 %byte, i64 %number, ptr %record) {{
+entry:
+  %r0 = getelementptr i8, ptr %mine, i64 %byte
+  store i64 %number, ptr %r0
+  %r1 = getelementptr i64, ptr %r0, i64 1
+  call void @llvm.memcpy.p0.p0.i64(ptr %r1, ptr %record, i64 {8 * (RECORD_WORDS - 1)}, i1 false)
+  ret void
+}}
 """
 
 _SHORT = f"""
@@ -122,18 +164,13 @@ entry:
   %job.at = getelementptr i8, ptr %self, i64 {DATA}
   %job = load ptr, ptr %job.at
 LOADS
-  %x = load ptr, ptr %arguments
-  %y.at = getelementptr ptr, ptr %arguments, i64 1
-  %y = load ptr, ptr %y.at
-  %x.like = call i1 @dtrain_like(ptr %x, ptr %source)
-  %y.like = call i1 @dtrain_like(ptr %y, ptr %target)
-  %like = and i1 %x.like, %y.like
+  %like = call i1 @dtrain_both(ptr %arguments, ptr %source, ptr %target)
   br i1 %like, label %begin, label %end
 begin:
-  %x.data.at = getelementptr i8, ptr %x, i64 {DATA}
-  %x.data = load ptr, ptr %x.data.at
-  %y.data.at = getelementptr i8, ptr %y, i64 {DATA}
-  %y.data = load ptr, ptr %y.data.at
+  %x.address = call i64 @dtrain_data(ptr %arguments, i64 0)
+  %x.data = inttoptr i64 %x.address to ptr
+  %y.address = call i64 @dtrain_data(ptr %arguments, i64 1)
+  %y.data = inttoptr i64 %y.address to ptr
   %last = load i64, ptr %turn
   %anew = icmp eq i64 %given, 2
   br i1 %anew, label %fresh, label %resumed
@@ -151,16 +188,11 @@ numbered:
   %stage = phi i64 [ 0, %fresh ], [ %stage.given, %resumed ]
   %index = urem i64 %number, %depth
   %shift = mul i64 %index, %stride
-  %ring = urem i64 %number, {RING}
-  %ring.bytes = mul i64 %ring, {8 * RECORD_WORDS}
-  %record.byte = add i64 %ring.bytes, {8 * RECORDS}
+  %record.byte = call i64 @dtrain_record_at(i64 %number)
   %waits = icmp eq i64 %stage, {WAIT}
   br i1 %waits, label %wait, label %write
 write:
-  %r0 = getelementptr i8, ptr %mine, i64 %record.byte
-  store i64 %number, ptr %r0
-  %r1 = getelementptr i64, ptr %r0, i64 1
-  call void @llvm.memcpy.p0.p0.i64(ptr %r1, ptr %record.at, i64 {8 * (RECORD_WORDS - 1)}, i1 false)
+  call void @dtrain_record(ptr %mine, i64 %record.byte, i64 %number, ptr %record.at)
   %come.at = getelementptr i64, ptr %turn, i64 1
   %come = load i64, ptr %come.at
   %before = sub i64 %number, %depth

@@ -1,9 +1,25 @@
 """The text of the loops of `machine_code.py`, in LLVM's language: sums, copies and swaps."""
 
+from collections.abc import Mapping
+
 STEP = 256  # bytes of each array in registers at once
 LONG = 1 << 16  # bytes: below, a copy gains nothing past the caches
 SHORT = 2048  # bytes: below, memcpy needs no string instruction
 PAGE, LINE = 4096, 64
+
+
+def loaded(words: Mapping[str, str], base: str) -> str:
+    """The text that loads the words of what lies at %base, by name and kind; %name.at is where each lies."""
+    lines = []
+    for word, (name, kind) in enumerate(words.items()):
+        lines += [
+            f"  %{name}.at = getelementptr i64, ptr %{base}, i64 {word}",
+            f"  %{name} = load {kind}, ptr %{name}.at",
+        ]
+    return "\n".join(lines)
+
+
+_ROW = loaded({"there": "ptr", "from": "i64", "to": "i64", "bytes": "i64"}, "r")
 
 
 def loops() -> str:
@@ -162,8 +178,8 @@ end:
 
 # Rows of four words: address of the source (0: my own), where it begins there, where in the target, bytes. The others
 # lie `shift` bytes after their addresses.
-_COPIES = """
-define i64 @dtrain_copies(ptr %table, i64 %rows, ptr %target, ptr %own, i64 %past, i64 %shift) {
+_COPIES = f"""
+define i64 @dtrain_copies(ptr %table, i64 %rows, ptr %target, ptr %own, i64 %past, i64 %shift) {{
 entry:
   br label %look
 look:
@@ -172,13 +188,7 @@ look:
   br i1 %more, label %row, label %end
 row:
   %r = getelementptr [4 x i64], ptr %table, i64 %k
-  %there = load ptr, ptr %r
-  %fp = getelementptr i64, ptr %r, i64 1
-  %from = load i64, ptr %fp
-  %tp = getelementptr i64, ptr %r, i64 2
-  %to = load i64, ptr %tp
-  %bp = getelementptr i64, ptr %r, i64 3
-  %bytes = load i64, ptr %bp
+{_ROW}
   %mine = icmp eq ptr %there, null
   %there.now = getelementptr i8, ptr %there, i64 %shift
   %base = select i1 %mine, ptr %own, ptr %there.now
@@ -191,7 +201,7 @@ copy:
   br label %look
 end:
   ret i64 0
-}"""
+}}"""
 
 
 def _swaps() -> str:
@@ -210,13 +220,7 @@ look:
   br i1 %more, label %row, label %end
 row:
   %r = getelementptr [4 x i64], ptr %table, i64 %k
-  %there = load ptr, ptr %r
-  %fp = getelementptr i64, ptr %r, i64 1
-  %from = load i64, ptr %fp
-  %tp = getelementptr i64, ptr %r, i64 2
-  %to = load i64, ptr %tp
-  %bp = getelementptr i64, ptr %r, i64 3
-  %bytes = load i64, ptr %bp
+{_ROW}
   %x = getelementptr i8, ptr %there, i64 %from
   %y = getelementptr i8, ptr %mine, i64 %to
   %whole = and i64 %bytes, {-STEP}

@@ -7,7 +7,8 @@ returns the index of the place if all is done; else, below zero, what hinders it
 """
 
 from dtrain.collectives.machine_short import DATA, HEAD, TYPE, UNLIKE
-from dtrain.collectives.records import RECORD_WORDS, RECORDS, RING
+from dtrain.collectives.machine_source import loaded
+from dtrain.collectives.records import RECORD_WORDS
 
 BASE = HEAD + 32  # byte of an array: whose memory it is
 UNDONE = -1000  # plus what `dtrain_meet` says
@@ -30,9 +31,7 @@ ROW = 3 + RECORD_WORDS - 1  # words: addresses of both arrays, of the job; the r
 
 def window() -> str:
     """The function."""
-    loads = [f"  %{name}.at = getelementptr i64, ptr %head, i64 {word}" for name, word in WORD.items()]
-    loads += [f"  %{name} = load {kind}, ptr %{name}.at" for name, kind in WORDS.items()]
-    return _WINDOW.replace("LOADS", "\n".join(loads))
+    return _WINDOW.replace("LOADS", loaded(WORDS, "head"))
 
 
 _WINDOW = f"""
@@ -70,19 +69,13 @@ entry:
   %head.at = getelementptr i8, ptr %self, i64 {DATA}
   %head = load ptr, ptr %head.at
 LOADS
-  %x = load ptr, ptr %arguments
-  %y.at = getelementptr ptr, ptr %arguments, i64 1
-  %y = load ptr, ptr %y.at
-  %x.like = call i1 @dtrain_like(ptr %x, ptr %source)
-  %y.like = call i1 @dtrain_like(ptr %y, ptr %target)
-  %like = and i1 %x.like, %y.like
+  %like = call i1 @dtrain_both(ptr %arguments, ptr %source, ptr %target)
   br i1 %like, label %where, label %end
 where:
+  %x = load ptr, ptr %arguments
   %home = call i1 @dtrain_at_home(ptr %x, ptr %array, ptr %block)
-  %x.data.at = getelementptr i8, ptr %x, i64 {DATA}
-  %x.data = load i64, ptr %x.data.at
-  %y.data.at = getelementptr i8, ptr %y, i64 {DATA}
-  %y.data = load i64, ptr %y.data.at
+  %x.data = call i64 @dtrain_data(ptr %arguments, i64 0)
+  %y.data = call i64 @dtrain_data(ptr %arguments, i64 1)
   br i1 %home, label %look, label %end
 look:
   %k = phi i64 [ 0, %where ], [ %k2, %another ]
@@ -107,14 +100,9 @@ known:
   %last = load i64, ptr %turn
   %number = add i64 %last, 1
   store i64 %number, ptr %turn
-  %ring = urem i64 %number, {RING}
-  %ring.bytes = mul i64 %ring, {8 * RECORD_WORDS}
-  %record.byte = add i64 %ring.bytes, {8 * RECORDS}
-  %r0 = getelementptr i8, ptr %mine, i64 %record.byte
-  store i64 %number, ptr %r0
-  %r1 = getelementptr i64, ptr %r0, i64 1
+  %record.byte = call i64 @dtrain_record_at(i64 %number)
   %record.at = getelementptr i64, ptr %row, i64 3
-  call void @llvm.memcpy.p0.p0.i64(ptr %r1, ptr %record.at, i64 {8 * (RECORD_WORDS - 1)}, i1 false)
+  call void @dtrain_record(ptr %mine, i64 %record.byte, i64 %number, ptr %record.at)
   %thread = call ptr @PyEval_SaveThread()
   %hindrance = call i64 @dtrain_meet(ptr %crew, ptr %mine, ptr %job, i64 %number, i64 %record.byte, i64 0, i64 0)
   call void @PyEval_RestoreThread(ptr %thread)

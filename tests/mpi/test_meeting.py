@@ -1,7 +1,6 @@
 """Collectives that are one call of machine code: NumPy's sums, whoever does them otherwise, wherever the arrays lie."""
 
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,16 +9,6 @@ import pytest
 from dtrain.collectives import Communicator, flags, node, parts, window
 from dtrain.collectives.waiting import CollectiveMismatch
 from tests.oracle import bits, normals
-
-
-@pytest.fixture
-def bold(comm: Communicator, monkeypatch: pytest.MonkeyPatch) -> Iterator[Communicator]:
-    """A communicator that compares no first collectives, so that the second call of a form is a meeting."""
-    monkeypatch.setattr(node, "CHECKED", 0)
-    other = comm.split(0)
-    assert other is not None
-    yield other
-    other.close()
 
 
 def numbers(rank: int, count: int, dtype: str) -> np.ndarray:
