@@ -295,8 +295,9 @@ class Trainer:
         ]
         names = list(dict.fromkeys(name for each in self.mesh.comm.all_gather_object(mine) for name in each))
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        where = f" ({names[0]}{more})" if names else ", or their squares are"
         raise UserError(
-            f"the gradients of step {self.step + 1} are inf or nan ({''.join(names[:1])}{more}): training diverged, or "
+            f"the gradients of step {self.step + 1} are inf or nan{where}: training diverged, or "
             f"train.loss_scale: {self.loss_scale:g} is too large for {self.config.train.dtype}. Lower "
             f"optimizer.learning_rate ({self.config.optimizer.learning_rate:g}) or train.loss_scale, or raise "
             "schedule.warmup_steps; the parameters and the last checkpoint are from before."
