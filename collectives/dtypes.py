@@ -71,7 +71,9 @@ def dtype_name(dtype: np.dtype[Any]) -> str:
 def dtype_from_name(name: str) -> np.dtype[Any]:
     """The inverse of `dtype_name`."""
     found: np.dtype[Any]
-    if name[0] in "'[":
+    if name[0] == "'":
+        found = np.dtype(name[1:-1])
+    elif name[0] == "[":
         found = np.lib.format.descr_to_dtype(ast.literal_eval(name))
     else:
         import ml_dtypes

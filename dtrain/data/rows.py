@@ -21,6 +21,7 @@ from dtrain import random
 from dtrain.arrays import Array
 from dtrain.data.dataset import Data, unigram_entropy
 from dtrain.data.sampler import Permutation
+from dtrain.data.store import map_npy
 from dtrain.errors import UserError
 
 
@@ -97,9 +98,9 @@ def row_data(
 ) -> Data:
     """Open an entry that `write_rows` made. `standardise`: columns have mean 0 and deviation 1 in the training rows."""
     header = json.loads((folder / "header.json").read_bytes())
-    x, y = (np.asarray(np.load(folder / name, mmap_mode="r", allow_pickle=False)) for name in ("x.npy", "y.npy"))
+    x, y = (map_npy(folder / name) for name in ("x.npy", "y.npy"))
     tables = header.get("tables")
-    ids = None if tables is None else np.asarray(np.load(folder / "ids.npy", mmap_mode="r", allow_pickle=False))
+    ids = None if tables is None else map_npy(folder / "ids.npy")
     classes = len(header["classes"])
     if vocabulary is not None and classes > vocabulary:
         raise UserError(f"data.path: {path}: {classes} classes, but the model has {vocabulary}; they must not be fewer")

@@ -13,11 +13,30 @@ import fcntl
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
+
+from dtrain.arrays import Array
 from dtrain.cache import cache_folder
 from dtrain.errors import UserError
+
+_parsing = threading.Lock()
+
+
+def map_npy(path: Path | str) -> Array:
+    """The array of an NPY file, read only, in the page cache. Errors as of `np.load`. Never unpickles.
+
+    One thread at a time: NumPy parses a header as Python does its own text, and up to Python 3.11.4 two threads that
+    parse may end each other's by a SystemError (https://github.com/python/cpython/issues/106905).
+    """
+    with _parsing:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not isinstance(found, np.ndarray):
+        raise ValueError("it must be one array, not an archive of several")
+    return np.asarray(found)
 
 
 def cached(kind: str, name: str, make: Callable[[Path], None]) -> Path:

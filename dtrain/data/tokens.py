@@ -206,13 +206,10 @@ def _map_bin(name: str, dtype: str) -> Array:
 
 def _map_npy(name: str) -> Array:
     try:
-        tokens = np.load(name, mmap_mode="r", allow_pickle=False)
+        tokens = store.map_npy(name)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"data.path: {name}: cannot be read as a .npy file of numbers: {error}") from error
-    if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype.kind not in "ui":
-        raise UserError(f"data.path: {name}: must be one array of integers with one dim, not {_form(tokens)}")
-    return np.asarray(tokens)
-
-
-def _form(value: Any) -> str:
-    return f"{value.dtype} of shape {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
+    if tokens.ndim != 1 or tokens.dtype.kind not in "ui":
+        form = f"{tokens.dtype} of shape {tokens.shape}"
+        raise UserError(f"data.path: {name}: must be one array of integers with one dim, not {form}")
+    return tokens

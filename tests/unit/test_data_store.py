@@ -3,10 +3,13 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from dtrain.collectives import run_threads
 from dtrain.data import store
 from dtrain.errors import UserError
 
@@ -102,3 +105,22 @@ def test_a_full_disk_is_told_as_such(folder):
         pytest.skip("needs Linux's /dev/full")
     with pytest.raises(UserError, match="No space left on device"):
         store.cached("kind", "name", make)
+
+
+def test_headers_are_parsed_by_one_thread_at_a_time(tmp_path, monkeypatch):
+    """Python up to 3.11.4 fails at times when two parse at once."""
+    names = [tmp_path / f"{k}.npy" for k in range(4)]
+    for k, name in enumerate(names):
+        np.save(name, np.arange(k + 1))
+    load, inside = np.load, []
+
+    def slowly(*arguments, **options):
+        inside.append(1)
+        assert len(inside) == 1, "two at once"
+        time.sleep(0.01)
+        inside.pop()
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(np, "load", slowly)
+    found = run_threads(4, lambda comm: store.map_npy(names[comm.rank]))
+    assert [array.tolist() for array in found] == [list(range(k + 1)) for k in range(4)]
